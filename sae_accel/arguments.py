@@ -1,0 +1,171 @@
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field whose help text `--help` prints; mutable defaults are copied for each instance."""
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """The frozen LM whose activations are read."""
+
+    name_or_path: str = _option("HuggingFaceTB/SmolLM2-135M", "Hub id or folder of the language model.")
+    revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub; the main branch if not set.")
+    token: str | None = _option(
+        None, "Hub token for a private or gated model; the stored login if not set. Never saved.", secret=True
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Precision of the LM's weights; auto keeps that of its files."
+    )
+    attn_implementation: str | None = _option(
+        None, "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set."
+    )
+    gguf_file: str | None = _option(None, "Name of a GGUF file in the model's folder or repo; its weights are dequantised.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model's repo.")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """The tokens that the LM reads."""
+
+    path: str = _option(
+        "EleutherAI/SmolLM2-135M-10B",
+        "What `datasets.load_dataset` takes, a folder saved by `save_to_disk`, text files (a glob is allowed), or a "
+        "`.bin` file of token ids.",
+    )
+    name: str | None = _option(None, "Configuration of the dataset, the second argument of `load_dataset`.")
+    split: str = _option("train", "Split to read; slices such as `train[:1%]` are allowed.")
+    load_args: dict[str, Any] = _option({}, "Further arguments of `load_dataset`, such as data_files or revision.")
+    streaming: bool = _option(False, "Read the dataset as it arrives instead of downloading it first.")
+    text_column: str = _option("text", "Column with the text; a dataset with a column `input_ids` is not tokenised again.")
+    token_dtype: Literal["uint16", "uint32"] | None = _option(
+        None, "Width of the ids in a `.bin` file; uint16 if not set and the vocabulary fits in it, else uint32."
+    )
+    ctx_len: int = _option(2048, "Tokens in a sequence.", minimum=2)
+    max_examples: int | None = _option(None, "Read at most this many sequences for training; all if not set.", minimum=1)
+    eval_examples: int = _option(
+        32, "The first this many sequences are held out from training, for evaluation; 0 for none.", minimum=0
+    )
+    exclude_tokens: list[int] = _option([], "Token ids that train nothing and count in no metric, such as BOS.")
+    shuffle_seed: int | None = _option(
+        42, "Seed of the order of the sequences (streaming: within a buffer of 1,000); null keeps the dataset's order."
+    )
+    num_proc: int | None = _option(
+        None, "Processes for tokenisation; one if not set. Not used when streaming.", minimum=1
+    )
+
+
+@dataclass(kw_only=True)
+class HeadArguments:
+    """
+    One entry of a recipe's `heads`: it makes one head at each hookpoint that its patterns match.
+
+    Examples:
+        ```python
+        HeadArguments(hookpoints="layers.*", stride=2, k=192)
+        HeadArguments(hookpoints="layers.[0-3].mlp", type="transcoder", skip_connection=True, k=64)
+        ```
+    """
+
+    hookpoints: list[str] = _option(
+        [],
+        "Globs over module names of the LM's base model, with dots for slashes: `*`, `?` and `[012]` stay within one "
+        "component, `**` crosses dots. With neither this nor `layers`, every layer's output gets a head.",
+    )
+    layers: list[int] = _option([], "Short for the outputs of these layers.")
+    stride: int = _option(1, "Keep every n-th of the hookpoints that match, in natural order.", minimum=1)
+    source: str | None = _option(
+        None,
+        "Transcoders only: the module whose output is read, with {0}, {1} for what the pattern's wildcards matched; "
+        "the hookpoint's own input if not set.",
+    )
+    type: Literal["sae", "transcoder"] = _option("sae", "What the head is.")
+    name: str | None = _option(None, "Name among the heads of one hookpoint: it is saved as `<hookpoint>/<name>`.")
+    activation: Literal["topk", "groupmax"] = _option("topk", "How latents are selected.")
+    k: int = _option(32, "Latents that are active for each token.", minimum=1)
+    expansion_factor: int = _option(32, "Latents for each dimension of the input.", minimum=1)
+    num_latents: int | None = _option(None, "Latents of the head; expansion_factor * d_in if not set.", minimum=1)
+    skip_connection: bool = _option(False, "Transcoders only: add a linear map of the input to the output.")
+    normalize_decoder: bool | None = _option(
+        None, "Keep the decoder's rows at unit norm; true for SAEs and false for transcoders if not set."
+    )
+    seed: int = _option(0, "Seed of the initial weights; each hookpoint draws its own from it.", minimum=0)
+    learning_rate: float | None = _option(
+        None, "Learning rate of these heads; training.learning_rate if not set.", above=0.0
+    )
+    auxk_alpha: float = _option(0.0, "Weight of the AuxK loss, by which dead latents fit the residual; 0 is off.", minimum=0.0)
+    multi_topk: bool = _option(False, "Add FVU at 4k latents to the loss, with weight 1/8.")
+    k_decay_steps: int = _option(
+        0, "Optimizer steps over which k falls linearly from min(10 * d_in, num_latents); 0 is off.", minimum=0
+    )
+    dead_after_tokens: int = _option(
+        10_000_000, "A latent is dead once it has not been active for this many tokens.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hookpoints, str):
+            self.hookpoints = [self.hookpoints]
+
+
+@dataclass(kw_only=True)
+class SaeTrainingArguments:
+    """How heads are trained; names are those of `transformers.TrainingArguments` wherever the thing is the same."""
+
+    output_dir: str = _option("runs/sae", "Folder for the heads, checkpoints, logs and metrics.")
+    run_name: str | None = _option(None, "Name of the run in the trackers; the last part of output_dir if not set.")
+    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds, and start anew.")
+    per_device_train_batch_size: int = _option(8, "Sequences in a batch, on each process.", minimum=1)
+    gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.", minimum=1)
+    micro_batches: int = _option(
+        1, "Parts into which a batch's activations are cut for the heads, to bound their memory.", minimum=1
+    )
+    max_steps: int | None = _option(
+        None, "Optimizer steps; one pass over the data if neither this nor max_tokens is set.", minimum=1
+    )
+    max_tokens: int | None = _option(
+        None, "Tokens to read, rounded up to whole steps; the shorter of this and max_steps holds.", minimum=1
+    )
+    optim: Literal["signum", "adam", "adam8bit", "muon"] = _option(
+        "signum", "Optimizer: schedule-free sign descent, Adam, bitsandbytes' 8-bit Adam, or Muon."
+    )
+    learning_rate: float | None = _option(
+        None,
+        "Learning rate. If not set, with M latents: signum 5e-3 / sqrt(M / 2^14), adam and adam8bit 2e-4 / sqrt(M / 2^14), "
+        "muon 2e-3.",
+        above=0.0,
+    )
+    lr_scheduler_type: str | None = _option(
+        None, "A schedule of transformers (linear, cosine, constant, ...); constant for signum and linear else if not set."
+    )
+    warmup_steps: float | None = _option(
+        None,
+        "Optimizer steps of warm-up, or below 1 a part of the run; 0 for signum if not set, else 1000 or a tenth of the "
+        "run, whichever is less.",
+        minimum=0.0,
+    )
+    max_grad_norm: float | None = _option(None, "Clip the gradient's norm, head by head; no clipping if not set.", above=0.0)
+    seed: int = _option(42, "Seed of everything random but the heads' weights and the data's order.", minimum=0)
+    logging_steps: int = _option(10, "Optimizer steps between logged values, which are means over those steps.", minimum=1)
+    eval_steps: int | None = _option(
+        None, "Optimizer steps between evaluations on held-out sequences; only at the end if not set.", minimum=1
+    )
+    save_steps: int = _option(1000, "Optimizer steps between checkpoints.", minimum=1)
+    save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest; all if not set.", minimum=1)
+    resume_from_checkpoint: bool | str = _option(
+        False, "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none."
+    )
+    report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+
+
+def secret_fields(arguments: Any) -> set[str]:
+    """Names of the fields of a dataclass that must never reach a file or a tracker."""
+    return {f.name for f in fields(arguments) if f.metadata.get("secret")}

@@ -1,0 +1,125 @@
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .hookpoints import HeadPlan
+from .hooks import Site
+from .metrics import total_variance
+from .models import HeadModel, SaeConfig, SaeModel, TranscoderModel
+from .ops import Selection
+
+
+@dataclass
+class Moments:
+    """
+    Count, mean and squared deviation of activations, which merge exactly over batches and processes.
+
+    Args:
+        count (`torch.Tensor` of shape `()`): Tokens. Float32, like the rest.
+        mean (`torch.Tensor` of shape `(d,)`): Their mean.
+        variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and dimensions.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, activations: Tensor) -> "Moments":
+        """Of activations `(num_tokens, d)`; none is allowed."""
+        wide = activations.float()
+        count = torch.tensor(float(len(wide)), device=wide.device)
+        if not len(wide):
+            return cls(count, wide.new_zeros(wide.shape[1]), wide.new_zeros(()))
+        return cls(count, wide.mean(0), total_variance(wide))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both together."""
+        count = self.count + other.count
+        share = other.count / count.clamp_min(1)
+        shift = other.mean - self.mean
+        between = shift.pow(2).sum() * self.count * share
+        return Moments(count, self.mean + share * shift, self.variance + other.variance + between)
+
+
+class SaeBank(nn.Module):
+    """
+    All heads that a process trains, as one module, because DeepSpeed prepares no more than one for an Accelerator.
+
+    Args:
+        plans (`list[HeadPlan]`): What the heads are; they start from their entries' seeds.
+    """
+
+    def __init__(self, plans: list[HeadPlan]):
+        super().__init__()
+        self.plans = {plan.name: plan for plan in plans}
+        self.heads = nn.ModuleDict({_key(plan.name): build_head(plan) for plan in plans})
+
+    def named_heads(self) -> Iterator[tuple[str, HeadModel]]:
+        """Name and head, in the order of the plans."""
+        for name in self.plans:
+            yield name, self.heads[_key(name)]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that some head reads or predicts, once."""
+        return list(dict.fromkeys(site for plan in self.plans.values() for site in plan.sites))
+
+    def forward(
+        self,
+        by_site: dict[Site, Tensor],
+        total_variance: dict[str, Tensor],
+        k: dict[str, int],
+        dead_masks: dict[str, Tensor],
+    ) -> dict:
+        """
+        The loss of every head on the same tokens. No head's loss depends on another's.
+
+        Args:
+            by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)`.
+            total_variance (`dict[str, torch.Tensor]`): By head, what squared errors are divided by, `()`.
+            k (`dict[str, int]`): By head, latents that are active for each token.
+            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`; heads without AuxK are left out.
+
+        Returns:
+            `dict`: `loss`, their sum, `()`; and `heads`, by name a dict of `fvu`, `auxk_loss` and `multi_topk_fvu` where
+            the head has them, `active`, the number of activations above zero, and `uses`, that number by latent.
+        """
+        losses, measured = [], {}
+        for name, head in self.named_heads():
+            plan = self.plans[name]
+            device = head.b_dec.device
+            output = head(
+                by_site[plan.reads].to(device),
+                by_site[plan.predicts].to(device),
+                k=k[name],
+                total_variance=total_variance[name],
+                dead_mask=dead_masks.get(name),
+                auxk_alpha=plan.arguments.auxk_alpha,
+                multi_topk=plan.arguments.multi_topk,
+            )
+            losses.append(output.loss)
+            uses = Selection(output.top_indices, head.num_latents).scatter((output.top_acts > 0).float())
+            parts = ("fvu", "auxk_loss", "multi_topk_fvu")
+            measured[name] = {part: output[part].detach() for part in parts if output.get(part) is not None}
+            measured[name] |= {"active": uses.sum(), "uses": uses}
+        return {"loss": torch.stack(losses).sum(), "heads": measured}
+
+
+def build_head(plan: HeadPlan) -> HeadModel:
+    """
+    A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints differ
+    and heads of a sweep at one hookpoint start alike.
+    """
+    model_class = SaeModel if isinstance(plan.config, SaeConfig) else TranscoderModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{plan.arguments.seed}:{plan.hookpoint}".encode()))
+        return model_class(plan.config)
+
+
+def _key(name: str) -> str:
+    """`nn.ModuleDict` takes no dots; module names have no colons, so that the map can be reversed."""
+    return name.replace(".", ":")

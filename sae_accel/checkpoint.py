@@ -1,0 +1,160 @@
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .errors import InputError
+from .models import HeadModel
+
+
+MANIFEST = "manifest.json"
+STATE_FILE = "training_state.pt"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_RUN_FILES = ("recipe.yaml", "metrics.json", "logs")
+
+
+def save_heads(heads: Mapping[str, HeadModel], folder: Path) -> None:
+    """
+    Writes heads as `<folder>/<head name>/config.json` and `model.safetensors`, each file complete or absent.
+
+    Args:
+        heads (`Mapping[str, HeadModel]`): Heads by name.
+        folder (`Path`): Where; made if it does not exist.
+    """
+    staging = folder / ".saving"
+    try:
+        for name, head in heads.items():
+            with quiet_progress():
+                head.save_pretrained(staging / name)
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (staging / name).iterdir():
+                if file.is_file():
+                    os.replace(file, folder / name / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """
+    A folder to write into that takes the name `folder` once all is written, so that `folder` is complete or absent. A
+    manifest with the size of each file goes with it.
+    """
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    sizes = {}
+    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        sizes[str(file.relative_to(staging))] = file.stat().st_size
+    (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None."""
+    return next((path for path in reversed(checkpoints(output_dir)) if missing_part(path) is None), None)
+
+
+def missing_part(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, by its manifest; None if it is whole."""
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"it has no readable {MANIFEST}"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+    return None
+
+
+def drop_old(output_dir: Path, keep: int | None) -> None:
+    """Deletes all but the newest `keep` checkpoints of a run; none if `keep` is None."""
+    if keep is not None:
+        for path in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(path)
+
+
+def run_files(output_dir: Path) -> list[Path]:
+    """What a run left in a folder: its checkpoints, logs, metrics, recipe and heads."""
+    if not output_dir.is_dir():
+        return []
+    heads = [path.parent for path in output_dir.rglob("config.json") if (path.parent / "model.safetensors").exists()]
+    inside = [path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])]
+    known = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    return checkpoints(output_dir) + known + inside
+
+
+def delete_run(output_dir: Path) -> None:
+    """Deletes what a run left in a folder, and nothing else that lies there."""
+    for path in run_files(output_dir):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """
+    The optimizer's and the run's state in a checkpoint.
+
+    Raises:
+        `InputError`: if the checkpoint does not exist or is not whole.
+    """
+    if not checkpoint.is_dir():
+        raise InputError(f"There is no checkpoint folder {str(checkpoint)!r}. Name a folder such as checkpoint-1000.")
+    if wrong := missing_part(checkpoint):
+        raise InputError(
+            f"Checkpoint {str(checkpoint)!r} is not whole: {wrong}. Resume from another one, or set "
+            "training.resume_from_checkpoint: true for the newest that is whole."
+        )
+    return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator of this process, in types that load without running code."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets every generator of this process as `random_state` found them."""
+    random.setstate(state["python"])
+    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Keeps transformers' progress bars off the screen: one bar for each small file of a run helps nobody."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,24 @@
+from transformers import AutoConfig, AutoModel
+
+from .configuration_head import HeadConfig
+from .configuration_sae import SaeConfig
+from .configuration_transcoder import TranscoderConfig
+from .modeling_head import HeadModel, HeadOutput, Latents
+from .modeling_sae import SaeModel
+from .modeling_transcoder import TranscoderModel
+
+
+for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderModel)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+
+__all__ = [
+    "HeadConfig",
+    "HeadModel",
+    "HeadOutput",
+    "Latents",
+    "SaeConfig",
+    "SaeModel",
+    "TranscoderConfig",
+    "TranscoderModel",
+]

@@ -1,0 +1,69 @@
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .latent_selection import SELECTIONS
+
+
+@strict
+class HeadConfig(PreTrainedConfig):
+    """
+    What SAEs and transcoders have in common.
+
+    Args:
+        d_in (`int`): Width of what the head reads.
+        num_latents (`int`, *optional*): Latents; `expansion_factor * d_in` if not given.
+        expansion_factor (`int`, *optional*, defaults to 32): Latents for each dimension of the input. Read only if
+            `num_latents` is not given, and None if that is no such multiple.
+        k (`int`, defaults to 32): Latents that are active for each token.
+        activation (`str`, defaults to `"topk"`): How latents are selected: `"topk"`, `"groupmax"`, or `"signed_topk"`,
+            which keeps the largest by magnitude with their sign and exists to read old files.
+        normalize_decoder (`bool`): Whether training keeps the decoder's rows at unit norm.
+        apply_b_dec_to_input (`bool`): Whether `b_dec` is taken from the input before it is encoded.
+        encoder_only (`bool`, defaults to `False`): Build no decoder; the head can encode but not reconstruct.
+        hookpoint (`str`, *optional*): Module of the LM's base model at which the head was trained.
+        source (`str`, *optional*): Module whose output it reads, if that is not the hookpoint's own input or output.
+        base_model_name_or_path (`str`, *optional*): The LM it was trained on.
+        base_model_revision (`str`, *optional*): That LM's commit.
+
+    Raises:
+        `ValueError`: if the sizes disagree, such as k above num_latents.
+    """
+
+    # A head without a width means nothing, so there is no default config to compare a saved one with.
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    d_in: int = 0
+    num_latents: int | None = None
+    expansion_factor: int | None = 32
+    k: int = 32
+    activation: str = "topk"
+    normalize_decoder: bool = True
+    apply_b_dec_to_input: bool = True
+    encoder_only: bool = False
+    hookpoint: str | None = None
+    source: str | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_latents is None:
+            self.num_latents = (self.expansion_factor or 0) * self.d_in
+        if self.num_latents != (self.expansion_factor or 0) * self.d_in:
+            self.expansion_factor = None
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Checks that the sizes agree; called at construction and when the config is saved."""
+        if self.d_in < 1:
+            raise ValueError(f"d_in is {self.d_in}, but a head needs the width of its input, a positive number.")
+        if self.activation not in SELECTIONS:
+            raise ValueError(f"activation is {self.activation!r}; allowed are {', '.join(SELECTIONS)}.")
+        if not 1 <= self.k <= self.num_latents:
+            raise ValueError(f"k is {self.k}, but it must be from 1 to num_latents, {self.num_latents}.")
+        if self.activation == "groupmax" and self.num_latents % self.k:
+            raise ValueError(
+                f"groupmax cuts {self.num_latents} latents into k = {self.k} equal groups, which does not divide. "
+                "Change k or num_latents."
+            )

@@ -1,0 +1,291 @@
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization as init
+from transformers.utils import ModelOutput
+
+from ..metrics import squared_error, total_variance as variance_of
+from ..ops import Selection, sparse_decode, sparse_encode
+from .configuration_head import HeadConfig
+from .latent_selection import SELECTIONS
+
+
+# See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
+MULTI_TOPK_FACTOR = 4
+MULTI_TOPK_WEIGHT = 1 / 8
+
+
+class Latents(NamedTuple):
+    """
+    The active latents of each token.
+
+    Args:
+        top_acts (`torch.Tensor` of shape `(..., k)`): Their activations.
+        top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
+    """
+
+    top_acts: Tensor
+    top_indices: Tensor
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """
+    What a head's forward pass gives.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): `fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8`. Float32.
+        reconstruction (`torch.Tensor` of shape `(..., d_out)`): What the head makes of its input.
+        top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the selected latents.
+        top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
+        fvu (`torch.Tensor` of shape `()`): Squared error over the target's total variance.
+        auxk_loss (`torch.Tensor` of shape `()`, *optional*): With a `dead_mask`.
+        multi_topk_fvu (`torch.Tensor` of shape `()`, *optional*): With `multi_topk`.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    top_acts: Tensor | None = None
+    top_indices: Tensor | None = None
+    fvu: Tensor | None = None
+    auxk_loss: Tensor | None = None
+    multi_topk_fvu: Tensor | None = None
+
+
+class HeadModel(PreTrainedModel):
+    """What [`SaeModel`] and [`TranscoderModel`] have in common: one sparse layer of latents between two linear maps."""
+
+    config: HeadConfig
+    base_model_prefix = "head"
+    main_input_name = "activations"
+    # The tensors that a head without a decoder leaves in its file.
+    _keys_to_ignore_on_load_unexpected = [r"^W_dec$", r"^W_skip$"]
+
+    def __init__(self, config: HeadConfig):
+        super().__init__(config)
+        self.encoder = nn.Linear(config.d_in, config.num_latents)
+        self.b_dec = nn.Parameter(torch.empty(config.d_out))
+        has_skip = getattr(config, "skip_connection", False) and not config.encoder_only
+        self.W_dec = None if config.encoder_only else nn.Parameter(torch.empty(config.num_latents, config.d_out))
+        self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in)) if has_skip else None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, hookpoint: str | None = None, **kwargs: Any):
+        """
+        As in transformers, with two arguments more.
+
+        Args:
+            hookpoint (`str`, *optional*): Head to take from a folder or repo of several; an alias of `subfolder`.
+            encoder_only (`bool`, defaults to `False`): Read no decoder; the head can encode but not reconstruct.
+
+        Raises:
+            `OSError`: if there is no such folder, repo or head.
+        """
+        if hookpoint is not None:
+            kwargs["subfolder"] = hookpoint
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Two tokens' worth of zeros, `(2, d_in)`."""
+        return {"activations": torch.zeros(2, self.config.d_in, dtype=self.dtype, device=self.device)}
+
+    @property
+    def num_latents(self) -> int:
+        """Latents of the head."""
+        return self.config.num_latents
+
+    def encode(self, activations: Tensor) -> Latents:
+        """
+        The active latents of each token.
+
+        Args:
+            activations (`torch.Tensor` of shape `(..., d_in)`): What the head reads.
+
+        Returns:
+            [`Latents`]: activations and indices, each `(..., k)`.
+
+        Raises:
+            `ValueError`: if the last dimension is not `d_in`.
+        """
+        values, selection = self._encode(self._tokens(activations), self.config.k)
+        shape = (*activations.shape[:-1], self.config.k)
+        return Latents(self._activate(values).view(shape), selection.indices.view(shape))
+
+    def decode(self, top_acts: Tensor, top_indices: Tensor, activations: Tensor | None = None) -> Tensor:
+        """
+        The reconstruction from activations of latents: `sum_i acts_i W_dec[i] + b_dec (+ W_skip x)`.
+
+        Args:
+            top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the latents.
+            top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
+            activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): What the head read. Asked for where there is
+                a skip connection.
+
+        Returns:
+            `torch.Tensor` of shape `(..., d_out)`.
+
+        Raises:
+            `ValueError`: if the head was loaded without its decoder, or `activations` is missing.
+        """
+        shape = (*top_acts.shape[:-1], self.config.d_out)
+        selection = Selection(top_indices.reshape(-1, top_indices.shape[-1]), self.num_latents)
+        tokens = None if activations is None else self._tokens(activations)
+        return self._decode(top_acts.reshape(-1, top_acts.shape[-1]), selection, tokens).view(shape)
+
+    def forward(
+        self,
+        activations: Tensor,
+        target: Tensor | None = None,
+        *,
+        k: int | None = None,
+        total_variance: Tensor | None = None,
+        dead_mask: Tensor | None = None,
+        auxk_alpha: float = 1.0,
+        multi_topk: bool = False,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """
+        Reconstructs `target` from `activations`, and measures how well.
+
+        Args:
+            activations (`torch.Tensor` of shape `(..., d_in)`): What the head reads.
+            target (`torch.Tensor` of shape `(..., d_out)`, *optional*): What it should reproduce; `activations` if not
+                given.
+            k (`int`, *optional*): Latents that are active for each token; the config's if not given.
+            total_variance (`torch.Tensor` of shape `()`, *optional*): What squared errors are divided by; that of `target`
+                over these tokens if not given. A caller with a part of a batch passes the whole batch's.
+            dead_mask (`torch.BoolTensor` of shape `(num_latents,)`, *optional*): Dead latents, for AuxK. See
+                arXiv:2406.04093, appendix A.2. The loss is divided by the target's variance and, while fewer than
+                `d_out / 2` latents are dead, scaled down by their number.
+            auxk_alpha (`float`, defaults to 1): Weight of the AuxK loss.
+            multi_topk (`bool`, defaults to `False`): Add FVU at 4k latents to the loss.
+            return_dict (`bool`, *optional*): `False` gives a plain tuple.
+
+        Returns:
+            [`HeadOutput`].
+
+        Raises:
+            `ValueError`: if a width is wrong, the head has no decoder, or `multi_topk` does not fit the activation.
+        """
+        tokens = self._tokens(activations)
+        wanted = tokens if target is None else target.reshape(-1, self.config.d_out)
+        k = self.config.k if k is None else k
+        widest = self._multi_topk_width(k) if multi_topk else k
+        if total_variance is None:
+            total_variance = variance_of(wanted)
+        # A batch without variance has no gradient worth following; it must not become NaN either.
+        denominator = total_variance.clamp_min(torch.finfo(total_variance.dtype).tiny)
+
+        values, selection = self._encode(tokens, widest, dead_mask)
+        acts, chosen = self._activate(values[:, :k]), selection.columns(0, k)
+        reconstruction = self._decode(acts, chosen, tokens)
+        loss = fvu = squared_error(wanted, reconstruction) / denominator
+        auxk_loss = multi_topk_fvu = None
+        if dead_mask is not None:
+            residual = wanted - reconstruction.detach()
+            auxk_loss = self._auxk_error(values[:, widest:], selection, dead_mask, residual) / denominator
+            loss = loss + auxk_alpha * auxk_loss
+        if multi_topk:
+            wide = self._decode(self._activate(values[:, :widest]), selection.columns(0, widest), tokens)
+            multi_topk_fvu = squared_error(wanted, wide) / denominator
+            loss = loss + MULTI_TOPK_WEIGHT * multi_topk_fvu
+
+        leading = activations.shape[:-1]
+        output = HeadOutput(
+            loss=loss,
+            reconstruction=reconstruction.view(*leading, -1),
+            top_acts=acts.view(*leading, -1),
+            top_indices=chosen.indices.view(*leading, -1),
+            fvu=fvu,
+            auxk_loss=auxk_loss,
+            multi_topk_fvu=multi_topk_fvu,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def initialize_biases(self, input_mean: Tensor, target_mean: Tensor) -> None:
+        """
+        Sets `b_dec` to the mean target, and the encoder's bias so that pre-activations are centred on the mean input.
+
+        Args:
+            input_mean (`torch.Tensor` of shape `(d_in,)`): Mean over tokens of what the head reads.
+            target_mean (`torch.Tensor` of shape `(d_out,)`): Mean of what it should reproduce.
+        """
+        self.b_dec.copy_(target_mean)
+        centre = input_mean.to(self.dtype) - (self.b_dec if self.config.apply_b_dec_to_input else 0)
+        self.encoder.bias.copy_(-(self.encoder.weight @ centre))
+
+    def _activate(self, values: Tensor) -> Tensor:
+        return SELECTIONS[self.config.activation].activate(values)
+
+    def _encode(self, tokens: Tensor, k: int, dead_mask: Tensor | None = None) -> tuple[Tensor, Selection]:
+        """Pre-activations of the k selected latents and, behind them, of the `d_out / 2` foremost dead ones."""
+        choose = SELECTIONS[self.config.activation].select
+
+        def select(pre_activations: Tensor) -> tuple[Tensor, Tensor]:
+            values, indices = choose(pre_activations, k)
+            if dead_mask is None:
+                return values, indices
+            dead = pre_activations.masked_fill_(~dead_mask, -torch.inf).topk(self._k_aux)
+            return torch.cat([values, dead.values], -1), torch.cat([indices, dead.indices], -1)
+
+        shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        return sparse_encode(tokens, self.encoder.weight, self.encoder.bias, shift, select)
+
+    def _decode(self, acts: Tensor, selection: Selection, tokens: Tensor | None) -> Tensor:
+        if self.W_dec is None:
+            raise ValueError("The head was loaded with encoder_only=True and cannot decode. Load it without.")
+        reconstruction = sparse_decode(acts, selection, self.W_dec) + self.b_dec
+        if self.W_skip is None:
+            return reconstruction
+        if tokens is None:
+            raise ValueError("The head has a skip connection: decode also needs the activations that it read.")
+        return reconstruction + nn.functional.linear(tokens, self.W_skip)
+
+    def _auxk_error(self, values: Tensor, selection: Selection, dead_mask: Tensor, residual: Tensor) -> Tensor:
+        # Living latents fill up the selection where few are dead; their pre-activation is -inf, and ReLU makes it 0.
+        dead = selection.columns(selection.indices.shape[1] - self._k_aux, None)
+        estimate = sparse_decode(nn.functional.relu(values), dead, self.W_dec)
+        return squared_error(residual, estimate) * (dead_mask.sum() / self._k_aux).clamp(max=1.0)
+
+    @property
+    def _k_aux(self) -> int:
+        return min(max(self.config.d_out // 2, 1), self.num_latents)
+
+    def _multi_topk_width(self, k: int) -> int:
+        width = MULTI_TOPK_FACTOR * k
+        if not SELECTIONS[self.config.activation].nests or width > self.num_latents:
+            raise ValueError(
+                f"Multi-TopK selects {width} latents by topk, but the head has activation {self.config.activation!r} and "
+                f"{self.num_latents} latents."
+            )
+        return width
+
+    def _tokens(self, activations: Tensor) -> Tensor:
+        if activations.shape[-1] != self.config.d_in:
+            raise ValueError(
+                f"The head reads activations of width d_in = {self.config.d_in}, but got shape {tuple(activations.shape)}."
+            )
+        return activations.reshape(-1, self.config.d_in).to(self.dtype)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, HeadModel):
+            return
+        init.kaiming_uniform_(module.encoder.weight, a=math.sqrt(5))
+        init.zeros_(module.encoder.bias)
+        init.zeros_(module.b_dec)
+        if module.W_skip is not None:
+            init.zeros_(module.W_skip)
+        if module.W_dec is not None:
+            init.copy_(module.W_dec, module._initial_decoder())
+
+    def _initial_decoder(self) -> Tensor:
+        """Where `W_dec` starts, `(num_latents, d_out)`."""
+        # Before training, a transcoder should predict the target's mean, not noise.
+        return torch.zeros_like(self.W_dec)

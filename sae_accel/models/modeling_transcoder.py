@@ -1,0 +1,20 @@
+from .configuration_transcoder import TranscoderConfig
+from .modeling_head import HeadModel
+
+
+class TranscoderModel(HeadModel):
+    """
+    A transcoder: it reads one activation and predicts another, such as an MLP's input and output, through at most k
+    latents for each token.
+
+    With `x` of shape `(..., d_in)`: `pre = W_enc x + b_enc`, and `y_hat = sum_i acts_i W_dec[i] + b_dec (+ W_skip x)` over
+    the selected latents, of shape `(..., d_out)`.
+
+    Examples:
+        ```python
+        transcoder = TranscoderModel(TranscoderConfig(d_in=576, skip_connection=True, k=32))
+        transcoder(mlp_input, mlp_output).fvu
+        ```
+    """
+
+    config: TranscoderConfig

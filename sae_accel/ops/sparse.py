@@ -1,0 +1,175 @@
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# Bounds the pre-activations, the largest tensor of a step, to 256 MiB in float32 whatever the batch.
+MAX_PRE_ACTIVATIONS = 2**26
+
+
+class Selection:
+    """
+    Which latents each token uses, with the order by latent that both weight gradients need.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(num_tokens, k)`): Latents of each token.
+        num_latents (`int`): Latents of the head.
+    """
+
+    def __init__(self, indices: Tensor, num_latents: int):
+        self.indices = indices
+        self.num_latents = num_latents
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """
+        The entries of `indices` sorted by latent, stably so that sums have one order.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: positions in the flattened indices, `(num_tokens * k,)`, and for each latent where
+            its run starts, `(num_latents,)`.
+        """
+        latents, order = self.indices.flatten().sort(stable=True)
+        every_latent = torch.arange(self.num_latents, device=latents.device)
+        return order, torch.searchsorted(latents, every_latent)
+
+    def columns(self, start: int, stop: int | None) -> "Selection":
+        """The selection of these columns of `indices`; itself if that is all of them, so that the order is shared."""
+        columns = self.indices[:, start:stop]
+        return self if columns.shape == self.indices.shape else Selection(columns.contiguous(), self.num_latents)
+
+    def sum_by_latent(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """
+        For each latent, the weighted sum of the rows of the tokens that use it.
+
+        Args:
+            weights (`torch.Tensor` of shape `(num_tokens, k)`): Weight of each use.
+            rows (`torch.Tensor` of shape `(num_tokens, d)`): One row a token.
+
+        Returns:
+            `torch.Tensor` of shape `(num_latents, d)`. The `(num_tokens, k, d)` products are never stored.
+        """
+        order, starts = self.by_latent
+        tokens = order.div(self.indices.shape[1], rounding_mode="floor")
+        return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights.flatten()[order])
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Sums `values` `(num_tokens, k)` by latent: `(num_latents,)`."""
+        return values.new_zeros(self.num_latents).scatter_add_(0, self.indices.flatten(), values.flatten())
+
+
+def sparse_encode(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, select: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Selection]:
+    """
+    Pre-activations `weight (x - shift) + bias` of the latents that `select` picks for each token.
+
+    The dense pre-activations live in pieces of at most `MAX_PRE_ACTIVATIONS` elements and are not kept for the backward
+    pass, whose cost and memory are those of the selected latents alone. Under autocast the product is taken in its
+    precision.
+
+    Args:
+        x (`torch.Tensor` of shape `(num_tokens, d_in)`): What the head reads.
+        weight (`torch.Tensor` of shape `(num_latents, d_in)`): Encoder.
+        bias (`torch.Tensor` of shape `(num_latents,)`): Its bias.
+        shift (`torch.Tensor` of shape `(d_in,)`, *optional*): Taken from `x` first, an SAE's `b_dec`.
+        select (`Callable`): From dense pre-activations `(num_tokens, num_latents)`, which it may overwrite, to the
+            values and indices of some, each `(num_tokens, n)`.
+
+    Returns:
+        `tuple[Tensor, Selection]`: the values, `(num_tokens, n)` in the weight's dtype, and the selection.
+    """
+    shifted = x if shift is None else x - shift.detach()
+    with torch.no_grad():
+        values, indices = _select_in_pieces(shifted, weight, bias, select)
+    selection = Selection(indices, weight.shape[0])
+    return _SelectedLinear.apply(shifted, weight, bias, shift, values.to(weight.dtype), selection), selection
+
+
+def sparse_decode(acts: Tensor, selection: Selection, weight: Tensor) -> Tensor:
+    """
+    Sum of the decoder rows of the selected latents, `sum_i acts_i weight[i]`.
+
+    Args:
+        acts (`torch.Tensor` of shape `(num_tokens, k)`): Activations of the selected latents.
+        selection (`Selection`): Which latents they are.
+        weight (`torch.Tensor` of shape `(num_latents, d_out)`): Decoder.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, d_out)`.
+    """
+    return _SparseDecode.apply(acts.to(weight.dtype), weight, selection)
+
+
+def _select_in_pieces(x, weight, bias, select) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    rows = max(1, MAX_PRE_ACTIVATIONS // weight.shape[0])
+    buffer = None
+    pieces = []
+    for piece in x.split(rows):
+        # One buffer for all pieces: on a CPU, touching fresh pages costs as much as a sixth of the product.
+        if buffer is None:
+            buffer = piece.new_empty(piece.shape[0], weight.shape[0])
+        pieces.append(select(torch.addmm(bias, piece, weight.t(), out=buffer[: piece.shape[0]])))
+    values, indices = zip(*pieces, strict=True)
+    return (values[0], indices[0]) if len(pieces) == 1 else (torch.cat(values), torch.cat(indices))
+
+
+class _SelectedLinear(torch.autograd.Function):
+    """A linear map of which only the selected outputs, already computed, are used."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shift, values, selection):
+        ctx.save_for_backward(x, weight)
+        ctx.selection = selection
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        x, weight = ctx.saved_tensors
+        selection = ctx.selection
+        needs_x, needs_weight, needs_bias, needs_shift = ctx.needs_input_grad[:4]
+        grad_x = grad_weight = grad_bias = grad_shift = None
+        if needs_x:
+            grad_x = F.embedding_bag(selection.indices, weight, mode="sum", per_sample_weights=grad_values).to(x.dtype)
+        if needs_weight:
+            grad_weight = selection.sum_by_latent(grad_values, x.to(weight.dtype))
+        if needs_bias or needs_shift:
+            grad_bias = selection.scatter(grad_values)
+        if needs_shift:
+            # The sum over tokens comes first, so one product with a vector replaces one with every token.
+            grad_shift = -(grad_bias @ weight)
+        return grad_x, grad_weight, grad_bias, grad_shift, None, None
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, acts, weight, selection):
+        ctx.save_for_backward(acts, weight)
+        ctx.selection = selection
+        return F.embedding_bag(selection.indices, weight, mode="sum", per_sample_weights=acts)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        acts, weight = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        grad_acts = _dot_selected_rows(grad_output, weight, ctx.selection.indices) if ctx.needs_input_grad[0] else None
+        grad_weight = ctx.selection.sum_by_latent(acts, grad_output) if ctx.needs_input_grad[1] else None
+        return grad_acts, grad_weight, None
+
+
+def _dot_selected_rows(rows: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    """Products of each token's row with the weight rows that it selects: `(num_tokens, k)`."""
+    tokens, k = indices.shape
+    starts = torch.arange(0, tokens * k, k, device=indices.device)
+    bags = torch.arange(tokens, device=indices.device).repeat_interleave(k)
+    # The kernel behind embedding_bag's own gradient: it never gathers the (tokens, k, d) rows that bmm would need.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, weight, indices.flatten(), starts, bags, mode=0
+    )
+    return products.view(tokens, k)

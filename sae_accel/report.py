@@ -1,0 +1,50 @@
+from collections.abc import Mapping
+
+from .models import HeadModel
+
+
+def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:
+    """
+    One line for each head: its size, FVU and L0 on held-out tokens, and dead latents.
+
+    Args:
+        heads (`Mapping[str, HeadModel]`): Heads by name.
+        metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
+    """
+    rows = [("head", "type", "d_in -> latents -> d_out", "k", "FVU", "L0", "dead")]
+    for name, head in heads.items():
+        config = head.config
+        rows.append(
+            (
+                name,
+                config.model_type.removeprefix("sae_accel_"),
+                f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}",
+                str(config.k),
+                _number(metrics.get(f"eval/fvu/{name}"), ".4f"),
+                _number(metrics.get(f"eval/l0/{name}"), ".1f"),
+                _number(metrics.get(f"train/dead/{name}"), ".1%"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def closing_message(trainer, metrics: Mapping[str, float]) -> str:
+    """What a run ends with: the table, the speed, and the next commands."""
+    folder = trainer.args.output_dir
+    held_out = f"FVU and L0 on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    return f"""
+{metrics_table(trainer.heads, metrics)}
+
+{held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s. Saved in {folder}.
+
+Next:
+  tensorboard --logdir {folder}/logs
+  python -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
+  accelerate launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"
+"""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

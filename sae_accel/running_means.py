@@ -1,0 +1,46 @@
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class StepSums:
+    """What heads measured in one optimizer step or evaluation, summed over its micro-batches without leaving the device."""
+
+    def __init__(self):
+        self.by_head: dict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def add(self, measured: dict[str, dict[str, Tensor]]) -> None:
+        """Adds what the bank measured, by head and quantity."""
+        for name, values in measured.items():
+            sums = self.by_head[name]
+            for quantity, value in values.items():
+                sums[quantity] = sums[quantity] + value if quantity in sums else value
+
+    def reduce(self, accelerator) -> None:
+        """Sums over all processes."""
+        if accelerator.num_processes > 1:
+            self.by_head = {name: accelerator.reduce(sums, "sum") for name, sums in self.by_head.items()}
+
+
+class RunningMeans:
+    """Means of logged values over the steps since the last log."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's values."""
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.steps += 1
+
+    def flush(self) -> dict[str, float]:
+        """The means, and starts anew."""
+        if not self.steps:
+            return {}
+        means = torch.stack(list(self.sums.values())) / self.steps
+        values = dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.steps = {}, 0
+        return values

@@ -1,0 +1,542 @@
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import TrainOutput
+
+from . import checkpoint as files
+from .activations import Activations, RunningLM
+from .arguments import HeadArguments, SaeTrainingArguments, secret_fields
+from .bank import Moments, SaeBank
+from .callbacks import FlowCallback, ProgressBar, k_at
+from .data import collate
+from .errors import InputError
+from .hookpoints import plan_heads
+from .models import HeadModel
+from .optim import Signum, build_optimizer, build_scheduler
+from .running_means import RunningMeans, StepSums
+
+
+logger = get_logger(__name__)
+
+
+class SaeTrainer:
+    """
+    Trains SAEs and transcoders on the activations of a frozen LM, with the feel of `transformers.Trainer`.
+
+    Args:
+        model (`PreTrainedModel`): The LM. It is frozen, and stops after the deepest hookpoint.
+        args (`SaeTrainingArguments`): How to train.
+        heads (`list[HeadArguments]`): What to train; a head for every layer's output if not given.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `input_ids`, such as
+            `chunk_and_tokenize` gives.
+        eval_dataset (*optional*): Held-out rows of the same kind.
+        exclude_tokens (`list[int]`, *optional*): Token ids that train nothing and count in no metric.
+        processing_class (*optional*): The tokenizer, handed to callbacks.
+        callbacks (`list[transformers.TrainerCallback]`, *optional*): Further callbacks.
+        recipe (`Recipe`, *optional*): What is run, saved beside the heads.
+
+    Raises:
+        `InputError`: if a hookpoint does not exist, sizes disagree, or the data cannot fill a batch.
+
+    Examples:
+        ```python
+        trainer = SaeTrainer(lm, SaeTrainingArguments(output_dir="runs/gpt2"), [HeadArguments(hookpoints="h.*")], tokens)
+        trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SaeTrainingArguments,
+        heads: list[HeadArguments] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        exclude_tokens: Iterable[int] = (),
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        recipe: Any = None,
+    ):
+        self.args = args
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.recipe = recipe
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            log_with=[tracker for tracker in args.report_to if tracker != "none"],
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")),
+            dataloader_config=DataLoaderConfiguration(even_batches=False),
+            step_scheduler_with_optimizer=False,
+        )
+        set_seed(args.seed)
+        plans = plan_heads(model, heads or [HeadArguments()])
+        for plan in plans:
+            plan.config.base_model_name_or_path = model.config.name_or_path or None
+            plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
+        if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
+            model.to(self.accelerator.device)
+        self.bank = SaeBank(plans)
+        self.activations = RunningLM(model, self.bank.sites, list(exclude_tokens))
+        self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        self.optimizer = self.lr_scheduler = None
+        self.state = TrainerState(
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            is_world_process_zero=self.accelerator.is_main_process,
+        )
+        self.control = TrainerControl()
+        self.callback_handler = CallbackHandler(
+            [FlowCallback(), *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
+        )
+        self.tokens_since_fired = {
+            name: torch.zeros(head.num_latents, dtype=torch.long, device=self.accelerator.device)
+            for name, head in self.bank.named_heads()
+        }
+        self._log = RunningMeans()
+        self._interrupted = False
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Adds a `transformers.TrainerCallback`, or makes one of the class given."""
+        self.callback_handler.add_callback(callback)
+
+    @property
+    def heads(self) -> dict[str, HeadModel]:
+        """The heads by name."""
+        return dict(self.accelerator.unwrap_model(self.bank).named_heads())
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """While open, heads hold the weights that are evaluated and saved: with signum the averaged ones."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        with optimizer.averaged() if isinstance(optimizer, Signum) else nullcontext():
+            yield
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """
+        Trains, evaluates on the held-out rows, and saves the heads and `metrics.json` in `args.output_dir`.
+
+        Args:
+            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint folder to go on from; `True` is the newest whole
+                one of `args.output_dir`; `args.resume_from_checkpoint` if not given.
+
+        Returns:
+            `transformers.trainer_utils.TrainOutput`: steps done, mean FVU since the last log, and the metrics.
+
+        Raises:
+            `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint cannot be
+                used.
+            `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
+        """
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self._find_checkpoint(resume)
+        position = self._begin(checkpoint)
+        started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        with self._interruptible():
+            for window, position in self._windows(position):
+                self.training_step(window)
+                self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+                self._act_on_control(position)
+                if self.control.should_training_stop:
+                    break
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        metrics = self.evaluate() if self.eval_dataset is not None else {}
+        fvu = self._last_fvu()
+        trained = self.state.num_input_tokens_seen - tokens_before
+        metrics["train/tokens"] = self.state.num_input_tokens_seen
+        metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
+        metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
+        self.save_model()
+        self._save_metrics(metrics)
+        self.accelerator.end_training()
+        return TrainOutput(self.state.global_step, fvu, metrics)
+
+    def training_step(self, window: list[dict[str, Tensor]]) -> None:
+        """
+        One optimizer step on the batches of an accumulation window, from tokens to new weights.
+
+        Every squared error is divided by the target's variance over the whole window and all processes. That is known only
+        at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.
+        """
+        bank = self.accelerator.unwrap_model(self.bank)
+        k = {name: k_at(self.state.global_step, head.config, bank.plans[name].arguments) for name, head in bank.named_heads()}
+        dead_masks = self._dead_masks()
+        moments: dict[str, Moments] = {}
+        reference: dict[str, Tensor] = {}
+        step = StepSums()
+        for i, batch in enumerate(window):
+            activations = self.activations(batch)
+            for name, new in self._target_moments(activations).items():
+                moments[name] = moments[name].merge(new) if i else new
+            reference = reference or {name: _positive(m.variance) for name, m in moments.items()}
+            for j, part in enumerate(activations.split(self.args.micro_batches)):
+                with self._synchronize(i == len(window) - 1 and j == self.args.micro_batches - 1):
+                    output = self.bank(part.by_site, reference, k, dead_masks)
+                    # DDP takes the mean over processes, where the loss is a sum over all their tokens.
+                    self.accelerator.backward(output["loss"] * self.accelerator.num_processes)
+                step.add(output["heads"])
+        scale = {name: reference[name] / _positive(m.variance) for name, m in moments.items()}
+        if len(window) > 1:
+            self._scale_gradients(scale)
+        self._clip_gradients()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self._count(step, scale, moments, k)
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """
+        FVU, L0 and the part of latents that stay silent, by head, on held-out rows, with the weights that are saved.
+
+        Args:
+            eval_dataset (*optional*): Rows to use instead of the trainer's.
+
+        Returns:
+            `dict[str, float]`: `eval/fvu/<head>`, `eval/l0/<head>`, `eval/silent/<head>`, and `eval/tokens`.
+
+        Raises:
+            `InputError`: if there are no held-out rows.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples.")
+        bank = self.accelerator.unwrap_model(self.bank)
+        k = {name: head.config.k for name, head in bank.named_heads()}
+        unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
+        moments: dict[str, Moments] = {}
+        sums = StepSums()
+        with torch.no_grad(), self.evaluated_weights():
+            for i, batch in enumerate(self._loader(dataset, drop_last=False)):
+                activations = self.activations(batch)
+                for name, new in self._target_moments(activations).items():
+                    moments[name] = moments[name].merge(new) if i else new
+                for part in activations.split(self.args.micro_batches):
+                    sums.add(bank(part.by_site, unit, k, {})["heads"])
+        metrics = self._evaluation(sums, moments)
+        self.accelerator.log(metrics, step=self.state.global_step)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes the heads, and the recipe if there is one, into `output_dir`, by default that of the arguments."""
+        folder = Path(output_dir or self.args.output_dir)
+        with self.evaluated_weights():
+            if self.accelerator.is_main_process:
+                files.save_heads(self.heads, folder)
+                if self.recipe is not None:
+                    self.recipe.save(folder / "recipe.yaml")
+        self.accelerator.wait_for_everyone()
+
+    def dead_fractions(self) -> dict[str, float]:
+        """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
+        plans = self.accelerator.unwrap_model(self.bank).plans
+        return {
+            name: (count > plans[name].arguments.dead_after_tokens).float().mean().item()
+            for name, count in self.tokens_since_fired.items()
+        }
+
+    def _begin(self, checkpoint: Path | None) -> tuple[int, int]:
+        """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
+        self._check_output_dir(checkpoint)
+        state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
+        loader = self._loader(self.train_dataset)
+        self.state.max_steps = self._max_steps(loader)
+        if state is None:
+            self._initialize_biases(loader)
+        else:
+            self._check_fits(checkpoint, state)
+        if checkpoint is None and self.accelerator.is_main_process:
+            files.delete_run(self.output_dir)
+        self.optimizer = build_optimizer(self.bank, self.args)
+        self.lr_scheduler = build_scheduler(self.optimizer, self.args, self.state.max_steps)
+        self.bank, self.optimizer = self.accelerator.prepare(self.bank, self.optimizer)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        position = (0, 0) if state is None else self._restore(checkpoint, state)
+        self._start_trackers()
+        return position
+
+    def _check_output_dir(self, checkpoint: Path | None) -> None:
+        left = files.run_files(self.output_dir)
+        if left and checkpoint is None and not self.args.overwrite_output_dir:
+            raise InputError(
+                f"Output folder {str(self.output_dir)!r} holds another run ({left[0].name}). Set "
+                "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or another "
+                "training.output_dir."
+            )
+
+    def _loader(self, dataset: Any, epoch: int = 0, drop_last: bool = True) -> DataLoader:
+        """Batches of this process. The first pass keeps the dataset's order; each later one has an order of its own."""
+        size = self.args.per_device_train_batch_size
+        if _has_length(dataset):
+            if drop_last and len(dataset) < size * self.accelerator.num_processes:
+                raise InputError(
+                    f"The training data has {len(dataset)} sequences, fewer than one batch of {size} on "
+                    f"{self.accelerator.num_processes} process(es). Lower training.per_device_train_batch_size, "
+                    "data.eval_examples or data.ctx_len, or use more data."
+                )
+            if epoch:
+                order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed + epoch))
+                dataset = Subset(dataset, order.tolist())
+        elif epoch:
+            dataset.set_epoch(epoch)
+        loader = DataLoader(
+            dataset, size, drop_last=drop_last, collate_fn=partial(collate, pad_token_id=self.pad_token_id)
+        )
+        return self.accelerator.prepare_data_loader(loader)
+
+    def _windows(self, position: tuple[int, int]) -> Iterator[tuple[list[dict[str, Tensor]], tuple[int, int]]]:
+        """The batches of each optimizer step, with the place in the data (pass, batches done) that comes after them."""
+        epoch, done = position
+        while self.state.global_step < self.state.max_steps:
+            loader = self._loader(self.train_dataset, epoch)
+            batches = iter(skip_first_batches(loader, done) if done else loader)
+            while window := list(islice(batches, self.args.gradient_accumulation_steps)):
+                done += len(window)
+                yield window, (epoch, done)
+            if not done:
+                raise InputError("The training data has no full batch. Use more data, or a smaller batch or data.ctx_len.")
+            epoch, done = epoch + 1, 0
+
+    def _max_steps(self, loader: DataLoader) -> int:
+        window = self.args.gradient_accumulation_steps
+        limits = [] if self.args.max_steps is None else [self.args.max_steps]
+        if self.args.max_tokens is not None:
+            batch = next(iter(loader), None)
+            if batch is not None:
+                tokens = batch["input_ids"].numel() * self.accelerator.num_processes * window
+                limits.append(math.ceil(self.args.max_tokens / tokens))
+        if not limits and not _has_length(self.train_dataset):
+            raise InputError("The length of streamed data is not known. Set training.max_steps or training.max_tokens.")
+        return min(limits) if limits else math.ceil(len(loader) / window)
+
+    def _initialize_biases(self, loader: DataLoader) -> None:
+        """From the first batch in which some token trains, over all processes."""
+        for batch in loader:
+            activations = self.activations(batch)
+            moments = {site: self._reduce(Moments.of(rows)) for site, rows in activations.by_site.items()}
+            if all(m.count > 0 for m in moments.values()):
+                break
+        else:
+            raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
+        for name, head in self.bank.named_heads():
+            plan = self.bank.plans[name]
+            head.to(self.accelerator.device)
+            head.initialize_biases(moments[plan.reads].mean, moments[plan.predicts].mean)
+
+    def _target_moments(self, activations: Activations) -> dict[str, Moments]:
+        """By head, of its target over all processes; heads at one site share the work."""
+        plans = self.accelerator.unwrap_model(self.bank).plans
+        targets = dict.fromkeys(plan.predicts for plan in plans.values())
+        moments = {site: self._reduce(Moments.of(activations.by_site[site])) for site in targets}
+        return {name: moments[plan.predicts] for name, plan in plans.items()}
+
+    def _reduce(self, moments: Moments) -> Moments:
+        if self.accelerator.num_processes == 1:
+            return moments
+        count = self.accelerator.reduce(moments.count, "sum")
+        mean = self.accelerator.reduce(moments.mean * moments.count, "sum") / count.clamp_min(1)
+        between = moments.count * (moments.mean - mean).pow(2).sum()
+        return Moments(count, mean, self.accelerator.reduce(moments.variance + between, "sum"))
+
+    def _dead_masks(self) -> dict[str, Tensor]:
+        """Dead latents of the heads that have AuxK and some of them dead."""
+        plans = self.accelerator.unwrap_model(self.bank).plans
+        masks = {
+            name: count > plans[name].arguments.dead_after_tokens
+            for name, count in self.tokens_since_fired.items()
+            if plans[name].arguments.auxk_alpha
+        }
+        return {name: mask for name, mask in masks.items() if mask.any()}
+
+    def _synchronize(self, last: bool) -> Any:
+        """Gradients meet across processes in the last backward pass of a step only."""
+        self.accelerator.sync_gradients = last
+        return nullcontext() if last else self.accelerator.no_sync(self.bank)
+
+    def _scale_gradients(self, scale: dict[str, Tensor]) -> None:
+        for name, head in self.heads.items():
+            for parameter in head.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale[name])
+
+    def _clip_gradients(self) -> None:
+        """Head by head, so that one head's update never depends on another's."""
+        if self.args.max_grad_norm is not None:
+            for head in self.heads.values():
+                self.accelerator.clip_grad_norm_(head.parameters(), self.args.max_grad_norm)
+
+    def _count(self, step: StepSums, scale: dict[str, Tensor], moments: dict[str, Moments], k: dict[str, int]) -> None:
+        """Counts steps, tokens and silent latents, and keeps what will be logged."""
+        step.reduce(self.accelerator)
+        values: dict[str, Tensor] = {}
+        for name, sums in step.by_head.items():
+            tokens = moments[name].count
+            for part in ("fvu", "auxk_loss", "multi_topk_fvu"):
+                if part in sums:
+                    values[f"train/{part}/{name}"] = sums[part] * scale[name]
+            values[f"train/l0/{name}"] = sums["active"] / tokens.clamp_min(1)
+            since = self.tokens_since_fired[name]
+            since.add_(tokens.long()).masked_fill_(sums["uses"] > 0, 0)
+        self._log.add(values)
+        self.state.global_step += 1
+        self.state.num_input_tokens_seen += int(tokens)
+        self._k = k
+
+    def _act_on_control(self, position: tuple[int, int]) -> None:
+        """Logs, evaluates and saves where callbacks asked for it; after a signal, saves and stops."""
+        if self.control.should_log:
+            self._write_log()
+        if self.control.should_evaluate and self.eval_dataset is not None:
+            self.evaluate()
+        if self.control.should_save or self._interrupted:
+            folder = self._save_checkpoint(position)
+        if self._interrupted:
+            raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
+
+    def _write_log(self) -> None:
+        values = self._log.flush()
+        values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
+        values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
+        values |= {f"learning_rate/{group['head']}": float(group["lr"]) for group in self.optimizer.param_groups}
+        values["train/tokens"] = self.state.num_input_tokens_seen
+        self.accelerator.log(values, step=self.state.global_step)
+        self.state.log_history.append({**values, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, values)
+
+    def _evaluation(self, sums: StepSums, moments: dict[str, Moments]) -> dict[str, float]:
+        sums.reduce(self.accelerator)
+        metrics = {}
+        for name, values in sums.by_head.items():
+            metrics[f"eval/fvu/{name}"] = (values["fvu"] / _positive(moments[name].variance)).item()
+            metrics[f"eval/l0/{name}"] = (values["active"] / moments[name].count).item()
+            metrics[f"eval/silent/{name}"] = (values["uses"] == 0).float().mean().item()
+            metrics["eval/tokens"] = int(moments[name].count)
+        return metrics
+
+    def _last_fvu(self) -> float:
+        """Mean FVU over the heads in the latest log."""
+        latest = self.state.log_history[-1] if self.state.log_history else {}
+        fvus = [value for key, value in latest.items() if key.startswith("train/fvu/")]
+        return sum(fvus) / len(fvus) if fvus else math.nan
+
+    def _save_metrics(self, metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def _start_trackers(self) -> None:
+        hidden = secret_fields(self.args)
+        config = {
+            key: value
+            for key, value in asdict(self.args).items()
+            if key not in hidden and isinstance(value, (int, float, str, bool))
+        }
+        self.accelerator.init_trackers(self.args.run_name or self.output_dir.resolve().name, config=config)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM lets the step end and a checkpoint be saved; the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self._interrupted = True
+            for one, handler in before.items():
+                signal.signal(one, handler)
+            logger.warning("Stopping after this step, and saving a checkpoint. Once more to stop at once.")
+
+        before = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def _find_checkpoint(self, resume: bool | str) -> Path | None:
+        if resume is True:
+            return files.newest_complete(self.output_dir)
+        return Path(resume) if resume else None
+
+    def _save_checkpoint(self, position: tuple[int, int]) -> Path:
+        """Everything that going on needs, complete or absent."""
+        folder = self.output_dir / f"checkpoint-{self.state.global_step}"
+        everyone = gather_object([files.random_state()])
+        if self.accelerator.is_main_process:
+            state = {
+                "optim": self.args.optim,
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "weights": None,
+                "tokens_since_fired": self.tokens_since_fired,
+                "position": list(position),
+                "random": everyone,
+            }
+            with files.staged(folder) as staging:
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+                with self.evaluated_weights():
+                    files.save_heads(self.heads, staging)
+                if self.args.optim == "signum":
+                    # The heads on disk hold the average; training goes on from where the gradient is taken.
+                    state["weights"] = {name: head.state_dict() for name, head in self.heads.items()}
+                torch.save(state, staging / files.STATE_FILE)
+                if self.recipe is not None:
+                    self.recipe.save(staging / "recipe.yaml")
+            files.drop_old(self.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
+
+    def _check_fits(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """That a checkpoint is one of this run's heads and optimizer."""
+        saved = {name: len(count) for name, count in state["tokens_since_fired"].items()}
+        ours = {name: head.num_latents for name, head in self.bank.named_heads()}
+        if saved != ours:
+            raise InputError(
+                f"Checkpoint {str(checkpoint)!r} is of another recipe: it holds heads and latents {saved}, this run has {ours}."
+            )
+        if state["optim"] != self.args.optim:
+            raise InputError(
+                f"Checkpoint {str(checkpoint)!r} was written with training.optim {state['optim']}, this run has "
+                f"{self.args.optim}. Use the same."
+            )
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> tuple[int, int]:
+        for name, head in self.heads.items():
+            weights = state["weights"]
+            head.load_state_dict(weights[name] if weights else load_file(checkpoint / name / "model.safetensors"))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        self.tokens_since_fired = state["tokens_since_fired"]
+        saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state.global_step, self.state.num_input_tokens_seen = saved.global_step, saved.num_input_tokens_seen
+        self.state.log_history = saved.log_history
+        if self.accelerator.process_index < len(state["random"]):
+            files.restore_random_state(state["random"][self.accelerator.process_index])
+        return tuple(state["position"])
+
+
+def _positive(variance: Tensor) -> Tensor:
+    """A variance that can be divided by: tokens that are all alike, or none at all, have nothing to explain."""
+    return torch.where(variance > 0, variance, 1.0)
+
+
+def _has_length(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
