@@ -2,7 +2,6 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,8 +35,8 @@ class RunningLM:
     Activations that are computed as tokens come, by an LM that stops after the deepest hookpoint.
 
     Args:
-        model (`PreTrainedModel`): The LM. It is put in evaluation mode and its parameters are frozen; its own head, if it
-            has one, is never run.
+        model (`PreTrainedModel`): The LM. It is put in evaluation mode and its parameters are frozen; its own head, if
+            it has one, is never run.
         sites (`list[Site]`): What to read.
         exclude_tokens (`list[int]`): Token ids that train nothing.
 

@@ -23,9 +23,12 @@ class ModelArguments:
         "auto", "Precision of the LM's weights; auto keeps that of its files."
     )
     attn_implementation: str | None = _option(
-        None, "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set."
+        None,
+        "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set.",
     )
-    gguf_file: str | None = _option(None, "Name of a GGUF file in the model's folder or repo; its weights are dequantised.")
+    gguf_file: str | None = _option(
+        None, "Name of a GGUF file in the model's folder or repo; its weights are dequantised."
+    )
     trust_remote_code: bool = _option(False, "Run code that comes with the model's repo.")
 
 
@@ -42,12 +45,16 @@ class DataArguments:
     split: str = _option("train", "Split to read; slices such as `train[:1%]` are allowed.")
     load_args: dict[str, Any] = _option({}, "Further arguments of `load_dataset`, such as data_files or revision.")
     streaming: bool = _option(False, "Read the dataset as it arrives instead of downloading it first.")
-    text_column: str = _option("text", "Column with the text; a dataset with a column `input_ids` is not tokenised again.")
+    text_column: str = _option(
+        "text", "Column with the text; a dataset with a column `input_ids` is not tokenised again."
+    )
     token_dtype: Literal["uint16", "uint32"] | None = _option(
         None, "Width of the ids in a `.bin` file; uint16 if not set and the vocabulary fits in it, else uint32."
     )
     ctx_len: int = _option(2048, "Tokens in a sequence.", minimum=2)
-    max_examples: int | None = _option(None, "Read at most this many sequences for training; all if not set.", minimum=1)
+    max_examples: int | None = _option(
+        None, "Read at most this many sequences for training; all if not set.", minimum=1
+    )
     eval_examples: int = _option(
         32, "The first this many sequences are held out from training, for evaluation; 0 for none.", minimum=0
     )
@@ -98,7 +105,9 @@ class HeadArguments:
     learning_rate: float | None = _option(
         None, "Learning rate of these heads; training.learning_rate if not set.", above=0.0
     )
-    auxk_alpha: float = _option(0.0, "Weight of the AuxK loss, by which dead latents fit the residual; 0 is off.", minimum=0.0)
+    auxk_alpha: float = _option(
+        0.0, "Weight of the AuxK loss, by which dead latents fit the residual; 0 is off.", minimum=0.0
+    )
     multi_topk: bool = _option(False, "Add FVU at 4k latents to the loss, with weight 1/8.")
     k_decay_steps: int = _option(
         0, "Optimizer steps over which k falls linearly from min(10 * d_in, num_latents); 0 is off.", minimum=0
@@ -135,29 +144,35 @@ class SaeTrainingArguments:
     )
     learning_rate: float | None = _option(
         None,
-        "Learning rate. If not set, with M latents: signum 5e-3 / sqrt(M / 2^14), adam and adam8bit 2e-4 / sqrt(M / 2^14), "
-        "muon 2e-3.",
+        "Learning rate. If not set, with M latents: signum 5e-3 / sqrt(M / 2^14), adam and adam8bit "
+        "2e-4 / sqrt(M / 2^14), muon 2e-3.",
         above=0.0,
     )
     lr_scheduler_type: str | None = _option(
-        None, "A schedule of transformers (linear, cosine, constant, ...); constant for signum and linear else if not set."
+        None,
+        "A schedule of transformers (linear, cosine, constant, ...); constant for signum and linear else if not set.",
     )
     warmup_steps: float | None = _option(
         None,
-        "Optimizer steps of warm-up, or below 1 a part of the run; 0 for signum if not set, else 1000 or a tenth of the "
-        "run, whichever is less.",
+        "Optimizer steps of warm-up, or below 1 a part of the run; 0 for signum if not set, else 1000 or a tenth of "
+        "the run, whichever is less.",
         minimum=0.0,
     )
-    max_grad_norm: float | None = _option(None, "Clip the gradient's norm, head by head; no clipping if not set.", above=0.0)
+    max_grad_norm: float | None = _option(
+        None, "Clip the gradient's norm, head by head; no clipping if not set.", above=0.0
+    )
     seed: int = _option(42, "Seed of everything random but the heads' weights and the data's order.", minimum=0)
-    logging_steps: int = _option(10, "Optimizer steps between logged values, which are means over those steps.", minimum=1)
+    logging_steps: int = _option(
+        10, "Optimizer steps between logged values, which are means over those steps.", minimum=1
+    )
     eval_steps: int | None = _option(
         None, "Optimizer steps between evaluations on held-out sequences; only at the end if not set.", minimum=1
     )
     save_steps: int = _option(1000, "Optimizer steps between checkpoints.", minimum=1)
     save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest; all if not set.", minimum=1)
     resume_from_checkpoint: bool | str = _option(
-        False, "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none."
+        False,
+        "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none.",
     )
     report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 

@@ -82,11 +82,12 @@ class SaeBank(nn.Module):
             by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)`.
             total_variance (`dict[str, torch.Tensor]`): By head, what squared errors are divided by, `()`.
             k (`dict[str, int]`): By head, latents that are active for each token.
-            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`; heads without AuxK are left out.
+            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`; heads without AuxK are left
+                out.
 
         Returns:
-            `dict`: `loss`, their sum, `()`; and `heads`, by name a dict of `fvu`, `auxk_loss` and `multi_topk_fvu` where
-            the head has them, `active`, the number of activations above zero, and `uses`, that number by latent.
+            `dict`: `loss`, their sum, `()`; and `heads`, by name a dict of `fvu`, `auxk_loss` and `multi_topk_fvu`
+            where the head has them, `active`, the number of activations above zero, and `uses`, that number by latent.
         """
         losses, measured = [], {}
         for name, head in self.named_heads():
@@ -111,8 +112,8 @@ class SaeBank(nn.Module):
 
 def build_head(plan: HeadPlan) -> HeadModel:
     """
-    A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints differ
-    and heads of a sweep at one hookpoint start alike.
+    A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints
+    differ and heads of a sweep at one hookpoint start alike.
     """
     model_class = SaeModel if isinstance(plan.config, SaeConfig) else TranscoderModel
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,8 @@ from .models import HeadConfig
 
 def k_at(step: int, config: HeadConfig, arguments: HeadArguments) -> int:
     """
-    Active latents of a head in an optimizer step, falling linearly from `min(10 * d_in, num_latents)` to the config's k.
+    Active latents of a head in an optimizer step, falling linearly from `min(10 * d_in, num_latents)` to the config's
+    k.
 
     Args:
         step (`int`): Steps done before this one.
@@ -53,22 +54,37 @@ class ProgressBar(TrainerCallback):
     def __init__(self):
         self.bar: tqdm | None = None
 
-    def on_train_begin(self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Opens the bar."""
         if not state.is_world_process_zero:
             return
-        self.started, self.tokens_before, self.steps_before = time.monotonic(), state.num_input_tokens_seen, state.global_step
+        self.started, self.tokens_before, self.steps_before = (
+            time.monotonic(),
+            state.num_input_tokens_seen,
+            state.global_step,
+        )
         if sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True
+            )
 
-    def on_step_end(self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Moves the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix_str(f"{self._speed(state):,.0f} tokens/s", refresh=False)
 
     def on_log(
-        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+        self,
+        args: SaeTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         """Shows the mean FVU of the heads."""
         fvus = [value for key, value in (logs or {}).items() if key.startswith("train/fvu/")]
@@ -81,12 +97,15 @@ class ProgressBar(TrainerCallback):
         left = (time.monotonic() - self.started) / (state.global_step - self.steps_before)
         left *= state.max_steps - state.global_step
         print(
-            f"step {state.global_step}/{state.max_steps}  {fvu}  {self._speed(state):,.0f} tokens/s  {left:.0f} s left",
+            f"step {state.global_step}/{state.max_steps}  {fvu}  {self._speed(state):,.0f} tokens/s  "
+            f"{left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
 
-    def on_train_end(self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Closes the bar."""
         if self.bar is not None:
             self.bar.close()

@@ -65,7 +65,11 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -100,7 +104,9 @@ def run_files(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     heads = [path.parent for path in output_dir.rglob("config.json") if (path.parent / "model.safetensors").exists()]
-    inside = [path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])]
+    inside = [
+        path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])
+    ]
     known = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
     return checkpoints(output_dir) + known + inside
 

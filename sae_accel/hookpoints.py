@@ -67,11 +67,16 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
         `list[HeadPlan]`: in the order of the entries, within each in the order of the LM's modules.
 
     Raises:
-        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree or two heads share a name.
+        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree or two heads share a
+        name.
     """
     base_model = model.base_model
     names = [name for name, module in base_model.named_modules() if name and not _is_container(module)]
-    found = [(f"heads[{i}]", entry, *sites) for i, entry in enumerate(entries) for sites in _sites(entry, i, base_model, names)]
+    found = [
+        (f"heads[{i}]", entry, *sites)
+        for i, entry in enumerate(entries)
+        for sites in _sites(entry, i, base_model, names)
+    ]
     widths = measure_widths(base_model, list({site for _, _, _, *sites in found for site in sites}))
     plans: dict[str, HeadPlan] = {}
     origins: dict[str, str] = {}
@@ -99,7 +104,9 @@ def measure_widths(base_model: PreTrainedModel, sites: list[Site]) -> dict[Site,
 
     def measure(site: Site, tensor: torch.Tensor) -> None:
         if site in widths:
-            raise InputError(f"Module {site.module!r} runs more than once in a forward pass, so it cannot be a hookpoint.")
+            raise InputError(
+                f"Module {site.module!r} runs more than once in a forward pass, so it cannot be a hookpoint."
+            )
         widths[site] = tensor.shape[-1]
 
     device = next(base_model.parameters()).device
@@ -125,8 +132,14 @@ def layer_list(base_model: PreTrainedModel) -> str:
     ]
     outermost = [name for name in lists if name.count(".") == min(other.count(".") for other in lists)]
     if len(outermost) != 1:
-        found = f"several lists of {count} modules ({', '.join(outermost)})" if outermost else f"no list of {count} modules"
-        raise InputError(f"The layers of {type(base_model).__name__} cannot be told: it has {found}. Set `hookpoints`.")
+        found = (
+            f"several lists of {count} modules ({', '.join(outermost)})"
+            if outermost
+            else f"no list of {count} modules"
+        )
+        raise InputError(
+            f"The layers of {type(base_model).__name__} cannot be told: it has {found}. Set `hookpoints`."
+        )
     return outermost[0]
 
 
@@ -148,7 +161,7 @@ def _sites(entry: HeadArguments, index: int, base_model, names: list[str]) -> It
 
 
 def _matches(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[list[tuple[str, list[str]]]]:
-    """For each pattern of an entry, what it matches; a stride counts within a pattern, so that it drops none of them."""
+    """For each pattern of an entry, what it matches; a stride counts within one pattern, so it drops no pattern."""
     for pattern in entry.hookpoints:
         if not (matches := list(match_modules(pattern, names))):
             raise InputError(_no_match(pattern, index, base_model, names))
@@ -200,7 +213,8 @@ def _is_container(module: nn.Module) -> bool:
 
 def _no_match(pattern: str, index: int, base_model, names: list[str]) -> str:
     return (
-        f"heads[{index}].hookpoints: {pattern!r} matches no module of {type(base_model).__name__}. {_closest(pattern, names)} "
+        f"heads[{index}].hookpoints: {pattern!r} matches no module of {type(base_model).__name__}. "
+        f"{_closest(pattern, names)} "
         "Names are those of the base model; '*' stays within one component, '**' crosses dots."
     )
 
@@ -214,7 +228,9 @@ def _glob_to_regex(pattern: str) -> str:
     """One group for each wildcard, so that `source` can name what it stood for."""
     pieces = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
     wild = {"**": "(.*)", "*": "([^.]*)", "?": "([^.])"}
-    return "".join(wild.get(piece) or (_character_set(piece) if piece[:1] == "[" else re.escape(piece)) for piece in pieces)
+    return "".join(
+        wild.get(piece) or (_character_set(piece) if piece[:1] == "[" else re.escape(piece)) for piece in pieces
+    )
 
 
 def _character_set(piece: str) -> str:

@@ -42,7 +42,8 @@ def record(base_model: PreTrainedModel, sites: list[Site], on_tensor: Any) -> It
         module = base_model.get_submodule(site.module)
         if site.side == "input":
             return module.register_forward_pre_hook(
-                lambda _, args, kwargs: on_tensor(site, first_tensor((*args, *kwargs.values()), site)), with_kwargs=True
+                lambda _, args, kwargs: on_tensor(site, first_tensor((*args, *kwargs.values()), site)),
+                with_kwargs=True,
             )
         return module.register_forward_hook(lambda _, args, output: on_tensor(site, first_tensor(output, site)))
 
@@ -66,8 +67,8 @@ def first_tensor(value: Any, site: Site) -> Tensor:
         if isinstance(item, Tensor) and item.is_floating_point():
             return item
     raise InputError(
-        f"The {site.side} of module {site.module!r} holds no floating-point tensor (found {type(value).__name__}), so no "
-        "head can be trained on it. Choose another hookpoint."
+        f"The {site.side} of module {site.module!r} holds no floating-point tensor (found {type(value).__name__}), so "
+        "no head can be trained on it. Choose another hookpoint."
     )
 
 
@@ -82,8 +83,8 @@ def capture(
         base_model (`PreTrainedModel`): The LM without its head.
         sites (`list[Site]`): What to read.
         inputs (`dict`): Arguments of its forward pass.
-        tokens (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): Positions, in the flattened batch, that are kept;
-            all if not given.
+        tokens (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): Positions, in the flattened batch, that are
+            kept; all if not given.
 
     Returns:
         `dict[Site, Tensor]`: for each site a copy of its activations, `(num_tokens, d)`, in the LM's own precision.
@@ -119,7 +120,8 @@ def splice(
 
     Args:
         model (`PreTrainedModel`): The LM, with or without its own head.
-        heads ([`HeadModel`] or `Mapping[str, HeadModel]`): One head, whose config names its hookpoint, or heads by name.
+        heads ([`HeadModel`] or `Mapping[str, HeadModel]`): One head, whose config names its hookpoint, or heads by
+        name.
         replace (`bool`, defaults to `True`): `False` leaves the LM as it is and only reads latents.
 
     Yields:
@@ -143,7 +145,9 @@ def splice(
         for name, head in heads.items():
             hookpoint = head.config.hookpoint or name.split("/")[0]
             if replace and hookpoint in replaced:
-                raise InputError(f"Two heads would replace the output of {hookpoint!r}. Splice one, or set replace=False.")
+                raise InputError(
+                    f"Two heads would replace the output of {hookpoint!r}. Splice one, or set replace=False."
+                )
             replaced.add(hookpoint)
             for handle in _splice_one(model.base_model, name, hookpoint, head, latents, replace):
                 stack.callback(handle.remove)

@@ -10,7 +10,8 @@ from .errors import InputError
 
 def load_architecture(arguments: ModelArguments) -> PreTrainedModel:
     """
-    The LM without its head, without weights: on the meta device, so that a recipe is checked before anything large is read.
+    The LM without its head, without weights: on the meta device, so that a recipe is checked before anything large is
+    read.
 
     Args:
         arguments ([`ModelArguments`]): Which LM.
@@ -58,7 +59,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 class reading:
-    """Gives the reason for a model that cannot be read in one line, and keeps reports on its unused head off the screen."""
+    """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
 
     def __init__(self, arguments: ModelArguments):
         self.arguments = arguments

@@ -62,10 +62,11 @@ class Signum(torch.optim.Optimizer):
     """
     Schedule-free sign descent: steps by the sign of the gradient at `y`, between the fast iterate `z` and the running
     average `x` of the `z`, `y = momentum * x + (1 - momentum) * z`. See arXiv:2405.15682, and arXiv:1802.04434
-    for descent by signs. While it trains, parameters hold `y`; `averaged` gives `x`, which is what to evaluate and save.
+    for descent by signs. While it trains, parameters hold `y`; `averaged` gives `x`, which is what to evaluate and
+    save.
 
-    In groups with `unit_norm`, the gradient's part along each row is removed, and the rows of `z` and `x` are brought back
-    to norm 1 after each step, in which it deviates from the paper.
+    In groups with `unit_norm`, the gradient's part along each row is removed, and the rows of `z` and `x` are brought
+    back to norm 1 after each step, in which it deviates from the paper.
 
     Args:
         params (`Iterable`): Parameters or groups, each with `lr` and optionally `unit_norm`.
@@ -74,7 +75,9 @@ class Signum(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "unit_norm": False, "weight_sum": 0.0, "lr_max": 0.0})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "unit_norm": False, "weight_sum": 0.0, "lr_max": 0.0}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -94,10 +97,12 @@ class Signum(torch.optim.Optimizer):
         state = self.state[parameter]
         if "z" not in state:
             state["z"] = parameter.clone(memory_format=torch.preserve_format)
-        rows = parameter.shape[0] if not parameter.is_cpu else max(1, SLICE_ELEMENTS * len(parameter) // parameter.numel())
-        for y, z, grad in zip(
-            parameter.split(rows), state["z"].split(rows), parameter.grad.split(rows), strict=True
-        ):
+        rows = (
+            parameter.shape[0]
+            if not parameter.is_cpu
+            else max(1, SLICE_ELEMENTS * len(parameter) // parameter.numel())
+        )
+        for y, z, grad in zip(parameter.split(rows), state["z"].split(rows), parameter.grad.split(rows), strict=True):
             _signum_rows(y, z, grad, group["lr"], group["momentum"], average, group["unit_norm"])
 
     @contextmanager
@@ -117,8 +122,10 @@ class Signum(torch.optim.Optimizer):
                 parameter.data = data
 
 
-def _signum_rows(y: Tensor, z: Tensor, grad: Tensor, lr: float, momentum: float, average: float, unit_norm: bool) -> None:
-    """Updates rows of `y` and `z` in place; the average `x` is implied by the two, so it takes no memory of its own."""
+def _signum_rows(
+    y: Tensor, z: Tensor, grad: Tensor, lr: float, momentum: float, average: float, unit_norm: bool
+) -> None:
+    """Updates rows of `y` and `z` in place; the average `x` is implied by the two and takes no memory."""
     if unit_norm:
         grad = remove_parallel(grad, y)
     x = torch.lerp(y, z, 1 - 1 / momentum)
@@ -168,8 +175,8 @@ class MuonWithAdam(torch.optim.Optimizer):
 
 def keep_unit_norm(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """
-    Makes an optimizer keep the rows of its `unit_norm` groups at norm 1: before each step the gradient's part along each row
-    goes, after it the rows are normalised. See arXiv:2406.04093, appendix A.1.
+    Makes an optimizer keep the rows of its `unit_norm` groups at norm 1: before each step the gradient's part along
+    each row goes, after it the rows are normalised. See arXiv:2406.04093, appendix A.1.
     """
 
     @torch.no_grad()

@@ -37,7 +37,8 @@ def closing_message(trainer, metrics: Mapping[str, float]) -> str:
     return f"""
 {metrics_table(trainer.heads, metrics)}
 
-{held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s. Saved in {folder}.
+{held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
+Saved in {folder}.
 
 Next:
   tensorboard --logdir {folder}/logs

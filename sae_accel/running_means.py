@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 class StepSums:
-    """What heads measured in one optimizer step or evaluation, summed over its micro-batches without leaving the device."""
+    """What heads measured in one optimizer step or evaluation, summed over its micro-batches without leaving the
+    device."""
 
     def __init__(self):
         self.by_head: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -19,7 +19,8 @@ def run(recipe: Recipe) -> SaeTrainer:
         recipe ([`Recipe`]): The run.
 
     Raises:
-        `InputError`: if something in the recipe cannot be used; everything that can be known before is, before the LM's
+        `InputError`: if something in the recipe cannot be used; everything that can be known before is, before the
+        LM's
             weights are read.
     """
     plan_heads(load_architecture(recipe.model), recipe.heads)
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sae_accel: {interrupt or 'Stopped.'} Go on with --training.resume_from_checkpoint true.", file=sys.stderr)
+        print(
+            f"sae_accel: {interrupt or 'Stopped.'} Go on with --training.resume_from_checkpoint true.", file=sys.stderr
+        )
         return 130
     return 0
 

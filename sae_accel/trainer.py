@@ -6,18 +6,15 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
@@ -26,8 +23,8 @@ from . import checkpoint as files
 from .activations import Activations, RunningLM
 from .arguments import HeadArguments, SaeTrainingArguments, secret_fields
 from .bank import Moments, SaeBank
+from .batches import Batches, Position
 from .callbacks import FlowCallback, ProgressBar, k_at
-from .data import collate
 from .errors import InputError
 from .hookpoints import plan_heads
 from .models import HeadModel
@@ -59,7 +56,8 @@ class SaeTrainer:
 
     Examples:
         ```python
-        trainer = SaeTrainer(lm, SaeTrainingArguments(output_dir="runs/gpt2"), [HeadArguments(hookpoints="h.*")], tokens)
+        args = SaeTrainingArguments(output_dir="runs/gpt2")
+        trainer = SaeTrainer(lm, args, [HeadArguments(hookpoints="h.*")], tokens)
         trainer.train()
         ```
     """
@@ -83,7 +81,9 @@ class SaeTrainer:
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
             log_with=[tracker for tracker in args.report_to if tracker != "none"],
-            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")),
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")
+            ),
             dataloader_config=DataLoaderConfiguration(even_batches=False),
             step_scheduler_with_optimizer=False,
         )
@@ -134,29 +134,31 @@ class SaeTrainer:
         Trains, evaluates on the held-out rows, and saves the heads and `metrics.json` in `args.output_dir`.
 
         Args:
-            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint folder to go on from; `True` is the newest whole
-                one of `args.output_dir`; `args.resume_from_checkpoint` if not given.
+            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint folder to go on from; `True` is the
+                newest whole one of `args.output_dir`; `args.resume_from_checkpoint` if not given.
 
         Returns:
             `transformers.trainer_utils.TrainOutput`: steps done, mean FVU since the last log, and the metrics.
 
         Raises:
-            `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint cannot be
+            `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
+            cannot be
                 used.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = self._find_checkpoint(resume)
-        position = self._begin(checkpoint)
+        batches = self._batches(self.train_dataset)
+        position = self._begin(batches, checkpoint)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         with self._interruptible():
-            for window, position in self._windows(position):
+            windows = batches.windows(position)
+            while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                window, position = next(windows)
                 self.training_step(window)
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
                 self._act_on_control(position)
-                if self.control.should_training_stop:
-                    break
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         metrics = self.evaluate() if self.eval_dataset is not None else {}
         fvu = self._last_fvu()
@@ -173,11 +175,14 @@ class SaeTrainer:
         """
         One optimizer step on the batches of an accumulation window, from tokens to new weights.
 
-        Every squared error is divided by the target's variance over the whole window and all processes. That is known only
-        at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.
+        Every squared error is divided by the target's variance over the whole window and all processes. That is known
+        only at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.
         """
         bank = self.accelerator.unwrap_model(self.bank)
-        k = {name: k_at(self.state.global_step, head.config, bank.plans[name].arguments) for name, head in bank.named_heads()}
+        k = {
+            name: k_at(self.state.global_step, head.config, bank.plans[name].arguments)
+            for name, head in bank.named_heads()
+        }
         dead_masks = self._dead_masks()
         moments: dict[str, Moments] = {}
         reference: dict[str, Tensor] = {}
@@ -217,14 +222,16 @@ class SaeTrainer:
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise InputError("There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples.")
+            raise InputError(
+                "There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples."
+            )
         bank = self.accelerator.unwrap_model(self.bank)
         k = {name: head.config.k for name, head in bank.named_heads()}
         unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
         moments: dict[str, Moments] = {}
         sums = StepSums()
         with torch.no_grad(), self.evaluated_weights():
-            for i, batch in enumerate(self._loader(dataset, drop_last=False)):
+            for i, batch in enumerate(self._batches(dataset).one_pass(drop_last=False)):
                 activations = self.activations(batch)
                 for name, new in self._target_moments(activations).items():
                     moments[name] = moments[name].merge(new) if i else new
@@ -253,14 +260,13 @@ class SaeTrainer:
             for name, count in self.tokens_since_fired.items()
         }
 
-    def _begin(self, checkpoint: Path | None) -> tuple[int, int]:
+    def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
         self._check_output_dir(checkpoint)
         state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
-        loader = self._loader(self.train_dataset)
-        self.state.max_steps = self._max_steps(loader)
+        self.state.max_steps = batches.max_steps()
         if state is None:
-            self._initialize_biases(loader)
+            self._initialize_biases(batches.one_pass())
         else:
             self._check_fits(checkpoint, state)
         if checkpoint is None and self.accelerator.is_main_process:
@@ -269,65 +275,23 @@ class SaeTrainer:
         self.lr_scheduler = build_scheduler(self.optimizer, self.args, self.state.max_steps)
         self.bank, self.optimizer = self.accelerator.prepare(self.bank, self.optimizer)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        position = (0, 0) if state is None else self._restore(checkpoint, state)
+        position = Position() if state is None else self._restore(checkpoint, state)
         self._start_trackers()
         return position
+
+    def _batches(self, dataset: Any) -> Batches:
+        return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
 
     def _check_output_dir(self, checkpoint: Path | None) -> None:
         left = files.run_files(self.output_dir)
         if left and checkpoint is None and not self.args.overwrite_output_dir:
             raise InputError(
                 f"Output folder {str(self.output_dir)!r} holds another run ({left[0].name}). Set "
-                "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or another "
-                "training.output_dir."
+                "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or "
+                "another training.output_dir."
             )
 
-    def _loader(self, dataset: Any, epoch: int = 0, drop_last: bool = True) -> DataLoader:
-        """Batches of this process. The first pass keeps the dataset's order; each later one has an order of its own."""
-        size = self.args.per_device_train_batch_size
-        if _has_length(dataset):
-            if drop_last and len(dataset) < size * self.accelerator.num_processes:
-                raise InputError(
-                    f"The training data has {len(dataset)} sequences, fewer than one batch of {size} on "
-                    f"{self.accelerator.num_processes} process(es). Lower training.per_device_train_batch_size, "
-                    "data.eval_examples or data.ctx_len, or use more data."
-                )
-            if epoch:
-                order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed + epoch))
-                dataset = Subset(dataset, order.tolist())
-        elif epoch:
-            dataset.set_epoch(epoch)
-        loader = DataLoader(
-            dataset, size, drop_last=drop_last, collate_fn=partial(collate, pad_token_id=self.pad_token_id)
-        )
-        return self.accelerator.prepare_data_loader(loader)
-
-    def _windows(self, position: tuple[int, int]) -> Iterator[tuple[list[dict[str, Tensor]], tuple[int, int]]]:
-        """The batches of each optimizer step, with the place in the data (pass, batches done) that comes after them."""
-        epoch, done = position
-        while self.state.global_step < self.state.max_steps:
-            loader = self._loader(self.train_dataset, epoch)
-            batches = iter(skip_first_batches(loader, done) if done else loader)
-            while window := list(islice(batches, self.args.gradient_accumulation_steps)):
-                done += len(window)
-                yield window, (epoch, done)
-            if not done:
-                raise InputError("The training data has no full batch. Use more data, or a smaller batch or data.ctx_len.")
-            epoch, done = epoch + 1, 0
-
-    def _max_steps(self, loader: DataLoader) -> int:
-        window = self.args.gradient_accumulation_steps
-        limits = [] if self.args.max_steps is None else [self.args.max_steps]
-        if self.args.max_tokens is not None:
-            batch = next(iter(loader), None)
-            if batch is not None:
-                tokens = batch["input_ids"].numel() * self.accelerator.num_processes * window
-                limits.append(math.ceil(self.args.max_tokens / tokens))
-        if not limits and not _has_length(self.train_dataset):
-            raise InputError("The length of streamed data is not known. Set training.max_steps or training.max_tokens.")
-        return min(limits) if limits else math.ceil(len(loader) / window)
-
-    def _initialize_biases(self, loader: DataLoader) -> None:
+    def _initialize_biases(self, loader: Iterable[dict[str, Tensor]]) -> None:
         """From the first batch in which some token trains, over all processes."""
         for batch in loader:
             activations = self.activations(batch)
@@ -400,7 +364,7 @@ class SaeTrainer:
         self.state.num_input_tokens_seen += int(tokens)
         self._k = k
 
-    def _act_on_control(self, position: tuple[int, int]) -> None:
+    def _act_on_control(self, position: Position) -> None:
         """Logs, evaluates and saves where callbacks asked for it; after a signal, saves and stops."""
         if self.control.should_log:
             self._write_log()
@@ -475,7 +439,7 @@ class SaeTrainer:
             return files.newest_complete(self.output_dir)
         return Path(resume) if resume else None
 
-    def _save_checkpoint(self, position: tuple[int, int]) -> Path:
+    def _save_checkpoint(self, position: Position) -> Path:
         """Everything that going on needs, complete or absent."""
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
         everyone = gather_object([files.random_state()])
@@ -510,7 +474,8 @@ class SaeTrainer:
         ours = {name: head.num_latents for name, head in self.bank.named_heads()}
         if saved != ours:
             raise InputError(
-                f"Checkpoint {str(checkpoint)!r} is of another recipe: it holds heads and latents {saved}, this run has {ours}."
+                f"Checkpoint {str(checkpoint)!r} is of another recipe: it holds heads and latents {saved}, this run "
+                f"has {ours}."
             )
         if state["optim"] != self.args.optim:
             raise InputError(
@@ -518,7 +483,7 @@ class SaeTrainer:
                 f"{self.args.optim}. Use the same."
             )
 
-    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> tuple[int, int]:
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> Position:
         for name, head in self.heads.items():
             weights = state["weights"]
             head.load_state_dict(weights[name] if weights else load_file(checkpoint / name / "model.safetensors"))
@@ -530,13 +495,9 @@ class SaeTrainer:
         self.state.log_history = saved.log_history
         if self.accelerator.process_index < len(state["random"]):
             files.restore_random_state(state["random"][self.accelerator.process_index])
-        return tuple(state["position"])
+        return Position(*state["position"])
 
 
 def _positive(variance: Tensor) -> Tensor:
     """A variance that can be divided by: tokens that are all alike, or none at all, have nothing to explain."""
     return torch.where(variance > 0, variance, 1.0)
-
-
-def _has_length(dataset: Any) -> bool:
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
