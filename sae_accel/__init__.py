@@ -1,0 +1,40 @@
+from .activations import Activations, RunningLM
+from .arguments import DataArguments, HeadArguments, ModelArguments, SaeTrainingArguments
+from .data import chunk_and_tokenize, load_tokens
+from .errors import InputError
+from .hooks import splice
+from .models import (
+    HeadOutput,
+    Latents,
+    SaeConfig,
+    SaeModel,
+    TranscoderConfig,
+    TranscoderModel,
+)
+from .recipe import Recipe, load_recipe
+from .trainer import SaeTrainer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "DataArguments",
+    "HeadArguments",
+    "HeadOutput",
+    "InputError",
+    "Latents",
+    "ModelArguments",
+    "Recipe",
+    "RunningLM",
+    "SaeConfig",
+    "SaeModel",
+    "SaeTrainer",
+    "SaeTrainingArguments",
+    "TranscoderConfig",
+    "TranscoderModel",
+    "chunk_and_tokenize",
+    "load_recipe",
+    "load_tokens",
+    "splice",
+]

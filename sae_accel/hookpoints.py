@@ -86,7 +86,7 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
             raise InputError(
                 f"Two heads are called {name!r}, one of {origins[name]} and one of {where}. Set `name` in one of them."
             )
-        config = _head_config(entry, hookpoint, widths[reads], widths[predicts], f"{where} at {hookpoint!r}")
+        config = _head_config(entry, hookpoint, reads, widths[reads], widths[predicts], f"{where} at {hookpoint!r}")
         plans[name] = HeadPlan(name, hookpoint, reads, predicts, config, entry)
         origins[name] = where
     return list(plans.values())
@@ -189,7 +189,7 @@ def _source(source: str, wildcards: list[str], index: int, names: list[str]) -> 
     return name
 
 
-def _head_config(entry: HeadArguments, hookpoint: str, d_in: int, d_out: int, where: str) -> HeadConfig:
+def _head_config(entry, hookpoint: str, reads: Site, d_in: int, d_out: int, where: str) -> HeadConfig:
     num_latents = entry.num_latents or entry.expansion_factor * d_in
     check_latents(entry.k, num_latents, entry.activation, entry.multi_topk, where)
     kwargs = dict(
@@ -199,7 +199,7 @@ def _head_config(entry: HeadArguments, hookpoint: str, d_in: int, d_out: int, wh
         k=entry.k,
         activation=entry.activation,
         hookpoint=hookpoint,
-        source=entry.source,
+        source=entry.source and reads.module,
     )
     if entry.type == "sae":
         return SaeConfig(normalize_decoder=entry.normalize_decoder is not False, **kwargs)

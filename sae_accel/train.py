@@ -2,11 +2,12 @@ import sys
 
 from transformers.utils import logging as transformers_logging
 
+from .command_line import parse_command_line
 from .data import load_tokens
 from .errors import InputError
 from .hookpoints import plan_heads
 from .lm import load_architecture, load_lm, load_tokenizer
-from .recipe import Recipe, parse_command_line
+from .recipe import Recipe
 from .report import closing_message
 from .trainer import SaeTrainer
 

@@ -1,0 +1,65 @@
+"""Language models, data and runs small enough to be made on the spot."""
+
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from sae_accel.arguments import HeadArguments, SaeTrainingArguments
+from sae_accel.trainer import SaeTrainer
+
+
+VOCAB = 101
+
+
+def tiny_llama(layers: int = 4, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    # Dropout is on in the config, so a trainer that leaves the LM in training mode is found out.
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=4, n_positions=64))
+
+
+def tiny_bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def tiny_tokens(rows: int = 64, ctx_len: int = 16, seed: int = 1) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset.from_dict({"input_ids": torch.randint(0, VOCAB, (rows, ctx_len), generator=generator).tolist()})
+
+
+def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **kwargs) -> SaeTrainer:
+    options = {name: kwargs.pop(name) for name in ("exclude_tokens", "callbacks", "processing_class") if name in kwargs}
+    arguments = dict(
+        output_dir=str(output_dir), per_device_train_batch_size=4, logging_steps=5, save_steps=1000, report_to="none"
+    )
+    return SaeTrainer(
+        lm or tiny_llama(),
+        SaeTrainingArguments(**(arguments | kwargs)),
+        heads or [HeadArguments(hookpoints="layers.[12]", k=4, expansion_factor=4)],
+        train or tiny_tokens(),
+        held_out,
+        **options,
+    )
