@@ -4,9 +4,11 @@ from .data import chunk_and_tokenize, load_tokens
 from .errors import InputError
 from .hooks import splice
 from .models import (
+    AutoSae,
     HeadOutput,
     Latents,
     SaeConfig,
+    SaeHeads,
     SaeModel,
     TranscoderConfig,
     TranscoderModel,
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "AutoSae",
     "DataArguments",
     "HeadArguments",
     "HeadOutput",
@@ -28,6 +31,7 @@ __all__ = [
     "Recipe",
     "RunningLM",
     "SaeConfig",
+    "SaeHeads",
     "SaeModel",
     "SaeTrainer",
     "SaeTrainingArguments",

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from .errors import InputError
 from .models import HeadModel
+from .models.quiet import quiet_files
 
 
 MANIFEST = "manifest.json"
@@ -33,7 +33,7 @@ def save_heads(heads: Mapping[str, HeadModel], folder: Path) -> None:
     staging = folder / ".saving"
     try:
         for name, head in heads.items():
-            with quiet_progress():
+            with quiet_files():
                 head.save_pretrained(staging / name)
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file in (staging / name).iterdir():
@@ -152,15 +152,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
-
-
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Keeps transformers' progress bars off the screen: one bar for each small file of a run helps nobody."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -1,5 +1,6 @@
 from transformers import AutoConfig, AutoModel
 
+from .auto import AutoSae, HeadNotFound, SaeHeads
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
@@ -13,11 +14,14 @@ for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderMode
     AutoModel.register(_config, _model, exist_ok=True)
 
 __all__ = [
+    "AutoSae",
     "HeadConfig",
     "HeadModel",
+    "HeadNotFound",
     "HeadOutput",
     "Latents",
     "SaeConfig",
+    "SaeHeads",
     "SaeModel",
     "TranscoderConfig",
     "TranscoderModel",

@@ -1,0 +1,16 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_files() -> Iterator[None]:
+    """Keeps transformers' progress bars off the screen: one bar for each small file helps nobody."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
