@@ -1,0 +1,50 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEPENDENCIES := setup.cfg pyproject.toml constraints.txt
+MODEL := quickstart/SmolLM2-135M-Instruct/config.json
+RUN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.DEFAULT_GOAL := help
+
+help:  ## Show these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: .venv/quickstart.stamp  ## Train two SAEs and a transcoder on a real language model
+	$(BIN)/python examples/prepare_quickstart.py
+	$(RUN) -m sae_accel.train recipes/quickstart.yaml --training.overwrite_output_dir
+
+test: .venv/test.stamp $(MODEL)  ## Run the tests
+	$(BIN)/python -m pytest
+
+benchmark: .venv/test.stamp $(MODEL)  ## Compare training speed with sparsify on this machine
+	$(BIN)/python benchmarks/throughput.py
+
+style: .venv/test.stamp  ## Format the code
+	$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+quality: .venv/test.stamp  ## Check the code's format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## Remove the environment and everything that was downloaded or made
+	rm -rf .venv quickstart runs build *.egg-info .pytest_cache .ruff_cache
+
+$(MODEL): .venv/test.stamp
+	$(BIN)/python examples/prepare_quickstart.py --model-only
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/quickstart.stamp: .venv/bin/python $(DEPENDENCIES)
+	@echo "Installing sae_accel into .venv; this takes a few minutes the first time."
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[quickstart]"
+	@touch $@
+
+.venv/test.stamp: .venv/bin/python $(DEPENDENCIES)
+	@echo "Installing sae_accel and what its tests need into .venv; this takes a few minutes the first time."
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[test]"
+	@touch $@
+
+.PHONY: help quickstart test benchmark style quality clean
