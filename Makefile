@@ -3,7 +3,10 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEPENDENCIES := setup.cfg pyproject.toml constraints.txt
 MODEL := quickstart/SmolLM2-135M-Instruct/config.json
-RUN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Accelerate would ask for as many threads as there are physical cores, half of what these small products can use.
+THREADS := $(shell getconf _NPROCESSORS_ONLN)
+RUN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
 

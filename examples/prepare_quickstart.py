@@ -93,6 +93,7 @@ def _sha256(file) -> str:
 def convert(source: Path, target: Path) -> None:
     """Turns the quantised GGUF file into float32 safetensors with a tokenizer beside them."""
     print("Converting the weights ...")
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

@@ -3,7 +3,7 @@ import time
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import HeadArguments, SaeTrainingArguments
 from .models import HeadConfig
@@ -30,7 +30,7 @@ def k_at(step: int, config: HeadConfig, arguments: HeadArguments) -> int:
     return k
 
 
-class FlowCallback(TrainerCallback):
+class FlowCallback(DefaultFlowCallback):
     """Asks for logging, evaluation, checkpoints and the end, by the numbers of steps in the arguments."""
 
     def on_step_end(

@@ -1,0 +1,186 @@
+"""
+Training speed of sae_accel and of sparsify (PyPI: eai-sparsify), through the trainer of each, on the same LM, tokens, sizes and
+optimizer, in one process and in turns.
+
+A turn is a short run of one trainer. What counts is the time from the end of one optimizer step to the end of the next, so that
+starting and saving do not, and each turn's first steps are left out. The median over all turns is what is shown.
+
+  python benchmarks/throughput.py                      # SmolLM2-135M-Instruct, layers.2, 2,048 tokens a step
+  python benchmarks/throughput.py --hookpoint layers.14 --turns 5 --save benchmarks/results/my-machine.json
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.utils import logging
+
+from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments, chunk_and_tokenize
+
+
+class StepClock(TrainerCallback):
+    """Notes when each optimizer step of ours has ended, and the FVU of the first."""
+
+    def __init__(self):
+        self.times, self.fvus = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.fvus += [value for key, value in logs.items() if key.startswith("train/fvu/")]
+
+
+def main() -> None:
+    options = parse_arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    data = tokens(options)
+    peers = {"sae_accel": train_ours, "sparsify": train_sparsify}
+    seconds = {name: [] for name in peers}
+    fvus, memory = {}, {}
+    for turn in range(options.turns):
+        for name, train in peers.items():
+            with tempfile.TemporaryDirectory() as folder, silence():
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times, fvus[name] = train(lm, data, options, folder)
+            steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+            seconds[name] += steps[options.warmup :]
+            if device == "cuda":
+                memory[name] = torch.cuda.max_memory_allocated() / 2**30
+        print(f"turn {turn + 1}/{options.turns} done", file=sys.stderr)
+    report(options, seconds, fvus, memory, device)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="quickstart/SmolLM2-135M-Instruct", help="Hub id or folder of the LM")
+    parser.add_argument("--hookpoint", default="layers.2")
+    parser.add_argument("--expansion-factor", type=int, default=32)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--ctx-len", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a turn")
+    parser.add_argument("--warmup", type=int, default=2, help="of which the first are not counted")
+    parser.add_argument("--threads", type=int, help="CPU threads for both")
+    parser.add_argument("--save", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+def tokens(options: argparse.Namespace) -> Dataset:
+    """Sequences of the language reference that every Python carries; real text, since it decides which latents are busy."""
+    from pydoc_data.topics import topics
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = Dataset.from_dict({"text": list(topics.values())})
+    data = chunk_and_tokenize(text, tokenizer, ctx_len=options.ctx_len)
+    needed = options.batch_size * options.steps
+    return data.select([i % len(data) for i in range(needed)]).with_format("torch")
+
+
+def train_ours(lm, data, options, folder) -> tuple[list[float], float]:
+    """One turn of ours: when each step ended, and the first step's FVU."""
+    clock = StepClock()
+    head = HeadArguments(hookpoints=options.hookpoint, k=options.k, expansion_factor=options.expansion_factor)
+    arguments = SaeTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=options.batch_size,
+        optim="signum",
+        logging_steps=1,
+        report_to="none",
+    )
+    SaeTrainer(lm, arguments, [head], data, callbacks=[clock]).train()
+    return clock.times, clock.fvus[0]
+
+
+def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
+    """One turn of sparsify's: when each step ended, and the first step's FVU."""
+    from sparsify import SaeConfig, TrainConfig, Trainer
+
+    config = TrainConfig(
+        SaeConfig(expansion_factor=options.expansion_factor, k=options.k),
+        batch_size=options.batch_size,
+        optimizer="signum",
+        hookpoints=[options.hookpoint],
+        log_to_wandb=False,
+        save_dir=folder,
+    )
+    trainer = Trainer(config, data, lm)
+    times, fvus = [], []
+    optimizer = trainer.optimizers[0]
+    step, forward = optimizer.step, type(trainer.saes[options.hookpoint]).forward
+
+    def timed_step(*args, **kwargs):
+        step(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    def noted_forward(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        fvus.append(output.fvu)
+        return output
+
+    optimizer.step = timed_step
+    sae = trainer.saes[options.hookpoint]
+    sae.forward = noted_forward.__get__(sae)
+    trainer.save = lambda: None
+    trainer.fit()
+    return times, float(fvus[0])
+
+
+@contextlib.contextmanager
+def silence():
+    """Both trainers talk while they work; here the table alone is wanted."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+
+def report(options, seconds, fvus, memory, device) -> None:
+    """Prints both side by side, and saves the figures if asked to."""
+    per_step = options.batch_size * options.ctx_len
+    speed = {name: per_step / statistics.median(values) for name, values in seconds.items()}
+    spread = {name: (per_step / max(values), per_step / min(values)) for name, values in seconds.items()}
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k}, {per_step:,} tokens a step,")
+    print(f"signum, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{'':12}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first FVU':>12}" + ("  GiB" if memory else ""))
+    for name in seconds:
+        slow, fast = spread[name]
+        used = f"{memory[name]:5.1f}" if memory else ""
+        print(f"{name:12}{speed[name]:>10,.0f}{slow:>10,.0f}{fast:>10,.0f}{fvus[name]:>12.5f}{used}")
+    ratio = speed["sae_accel"] / speed["sparsify"]
+    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first step's FVU, from different weights, is a sanity check.")
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"tokens_per_second": speed, "spread": spread, "ratio": ratio, "first_fvu": fvus, "gib": memory}
+        setting = {key: str(value) for key, value in vars(options).items() if key != "save"}
+        setting |= {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        options.save.write_text(json.dumps({"setting": setting, **figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
