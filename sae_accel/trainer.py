@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +28,7 @@ from .batches import Batches, Position
 from .callbacks import FlowCallback, ProgressBar, k_at
 from .errors import InputError
 from .hookpoints import plan_heads
+from .hooks import Site
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .running_means import RunningMeans, StepSums
@@ -80,7 +82,7 @@ class SaeTrainer:
         self.recipe = recipe
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
-            log_with=[tracker for tracker in args.report_to if tracker != "none"],
+            log_with=_trackers(args.report_to),
             project_config=ProjectConfiguration(
                 project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")
             ),
@@ -266,7 +268,7 @@ class SaeTrainer:
         state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
         self.state.max_steps = batches.max_steps()
         if state is None:
-            self._initialize_biases(batches.one_pass())
+            self._initialize_biases(batches)
         else:
             self._check_fits(checkpoint, state)
         if checkpoint is None and self.accelerator.is_main_process:
@@ -291,15 +293,18 @@ class SaeTrainer:
                 "another training.output_dir."
             )
 
-    def _initialize_biases(self, loader: Iterable[dict[str, Tensor]]) -> None:
-        """From the first batch in which some token trains, over all processes."""
-        for batch in loader:
-            activations = self.activations(batch)
-            moments = {site: self._reduce(Moments.of(rows)) for site, rows in activations.by_site.items()}
+    def _initialize_biases(self, batches: Batches) -> None:
+        """From the first step's batches in which some token trains, over all processes."""
+        moments: dict[Site, Moments] = {}
+        for window, position in batches.windows(Position()):
+            if position.epoch:
+                raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
+            for batch in window:
+                for site, rows in self.activations(batch).by_site.items():
+                    new = self._reduce(Moments.of(rows))
+                    moments[site] = moments[site].merge(new) if site in moments else new
             if all(m.count > 0 for m in moments.values()):
                 break
-        else:
-            raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
             head.to(self.accelerator.device)
@@ -496,6 +501,17 @@ class SaeTrainer:
         if self.accelerator.process_index < len(state["random"]):
             files.restore_random_state(state["random"][self.accelerator.process_index])
         return Position(*state["position"])
+
+
+def _trackers(report_to: list[str]) -> list[str] | None:
+    """Accelerate leaves out a tracker that is not installed; a run without the logs that were asked for is no use."""
+    wanted = [tracker for tracker in report_to if tracker != "none"]
+    available = [tracker.value for tracker in get_available_trackers()]
+    if missing := [tracker for tracker in wanted if tracker not in [*available, "all"]]:
+        raise InputError(
+            f"training.report_to: {missing[0]} is not installed. Install it, or choose from {', '.join(available)} or none."
+        )
+    return wanted or None
 
 
 def _positive(variance: Tensor) -> Tensor:

@@ -178,8 +178,8 @@ class HeadModel(PreTrainedModel):
         widest = self._multi_topk_width(k) if multi_topk else k
         if total_variance is None:
             total_variance = variance_of(wanted)
-        # A batch without variance has no gradient worth following; it must not become NaN either.
-        denominator = total_variance.clamp_min(torch.finfo(total_variance.dtype).tiny)
+        # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
+        denominator = torch.where(total_variance > 0, total_variance, 1.0)
 
         values, selection = self._encode(tokens, widest, dead_mask)
         acts, chosen = self._activate(values[:, :k]), selection.columns(0, k)
@@ -198,9 +198,9 @@ class HeadModel(PreTrainedModel):
         leading = activations.shape[:-1]
         output = HeadOutput(
             loss=loss,
-            reconstruction=reconstruction.view(*leading, -1),
-            top_acts=acts.view(*leading, -1),
-            top_indices=chosen.indices.view(*leading, -1),
+            reconstruction=reconstruction.view(*leading, self.config.d_out),
+            top_acts=acts.view(*leading, k),
+            top_indices=chosen.indices.view(*leading, k),
             fvu=fvu,
             auxk_loss=auxk_loss,
             multi_topk_fvu=multi_topk_fvu,
