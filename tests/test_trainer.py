@@ -88,6 +88,7 @@ def test_accumulated_batches_and_micro_batches_equal_one_large_batch(tmp_path, o
         trainer.train()
         return _weights(trainer)
 
+    start = _weights(tiny_trainer("unused", heads=HEADS[:1]))
     large = weights("large", per_device_train_batch_size=8)
     for kwargs in (
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
@@ -95,9 +96,8 @@ def test_accumulated_batches_and_micro_batches_equal_one_large_batch(tmp_path, o
     ):
         parts = weights(str(kwargs), **kwargs)
         for name in large:
-            # Adam turns the rounding of a gradient near zero into a step of full size, so a few entries may differ.
-            differ = ~torch.isclose(parts[name], large[name], rtol=1e-4, atol=1e-6)
-            assert differ.float().mean() < 0.02, name
+            # Adam and Muon turn the rounding of a gradient near zero into a step of full size, in a few entries.
+            assert (parts[name] - large[name]).norm() < 0.05 * (large[name] - start[name]).norm(), name
 
 
 def test_gradients_are_those_of_the_fvu_of_the_whole_window(tmp_path):
