@@ -1,7 +1,5 @@
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from safetensors.torch import load_file
@@ -29,12 +26,10 @@ from .callbacks import FlowCallback, ProgressBar, k_at
 from .errors import InputError
 from .hookpoints import plan_heads
 from .hooks import Site
+from .interruption import Interruption
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .running_means import RunningMeans, StepSums
-
-
-logger = get_logger(__name__)
 
 
 class SaeTrainer:
@@ -113,7 +108,7 @@ class SaeTrainer:
             for name, head in self.bank.named_heads()
         }
         self._log = RunningMeans()
-        self._interrupted = False
+        self._interruption = Interruption()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Adds a `transformers.TrainerCallback`, or makes one of the class given."""
@@ -154,7 +149,7 @@ class SaeTrainer:
         position = self._begin(batches, checkpoint)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        with self._interruptible():
+        with Interruption() as self._interruption:
             windows = batches.windows(position)
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 window, position = next(windows)
@@ -375,9 +370,9 @@ class SaeTrainer:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:
             self.evaluate()
-        if self.control.should_save or self._interrupted:
+        if self.control.should_save or self._interruption.requested:
             folder = self._save_checkpoint(position)
-        if self._interrupted:
+        if self._interruption.requested:
             raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
 
     def _write_log(self) -> None:
@@ -418,26 +413,6 @@ class SaeTrainer:
             if key not in hidden and isinstance(value, (int, float, str, bool))
         }
         self.accelerator.init_trackers(self.args.run_name or self.output_dir.resolve().name, config=config)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM lets the step end and a checkpoint be saved; the second stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            self._interrupted = True
-            for one, handler in before.items():
-                signal.signal(one, handler)
-            logger.warning("Stopping after this step, and saving a checkpoint. Once more to stop at once.")
-
-        before = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
 
     def _find_checkpoint(self, resume: bool | str) -> Path | None:
         if resume is True:

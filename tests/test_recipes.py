@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from sae_accel.hookpoints import plan_heads
+from sae_accel.recipe import load_recipe
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+)
+ARCHITECTURES = {
+    "quickstart": SMOLLM2,
+    "smollm2": SMOLLM2,
+    "pythia-160m": GPTNeoXConfig(
+        vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+    "gpt2": GPT2Config(),
+    "llama3": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+}
+HEADS = {
+    "quickstart": ["layers.1", "layers.3", "layers.2.mlp"],
+    "smollm2": [f"layers.{i}" for i in range(0, 30, 3)],
+    "pythia-160m": [f"layers.{i}.mlp" for i in range(12)] + ["layers.6/k32", "layers.6/k64", "layers.6/k128"],
+    "gpt2": [f"h.{i}.attn" for i in range(12)] + [f"h.{i}.mlp.act" for i in range(12)],
+    "llama3": ["layers.16", "layers.24"],
+}
+
+
+def test_every_recipe_is_known_here():
+    assert {path.stem for path in RECIPES} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_makes_its_heads_on_the_real_architecture(path):
+    with torch.device("meta"):
+        model = AutoModel.from_config(ARCHITECTURES[path.stem])
+    recipe = load_recipe(path)
+    assert [plan.name for plan in plan_heads(model, recipe.heads)] == HEADS[path.stem]
+
+
+def test_llama_heads_are_as_wide_as_the_published_ones():
+    with torch.device("meta"):
+        model = AutoModel.from_config(ARCHITECTURES["llama3"])
+    plans = plan_heads(model, load_recipe("recipes/llama3.yaml").heads)
+    assert [(plan.config.d_in, plan.config.num_latents, plan.config.k) for plan in plans] == [(4096, 131072, 192)] * 2
