@@ -1,0 +1,71 @@
+"""One set of tests on a real language model: what random weights cannot show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_accel.arguments import HeadArguments, SaeTrainingArguments
+from sae_accel.data import chunk_and_tokenize
+from sae_accel.hooks import splice
+from sae_accel.lm import load_lm
+from sae_accel.models import AutoSae
+from sae_accel.recipe import load_recipe
+from sae_accel.trainer import SaeTrainer
+
+
+@pytest.fixture(scope="module")
+def trained(real_lm, tmp_path_factory):
+    """SAEs and a transcoder after a few steps on the language reference, with the LM and held-out tokens."""
+    from pydoc_data.topics import topics
+
+    torch.set_num_threads(2)
+    text = Dataset.from_dict({"text": [topics[name] for name in sorted(topics)][:40]})
+    tokens = chunk_and_tokenize(text, AutoTokenizer.from_pretrained(real_lm), ctx_len=128)
+    folder = tmp_path_factory.mktemp("real") / "run"
+    arguments = SaeTrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=25, optim="adam", learning_rate=2e-3,
+        logging_steps=5, report_to="none",
+    )  # fmt: skip
+    heads = [
+        HeadArguments(layers=[1], k=32, expansion_factor=4),
+        HeadArguments(hookpoints="layers.1.mlp", type="transcoder", skip_connection=True, k=32, expansion_factor=4),
+    ]
+    lm = AutoModelForCausalLM.from_pretrained(real_lm)
+    held_out = tokens.select(range(8))
+    trainer = SaeTrainer(lm, arguments, heads, tokens.select(range(8, len(tokens))), held_out)
+    metrics = trainer.train().metrics
+    yield folder, lm, held_out, trainer.state.log_history, metrics
+    torch.set_num_threads(1)
+
+
+def test_fvu_falls_on_real_activations(trained):
+    _, _, _, log, metrics = trained
+    for head in ("layers.1", "layers.1.mlp"):
+        assert log[-1][f"train/fvu/{head}"] < 0.7 * log[0][f"train/fvu/{head}"]
+        assert metrics[f"eval/fvu/{head}"] < 1 and 16 < metrics[f"eval/l0/{head}"] <= 32
+
+
+def test_a_trained_sae_keeps_more_of_the_lm_than_the_mean_does(trained):
+    folder, lm, held_out, _, _ = trained
+    sae = AutoSae.from_pretrained(folder, hookpoint="layers.1")
+    ids = torch.tensor(held_out["input_ids"])
+    mean = AutoSae.from_pretrained(folder, hookpoint="layers.1")
+    torch.nn.init.zeros_(mean.W_dec)
+    with torch.no_grad():
+        clean = lm(ids, labels=ids).loss
+        with splice(lm, sae) as latents:
+            spliced = lm(ids, labels=ids).loss
+        with splice(lm, mean):
+            ablated = lm(ids, labels=ids).loss
+    assert clean < spliced < ablated
+    assert latents["layers.1"].top_acts.shape == (8, 128, 32)
+
+
+def test_the_quickstart_recipe_reads_the_model_as_a_folder(real_lm):
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
+    assert Path(recipe.model.name_or_path).name == Path(real_lm).name
+    recipe.model.name_or_path = real_lm
+    assert load_lm(recipe.model).config.hidden_size == 576
