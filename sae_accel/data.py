@@ -186,10 +186,15 @@ def _pack(
     )
     if isinstance(packed, Dataset) and not len(packed):
         count = sum(len(document) + 1 for document in _tokenize(dataset[text_column][:], tokenizer))
+        if count < ctx_len:
+            raise InputError(
+                f"The data has {count} tokens, less than one sequence of data.ctx_len = {ctx_len}. Lower it, or use "
+                "more data."
+            )
         raise InputError(
-            f"The data has {count} tokens in {len(dataset)} documents, too few for one sequence of data.ctx_len = "
-            f"{ctx_len}: at most {DOCUMENTS_AT_ONCE} documents are joined, and each of {num_proc or 1} processes joins "
-            "its own. Lower data.ctx_len, or use more or longer documents."
+            f"The data has {count} tokens in {len(dataset)} documents, but no sequence of data.ctx_len = {ctx_len}: "
+            f"at most {DOCUMENTS_AT_ONCE} documents are joined, and each of {num_proc or 1} processes joins its own. "
+            "Lower data.ctx_len or data.num_proc, or use longer documents."
         )
     return packed
 
@@ -220,8 +225,8 @@ def _cut_rows(rows: dict[str, list], ctx_len: int, columns: list[str], vocab_siz
             raise InputError(f"A row of the data has {len(ids)} input_ids, but an attention_mask of {len(mask[0])}.")
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise InputError(
-                f"The data's input_ids go from {min(ids)} to {max(ids)}, but the LM knows {vocab_size} ids, from 0. Use "
-                "data that was made with its tokenizer."
+                f"The data's input_ids go from {min(ids)} to {max(ids)}, but the LM knows {vocab_size} ids, from 0. "
+                "Use data that was made with its tokenizer."
             )
     return {
         column: [row[i : i + ctx_len] for row in rows[column] for i in range(0, len(row), ctx_len)]
@@ -252,8 +257,8 @@ def _check_enough(sequences: int, arguments: DataArguments) -> None:
 def _check_text(texts: list[Any], text_column: str) -> None:
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise InputError(
-            f"data.text_column: column {text_column!r} holds {type(wrong[0]).__name__}, not text. Name another column, "
-            "or drop such rows."
+            f"data.text_column: column {text_column!r} holds {type(wrong[0]).__name__}, not text. Name another "
+            "column, or drop such rows."
         )
 
 

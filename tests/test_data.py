@@ -1,8 +1,6 @@
 import gc
 import json
 import pickle
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from sae_accel.errors import InputError
 
 EOS, BOS, WORDS = 0, 1, 50
 VOCAB = WORDS + 3
+# A stream of CSV that is not read to its end leaves its file to the garbage collector; datasets closes it no sooner.
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
 def make_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
@@ -194,9 +194,17 @@ def test_row_without_text_is_refused_when_a_stream_comes_to_it():
 
 def test_dataset_of_less_than_a_sequence_is_refused_with_its_tokens():
     dataset = Dataset.from_dict({"text": make_texts(3)})
-    with pytest.raises(InputError, match="36 tokens in 3 documents, too few for one sequence of data.ctx_len = 37"):
+    with pytest.raises(InputError, match="has 36 tokens, less than one sequence of data.ctx_len = 37"):
         chunk_and_tokenize(dataset, make_tokenizer(), ctx_len=37)
     assert len(chunk_and_tokenize(dataset, make_tokenizer(), ctx_len=36)) == 1
+
+
+def test_documents_too_short_to_fill_a_sequence_together_are_refused_with_the_reason():
+    dataset = Dataset.from_dict({"text": ["w1"] * (DOCUMENTS_AT_ONCE + 200)})
+    with pytest.raises(InputError, match="2400 tokens in 1200 documents, but no sequence .* at most 1000 documents"):
+        chunk_and_tokenize(dataset, make_tokenizer(), ctx_len=2001)
+    with pytest.raises(InputError, match="each of 2 processes joins its own"):
+        chunk_and_tokenize(dataset.select(range(20)), make_tokenizer(), ctx_len=30, num_proc=2)
 
 
 def test_dataset_without_rows_is_refused():
@@ -222,10 +230,8 @@ def test_glob_reads_text_files_in_the_order_of_their_names(tmp_path, ending, str
     assert rows_of(held_out) + rows_of(train) == [expected[i : i + 16] for i in range(0, 80, 16)]
 
 
-# A stream of CSV whose reading stops early leaves its file to the garbage collector; pandas closes no other way.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", pytest.param("csv", marks=LEFT_OPEN), "parquet"])
 def test_table_files_give_a_document_a_row(tmp_path, ending, streaming):
     dataset, path = Dataset.from_dict({"text": make_texts(12), "n": range(12)}), tmp_path / f"rows.{ending}"
     if ending == "jsonl":
@@ -235,7 +241,53 @@ def test_table_files_give_a_document_a_row(tmp_path, ending, streaming):
     train, held_out = load(path, shuffle_seed=None, streaming=streaming)
     expected = ids_by_hand(make_texts(12))
     assert rows_of(held_out) + rows_of(train) == [expected[i : i + 16] for i in range(0, 144, 16)]
+    # So that a file left open is complained of here, not in a later test.
     gc.collect()
+
+
+def make_source(kind: str, folder: Path, texts: list[str]) -> Path:
+    dataset, path = Dataset.from_dict({"text": texts}), folder / "data"
+    if kind == "saved":
+        dataset.save_to_disk(path)
+    elif kind == "saved splits":
+        DatasetDict({"train": dataset}).save_to_disk(path)
+    elif kind == "jsonl folder":
+        path.mkdir()
+        dataset.to_json(path / "a.jsonl")
+    elif kind == "text files":
+        path.mkdir()
+        for i, text in enumerate(texts):
+            (path / f"{i:03}.txt").write_text(text.replace(" ", "\n"))
+        return path / "*.txt"
+    elif kind == "parquet":
+        dataset.to_parquet(folder / "data.parquet")
+        return folder / "data.parquet"
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "jsonl folder", "text files", "parquet"])
+def test_every_kind_of_source_gives_the_same_sequences(tmp_path, kind, streaming):
+    texts = [make_texts(30, words=3 + i % 11)[i] for i in range(30)]
+    path = make_source(kind, tmp_path, texts)
+    train, held_out = load(path, ctx_len=8, eval_examples=3, streaming=streaming, shuffle_seed=None)
+    expected = ids_by_hand(texts)
+    sequences = [expected[i : i + 8] for i in range(0, len(expected) - 7, 8)]
+    assert rows_of(held_out) == sequences[:3] and rows_of(train) == sequences[3:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "no split 'test'; it has train"),
+        ({"eval_examples": 10_000}, "holds out 10000, so that none is left"),
+        ({"text_column": "body"}, "no column 'body'; it has text"),
+    ],
+)
+def test_saved_data_that_cannot_be_used_is_refused_in_one_line(tmp_path, options, message):
+    with pytest.raises(InputError, match=message) as raised:
+        load(make_source("saved splits", tmp_path, make_texts(30)), **options)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -308,6 +360,16 @@ def test_tokenised_rows_are_cut_but_not_joined(tmp_path, streaming):
     assert rows_of(train) == [rows[0][:16], rows[0][16:32], rows[0][32:], rows[1], rows[3]]
     assert [list(row["attention_mask"]) for row in train][2:4] == [[1] * 7 + [0], [1, 0]]
     assert set(next(iter(train))) == {"input_ids", "attention_mask"}
+
+
+def test_tokenised_rows_that_differ_in_length_are_collated(tmp_path):
+    rows, masks = [list(range(5)), list(range(20))], [[1] * 4 + [0], [1] * 20]
+    path = save(tmp_path, {"input_ids": rows, "attention_mask": masks})
+    train, _ = load(path, ctx_len=8, eval_examples=0, shuffle_seed=None)
+    batch = collate([train[i] for i in range(len(train))], pad_token_id=9)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 8)
+    assert batch["input_ids"][0].tolist() == [0, 1, 2, 3, 4, 9, 9, 9]
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_tokenised_rows_need_no_tokenizer_with_eos(tmp_path):
@@ -406,19 +468,17 @@ def test_holding_out_everything_is_refused_with_both_counts(tmp_path, source):
         load_numbered(tmp_path, source, eval_examples=99)
 
 
-def test_another_process_reads_the_same_order(tmp_path):
-    script = f"""
-import json, pathlib, sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-import test_data
-folder = pathlib.Path({str(tmp_path)!r})
-loaded = [test_data.load_numbered(folder, source)[0] for source in ("map", "stream", "bin")]
-print(json.dumps([test_data.rows_of(rows) for rows in loaded]))
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    here = [rows_of(load_numbered(tmp_path, source)[0]) for source in ("map", "stream", "bin")]
-    assert json.loads(run.stdout.splitlines()[-1]) == here
+@pytest.mark.parametrize(
+    ("source", "order"),
+    [
+        ("map", [30, 21, 29, 10, 35, 25, 39, 12]),
+        ("stream", [30, 21, 29, 10, 35, 25, 39, 12]),
+        ("bin", [30, 21, 29, 10, 35, 25, 39, 12]),
+    ],
+)
+def test_every_process_reads_the_same_order(tmp_path, source, order):
+    # Written down by another process; a run that is resumed, and the other ranks of a run, count on it.
+    assert [row[0] for row in rows_of(load_numbered(tmp_path, source)[0])][:8] == order
 
 
 @SOURCES

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     ),
 }
 HEADS = {
-    "quickstart": ["layers.1", "layers.3", "layers.2.mlp"],
+    "quickstart": ["layers.1", "layers.3", "layers.3.mlp"],
     "smollm2": [f"layers.{i}" for i in range(0, 30, 3)],
     "pythia-160m": [f"layers.{i}.mlp" for i in range(12)] + ["layers.6/k32", "layers.6/k64", "layers.6/k128"],
     "gpt2": [f"h.{i}.attn" for i in range(12)] + [f"h.{i}.mlp.act" for i in range(12)],

@@ -5,10 +5,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModel
+from transformers import AutoConfig
 
 from ..errors import InputError
 from ..formats import sparsify
+from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .modeling_head import HeadModel
 from .modeling_sae import SaeModel
@@ -146,17 +147,18 @@ def _load(repository: Repository, name: str, layout: str, options: dict[str, Any
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
-    if not isinstance(head, HeadModel):
-        raise InputError(f"{where} is a {type(head).__name__}, not an SAE or transcoder.")
     if head.config.hookpoint is None and name:
         head.config.hookpoint = name.split("/")[0]
     return head
 
 
 def _load_ours(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
-    return AutoModel.from_pretrained(
-        repository.folder or repository.name, subfolder=name, use_safetensors=True, **repository.options, **options
-    )
+    where = {"pretrained_model_name_or_path": repository.folder or repository.name, "subfolder": name}
+    # An LM has files of the same names, and must not be loaded to find that out.
+    config = AutoConfig.from_pretrained(**where, **repository.options)
+    if not isinstance(config, HeadConfig):
+        raise ValueError(f"it is a {config.model_type}, not an SAE or transcoder.")
+    return _model_class(config).from_pretrained(**where, use_safetensors=True, **repository.options, **options)
 
 
 def _load_sparsify(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
@@ -166,5 +168,8 @@ def _load_sparsify(repository: Repository, name: str, options: dict[str, Any]) -
         if key in options:
             setattr(config, key, options.pop(key))
     options.setdefault("dtype", tensors["encoder.weight"].dtype)
-    model_class = SaeModel if isinstance(config, SaeConfig) else TranscoderModel
-    return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+    return _model_class(config).from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+def _model_class(config: HeadConfig) -> type[HeadModel]:
+    return SaeModel if isinstance(config, SaeConfig) else TranscoderModel

@@ -50,7 +50,8 @@ class HeadConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_latents is None:
             self.num_latents = (self.expansion_factor or 0) * self.d_in
-        if self.num_latents != (self.expansion_factor or 0) * self.d_in:
+        self.expansion_factor, rest = divmod(self.num_latents, self.d_in or 1)
+        if rest:
             self.expansion_factor = None
         super().__post_init__(**kwargs)
 

@@ -47,8 +47,10 @@ class Repository:
         if not self.options.get("local_files_only"):
             try:
                 with explaining(self.name):
-                    api = HfApi(token=self.options.get("token"))
-                    return api.list_repo_files(self.name, revision=self.options.get("revision"))
+                    info = HfApi(token=self.options.get("token")).model_info(
+                        self.name, revision=self.options.get("revision")
+                    )
+                    return [sibling.rfilename for sibling in info.siblings or []]
             except _Unreachable:
                 pass
         return self._list_cache()
