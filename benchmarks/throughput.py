@@ -1,9 +1,10 @@
 """
-Training speed of sae_accel and of sparsify (PyPI: eai-sparsify), through the trainer of each, on the same LM, tokens, sizes and
-optimizer, in one process and in turns.
+Training speed of sae_accel and of sparsify (PyPI: eai-sparsify), through the trainer of each, on the same LM, tokens,
+sizes and optimizer, in one process and in turns.
 
-A turn is a short run of one trainer. What counts is the time from the end of one optimizer step to the end of the next, so that
-starting and saving do not, and each turn's first steps are left out. The median over all turns is what is shown.
+A turn is a short run of one trainer. What counts is the time from the end of one optimizer step to the end of the
+next, so that starting and saving do not, and each turn's first steps are left out. The median over all turns is what
+is shown.
 
   python benchmarks/throughput.py                      # SmolLM2-135M-Instruct, layers.2, 2,048 tokens a step
   python benchmarks/throughput.py --hookpoint layers.14 --turns 5 --save benchmarks/results/my-machine.json
@@ -89,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tokens(options: argparse.Namespace) -> Dataset:
-    """Sequences of the language reference that every Python carries; real text, since it decides which latents are busy."""
+    """Sequences of the language reference that every Python carries; real text decides which latents are busy."""
     from pydoc_data.topics import topics
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -165,7 +166,8 @@ def report(options, seconds, fvus, memory, device) -> None:
     speed = {name: per_step / statistics.median(values) for name, values in seconds.items()}
     spread = {name: (per_step / max(values), per_step / min(values)) for name, values in seconds.items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k}, {per_step:,} tokens a step,")
+    print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k},")
+    print(f"{per_step:,} tokens a step,", end=" ")
     print(f"signum, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"{'':12}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first FVU':>12}" + ("  GiB" if memory else ""))
     for name in seconds:
@@ -173,7 +175,7 @@ def report(options, seconds, fvus, memory, device) -> None:
         used = f"{memory[name]:5.1f}" if memory else ""
         print(f"{name:12}{speed[name]:>10,.0f}{slow:>10,.0f}{fast:>10,.0f}{fvus[name]:>12.5f}{used}")
     ratio = speed["sae_accel"] / speed["sparsify"]
-    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first step's FVU, from different weights, is a sanity check.")
+    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first FVU, from different weights, is a sanity check.")
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
         figures = {"tokens_per_second": speed, "spread": spread, "ratio": ratio, "first_fvu": fvus, "gib": memory}

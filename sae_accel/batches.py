@@ -101,6 +101,6 @@ class Batches:
         if sequences < size * processes:
             raise InputError(
                 f"The training data has {sequences} sequences, fewer than one batch of {size} on {processes} "
-                "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use more "
-                "data."
+                "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use "
+                "more data."
             )

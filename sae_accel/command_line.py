@@ -57,7 +57,9 @@ def help_text(width: int) -> str:
         for option in fields(arguments):
             default = yaml.safe_dump(default_of(option), default_flow_style=True).splitlines()[0]
             lines.append(f"  --{section}.{option.name}  {type_name(hints[option.name])}; default {default}")
-            lines.append(textwrap.fill(option.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            lines.append(
+                textwrap.fill(option.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            )
     return "\n".join(lines)
 
 

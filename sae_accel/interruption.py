@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interruption:
     """
-    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; the second
-    stops at once. Outside the main thread, which alone receives signals, it does nothing.
+    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; the
+    second stops at once. Outside the main thread, which alone receives signals, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -131,8 +131,8 @@ def check_latents(k: int, num_latents: int, activation: str, multi_topk: bool, w
         raise InputError(f"{where}: k is {k}, but the head has {num_latents} latents. Lower k or raise num_latents.")
     if activation == "groupmax" and num_latents % k:
         raise InputError(
-            f"{where}: groupmax cuts {num_latents} latents into k = {k} equal groups, which does not divide. Change k or "
-            "num_latents."
+            f"{where}: groupmax cuts {num_latents} latents into k = {k} equal groups, which does not divide. Change k "
+            "or num_latents."
         )
     if multi_topk and activation != "topk":
         raise InputError(f"{where}: multi_topk goes with activation topk, not with {activation}.")
@@ -142,7 +142,8 @@ def check_latents(k: int, num_latents: int, activation: str, multi_topk: bool, w
 
 def convert(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
     """
-    `value` as the type `hint` of a field, without guessing: only what YAML itself reads as something else is converted.
+    `value` as the type `hint` of a field, without guessing: only what YAML itself reads as something else is
+    converted.
 
     Raises:
         `InputError`: with the path, what was found and what is allowed.
@@ -153,7 +154,9 @@ def convert(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> An
     if origin is Literal:
         choices = get_args(hint)
         if value not in choices:
-            raise InputError(f"{path}: found {_shown(value)}, allowed are {', '.join(choices)}.{_near(value, choices)}")
+            raise InputError(
+                f"{path}: found {_shown(value)}, allowed are {', '.join(choices)}.{_near(value, choices)}"
+            )
         return value
     if origin is list:
         value = [value] if isinstance(value, str) else value
@@ -201,9 +204,7 @@ def _section(section: type, content: Any, path: str) -> Any:
     _check_keys(content, path, field_hints(section))
     hints = field_hints(section)
     known = {f.name: f.metadata for f in fields(section)}
-    return section(
-        **{key: convert(value, hints[key], known[key], f"{path}.{key}") for key, value in content.items()}
-    )
+    return section(**{key: convert(value, hints[key], known[key], f"{path}.{key}") for key, value in content.items()})
 
 
 def _check_keys(content: Mapping[str, Any], path: str, allowed: Iterable[str]) -> None:
@@ -252,17 +253,17 @@ def _check_training(training: SaeTrainingArguments) -> None:
     if schedule is not None and schedule not in SCHEDULES:
         known = schedule in set(SchedulerType)
         reason = "needs arguments that a recipe does not have" if known else "is no schedule of transformers"
-        raise InputError(
-            f"training.lr_scheduler_type: {schedule!r} {reason}. Allowed are {', '.join(SCHEDULES)}."
-        )
+        raise InputError(f"training.lr_scheduler_type: {schedule!r} {reason}. Allowed are {', '.join(SCHEDULES)}.")
     if training.optim == "signum" and schedule not in (None, "constant", "constant_with_warmup"):
         raise InputError(
-            f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, or use adam."
+            f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, or "
+            "use adam."
         )
     if training.max_steps is not None and training.warmup_steps is not None:
         if training.warmup_steps >= training.max_steps and training.warmup_steps >= 1:
             raise InputError(
-                f"training.warmup_steps: {training.warmup_steps:g} is not below training.max_steps, {training.max_steps}."
+                f"training.warmup_steps: {training.warmup_steps:g} is not below training.max_steps, "
+                f"{training.max_steps}."
             )
     trackers = [str(tracker.value) for tracker in LoggerType] + ["none"]
     for tracker in training.report_to:

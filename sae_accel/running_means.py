@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 class StepSums:
-    """What heads measured in one optimizer step or evaluation, summed over its micro-batches without leaving the
-    device."""
+    """What heads measured in one optimizer step or evaluation, summed over micro-batches on the device."""
 
     def __init__(self):
         self.by_head: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -12,6 +12,8 @@ from .errors import InputError
 # Local files by their ending; any other ending is plain text, of which each file is one document.
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
+COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
+
 
 def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
     """
@@ -51,11 +53,15 @@ def _saved(arguments: DataArguments) -> Dataset | IterableDataset:
                 f"data.split: {arguments.path!r} has no split {arguments.split!r}; it has {', '.join(rows)}."
             )
         rows = rows[arguments.split]
+    elif "[" in arguments.split:
+        raise InputError(f"data.split: {arguments.path!r} is one saved split; slices are not taken of it.")
     return rows.to_iterable_dataset() if arguments.streaming else rows
 
 
 def _local_files(files: list[str], arguments: DataArguments) -> Dataset | IterableDataset:
-    builder = BUILDERS.get(Path(files[0]).suffix)
+    # The ending before that of a compression, which datasets undoes itself.
+    endings = [ending for ending in Path(files[0]).suffixes if ending not in COMPRESSIONS]
+    builder = BUILDERS.get(endings[-1] if endings else "")
     options: dict[str, Any] = {"split": arguments.split, "streaming": arguments.streaming, "data_files": files}
     if builder is None:
         builder, options["sample_by"] = "text", "document"

@@ -484,7 +484,8 @@ def _trackers(report_to: list[str]) -> list[str] | None:
     available = [tracker.value for tracker in get_available_trackers()]
     if missing := [tracker for tracker in wanted if tracker not in [*available, "all"]]:
         raise InputError(
-            f"training.report_to: {missing[0]} is not installed. Install it, or choose from {', '.join(available)} or none."
+            f"training.report_to: {missing[0]} is not installed. Install it, or choose from {', '.join(available)} "
+            "or none."
         )
     return wanted or None
 

@@ -1,4 +1,5 @@
-"""A server on loopback that speaks the part of the Hub's protocol that reading a repo needs, over the files of a folder."""
+"""A server on loopback that speaks the part of the Hub's protocol that reading a repo needs, over the files of a
+folder."""
 
 import hashlib
 import json
@@ -54,7 +55,10 @@ class _Handler(BaseHTTPRequestHandler):
         names = [str(file.relative_to(self.root / repo)) for file in files]
         if "/tree/" in path:
             sizes = (file.stat().st_size for file in files)
-            tree = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in zip(names, sizes, strict=True)]
+            tree = [
+                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                for name, size in zip(names, sizes, strict=True)
+            ]
             return self._answer(200, json.dumps(tree).encode())
         info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
         self._answer(200, json.dumps(info).encode())

@@ -158,5 +158,8 @@ def test_heads_that_do_not_fit_are_refused():
     sae = SaeModel(SaeConfig(d_in=24, k=4))
     with pytest.raises(InputError, match="'h.1' does not fit LlamaModel"), splice(lm, {"h.1": sae}):
         pass
-    with pytest.raises(InputError, match="Two heads would replace"), splice(lm, {"layers.1/a": sae, "layers.1/b": sae}):
+    with (
+        pytest.raises(InputError, match="Two heads would replace"),
+        splice(lm, {"layers.1/a": sae, "layers.1/b": sae}),
+    ):
         pass

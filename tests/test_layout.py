@@ -27,7 +27,9 @@ def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             inside = path.relative_to(PACKAGE).parts[0] if node.level < depth else None
-            yield from [inside] if inside else [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
+            yield from (
+                [inside] if inside else [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
+            )
 
 
 def test_imports_point_down_the_layers():

@@ -40,7 +40,9 @@ def small_world(tmp_path, monkeypatch):
 def test_the_snippet_that_trains_runs(small_world):
     # Only the sizes shrink: two steps of short sequences.
     code = SNIPPETS["train"].replace("ctx_len=2048", "ctx_len=64")
-    code = code.replace("per_device_train_batch_size=16", 'per_device_train_batch_size=16, max_steps=2, report_to="none"')
+    code = code.replace(
+        "per_device_train_batch_size=16", 'per_device_train_batch_size=16, max_steps=2, report_to="none"'
+    )
     names = {}
     exec(code, names)
     assert list(AutoSae.from_pretrained("runs/smollm2")) == ["layers.0", "layers.2"]

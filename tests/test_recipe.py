@@ -51,7 +51,9 @@ def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, se
     recipe = Recipe.from_dict({section: [content] if section == "heads" else content})
     words = []
     for key, one in content.items():
-        shown = [str(item) for item in one] if isinstance(one, list) else [yaml.safe_dump(one, default_flow_style=True)]
+        shown = (
+            [str(item) for item in one] if isinstance(one, list) else [yaml.safe_dump(one, default_flow_style=True)]
+        )
         words += [f"--{section}.{key}", *(word.removesuffix("\n...\n").strip() for word in shown)]
     assert _read(recipe, section, name) == _read(parse_command_line(words), section, name) == value
     assert f"--{section}.{name} " in help_text(100)

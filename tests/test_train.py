@@ -21,7 +21,9 @@ def place(tmp_path_factory):
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder / "lm")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder / "lm"
+    )
     ids = torch.randint(0, VOCAB - 2, (40, 30), generator=torch.Generator().manual_seed(0))
     lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
     (folder / "text.jsonl").write_text("\n".join(lines))

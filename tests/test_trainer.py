@@ -123,9 +123,7 @@ def test_gradients_are_those_of_the_fvu_of_the_whole_window(tmp_path):
 
     trainer.optimizer, trainer.lr_scheduler = Optimizer(), Optimizer()
     batch = torch.ones_like(ids)
-    trainer.training_step(
-        [{"input_ids": ids[i : i + 2], "attention_mask": batch[i : i + 2]} for i in (0, 2, 4, 6)]
-    )
+    trainer.training_step([{"input_ids": ids[i : i + 2], "attention_mask": batch[i : i + 2]} for i in (0, 2, 4, 6)])
     for (name, _), gradient in zip(head.named_parameters(), expected, strict=True):
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -227,7 +225,9 @@ def test_half_precision_lms_train_without_overflow(tmp_path):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(2000)
     logs = _Logs()
-    trainer = tiny_trainer(tmp_path, lm=lm, max_steps=3, logging_steps=1, optim="adam", callbacks=[logs], warmup_steps=0)
+    trainer = tiny_trainer(
+        tmp_path, lm=lm, max_steps=3, logging_steps=1, optim="adam", callbacks=[logs], warmup_steps=0
+    )
     before = _weights(trainer)
     trainer.train()
     assert 0 < logs.logs[0]["train/fvu/layers.1"] < 10
@@ -255,8 +255,8 @@ def test_learning_rates_are_by_head_and_schedules_count_optimizer_steps(tmp_path
     logs = _Logs()
     heads = [HeadArguments(layers=[0], k=4), HeadArguments(layers=[1], k=4, learning_rate=0.5)]
     tiny_trainer(
-        tmp_path, heads=heads, optim="adam", warmup_steps=2, max_steps=6, gradient_accumulation_steps=3, logging_steps=1,
-        callbacks=[logs],
+        tmp_path, heads=heads, optim="adam", warmup_steps=2, max_steps=6, gradient_accumulation_steps=3,
+        logging_steps=1, callbacks=[logs],
     ).train()  # fmt: skip
     # After step n the rate is that of step n + 1: up to the base in 2 steps, down to zero in 4.
     factors = [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]

@@ -20,9 +20,10 @@ def read_head(config_path: str | Path, weights_path: str | Path) -> tuple[HeadCo
     """
     Reads a head that sparsify wrote, in any version of its format since June 2024.
 
-    What keys mean where they are absent: no transcoder, no skip connection, `topk`. A file with `signed` selects latents by
-    magnitude and keeps their sign. A file with a skip connection is a transcoder, whatever it says. Transcoders of before
-    February 2025 took `b_dec` from their input, which no file tells: load those with `apply_b_dec_to_input=True`.
+    What keys mean where they are absent: no transcoder, no skip connection, `topk`. A file with `signed` selects
+    latents by magnitude and keeps their sign. A file with a skip connection is a transcoder, whatever it says.
+    Transcoders of before February 2025 took `b_dec` from their input, which no file tells: load those with
+    `apply_b_dec_to_input=True`.
 
     Args:
         config_path (`str` or `Path`): Its `cfg.json`.
@@ -40,7 +41,9 @@ def read_head(config_path: str | Path, weights_path: str | Path) -> tuple[HeadCo
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The sparsify head in {str(Path(config_path).parent)!r} cannot be read: {error}.") from error
     if missing := {"encoder.weight", "encoder.bias", "b_dec"} - set(tensors):
-        raise InputError(f"{str(weights_path)!r} has no tensor {min(missing)!r}; it holds {', '.join(sorted(tensors))}.")
+        raise InputError(
+            f"{str(weights_path)!r} has no tensor {min(missing)!r}; it holds {', '.join(sorted(tensors))}."
+        )
     config = _config(keys, tensors)
     expected = (config.num_latents, keys.get("d_in", config.d_in))
     if tuple(tensors["encoder.weight"].shape) != expected:
@@ -56,7 +59,9 @@ def _config(keys: dict, tensors: dict[str, Tensor]) -> HeadConfig:
     shared = dict(
         d_in=d_in,
         # The files of runs that gave an expansion factor say 0.
-        num_latents=keys.get("num_latents") or keys.get("d_sae") or d_in * keys.get("expansion_factor", num_latents // d_in),
+        num_latents=keys.get("num_latents")
+        or keys.get("d_sae")
+        or d_in * keys.get("expansion_factor", num_latents // d_in),
         expansion_factor=keys.get("expansion_factor", num_latents // d_in),
         k=keys.get("k", 32),
         activation="signed_topk" if keys.get("signed") else keys.get("activation", "topk"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
@@ -31,8 +32,8 @@ class HeadNotFound(InputError, KeyError):
 
 class SaeHeads(Mapping):
     """
-    The heads of a folder or repo by name, in natural order (`layers.2` before `layers.10`). A head is fetched and loaded when
-    it is first asked for, and kept.
+    The heads of a folder or repo by name, in natural order (`layers.2` before `layers.10`). A head is fetched and
+    loaded when it is first asked for, and kept.
 
     Examples:
         ```python
@@ -87,9 +88,9 @@ class AutoSae:
             pretrained_model_name_or_path (`str`): A folder, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
             hookpoint (`str`, *optional*): Name of the head to load; `subfolder` is an alias.
             kwargs (*optional*): As in transformers: `dtype`, `device_map`, `revision`, `token`, `cache_dir`,
-                `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. `apply_b_dec_to_input=True` is
-                for sparsify's transcoders of before February 2025, whose files do not tell that `b_dec` is taken from the
-                input.
+                `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. `apply_b_dec_to_input=True`
+                is for sparsify's transcoders of before February 2025, whose files do not tell that `b_dec` is taken
+                from the input.
 
         Returns:
             [`SaeModel`], [`TranscoderModel`] or [`SaeHeads`].
@@ -108,8 +109,8 @@ class AutoSae:
         layouts = _find_heads(repository.files)
         if not layouts:
             raise InputError(
-                f"{name!r} holds no SAE or transcoder: no folder in it has config.json with model.safetensors, or cfg.json "
-                "with sae.safetensors."
+                f"{name!r} holds no SAE or transcoder: no folder in it has config.json with model.safetensors, or "
+                "cfg.json with sae.safetensors."
             )
         heads = SaeHeads(repository, layouts, kwargs)
         if hookpoint is not None:
@@ -145,7 +146,7 @@ def _load(repository: Repository, name: str, layout: str, options: dict[str, Any
             head = load(repository, name, dict(options))
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
     if head.config.hookpoint is None and name:
         head.config.hookpoint = name.split("/")[0]

@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization as init
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..metrics import squared_error, total_variance as variance_of
+from ..metrics import squared_error
+from ..metrics import total_variance as variance_of
 from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
 from .latent_selection import SELECTIONS
@@ -56,7 +58,7 @@ class HeadOutput(ModelOutput):
 
 
 class HeadModel(PreTrainedModel):
-    """What [`SaeModel`] and [`TranscoderModel`] have in common: one sparse layer of latents between two linear maps."""
+    """What [`SaeModel`] and [`TranscoderModel`] share: one sparse layer of latents between two linear maps."""
 
     config: HeadConfig
     base_model_prefix = "head"
@@ -74,7 +76,9 @@ class HeadModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, hookpoint: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, hookpoint: str | None = None, **kwargs: Any
+    ):
         """
         As in transformers, with two arguments more.
 
@@ -123,8 +127,8 @@ class HeadModel(PreTrainedModel):
         Args:
             top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the latents.
             top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
-            activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): What the head read. Asked for where there is
-                a skip connection.
+            activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): What the head read. Asked for where there
+                is a skip connection.
 
         Returns:
             `torch.Tensor` of shape `(..., d_out)`.
@@ -157,8 +161,8 @@ class HeadModel(PreTrainedModel):
             target (`torch.Tensor` of shape `(..., d_out)`, *optional*): What it should reproduce; `activations` if not
                 given.
             k (`int`, *optional*): Latents that are active for each token; the config's if not given.
-            total_variance (`torch.Tensor` of shape `()`, *optional*): What squared errors are divided by; that of `target`
-                over these tokens if not given. A caller with a part of a batch passes the whole batch's.
+            total_variance (`torch.Tensor` of shape `()`, *optional*): What squared errors are divided by; that of
+                `target` over these tokens if not given. A caller with a part of a batch passes the whole batch's.
             dead_mask (`torch.BoolTensor` of shape `(num_latents,)`, *optional*): Dead latents, for AuxK. See
                 arXiv:2406.04093, appendix A.2. The loss is divided by the target's variance and, while fewer than
                 `d_out / 2` latents are dead, scaled down by their number.
@@ -261,15 +265,16 @@ class HeadModel(PreTrainedModel):
         width = MULTI_TOPK_FACTOR * k
         if not SELECTIONS[self.config.activation].nests or width > self.num_latents:
             raise ValueError(
-                f"Multi-TopK selects {width} latents by topk, but the head has activation {self.config.activation!r} and "
-                f"{self.num_latents} latents."
+                f"Multi-TopK selects {width} latents by topk, but the head has activation {self.config.activation!r} "
+                f"and {self.num_latents} latents."
             )
         return width
 
     def _tokens(self, activations: Tensor) -> Tensor:
         if activations.shape[-1] != self.config.d_in:
             raise ValueError(
-                f"The head reads activations of width d_in = {self.config.d_in}, but got shape {tuple(activations.shape)}."
+                f"The head reads activations of width d_in = {self.config.d_in}, but got shape "
+                f"{tuple(activations.shape)}."
             )
         return activations.reshape(-1, self.config.d_in).to(self.dtype)
 

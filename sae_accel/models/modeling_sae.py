@@ -10,8 +10,8 @@ class SaeModel(HeadModel):
     A sparse autoencoder: it reads and rebuilds one activation through at most k latents for each token. See
     arXiv:2406.04093.
 
-    With `x` of shape `(..., d_in)`: `pre = W_enc (x - b_dec) + b_enc`, and `y_hat = sum_i acts_i W_dec[i] + b_dec` over the
-    selected latents.
+    With `x` of shape `(..., d_in)`: `pre = W_enc (x - b_dec) + b_enc`, and `y_hat = sum_i acts_i W_dec[i] + b_dec`
+    over the selected latents.
 
     Examples:
         ```python

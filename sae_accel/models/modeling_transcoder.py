@@ -7,8 +7,8 @@ class TranscoderModel(HeadModel):
     A transcoder: it reads one activation and predicts another, such as an MLP's input and output, through at most k
     latents for each token.
 
-    With `x` of shape `(..., d_in)`: `pre = W_enc x + b_enc`, and `y_hat = sum_i acts_i W_dec[i] + b_dec (+ W_skip x)` over
-    the selected latents, of shape `(..., d_out)`.
+    With `x` of shape `(..., d_in)`: `pre = W_enc x + b_enc`, and `y_hat = sum_i acts_i W_dec[i] + b_dec (+ W_skip x)`
+    over the selected latents, of shape `(..., d_out)`.
 
     Examples:
         ```python

@@ -20,7 +20,8 @@ class Repository:
 
     Args:
         name (`str`): A folder, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
-        options (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in transformers.
+        options (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in
+            transformers.
 
     Raises:
         `InputError`: if there is no such folder or repo, with the Hub's own reason.
@@ -93,5 +94,7 @@ def _is_local(name: str) -> bool:
 
 def _list_folder(folder: Path) -> list[str]:
     return [
-        str((Path(root) / file).relative_to(folder)) for root, _, files in os.walk(folder, followlinks=True) for file in files
+        str((Path(root) / file).relative_to(folder))
+        for root, _, files in os.walk(folder, followlinks=True)
+        for file in files
     ]

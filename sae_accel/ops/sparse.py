@@ -67,9 +67,9 @@ def sparse_encode(
     """
     Pre-activations `weight (x - shift) + bias` of the latents that `select` picks for each token.
 
-    The dense pre-activations live in pieces of at most `MAX_PRE_ACTIVATIONS` elements and are not kept for the backward
-    pass, whose cost and memory are those of the selected latents alone. Under autocast the product is taken in its
-    precision.
+    The dense pre-activations live in pieces of at most `MAX_PRE_ACTIVATIONS` elements and are not kept for the
+    backward pass, whose cost and memory are those of the selected latents alone. Under autocast the product is taken
+    in its precision.
 
     Args:
         x (`torch.Tensor` of shape `(num_tokens, d_in)`): What the head reads.

@@ -40,7 +40,9 @@ def test_a_folder_of_many_heads_is_a_mapping_in_natural_order_that_loads_when_as
 
 def test_the_mapping_fits_the_hidden_states_of_an_lm(folder):
     hidden_states = [torch.randn(2, 5, 16) for _ in range(3)]
-    latents = [sae.encode(hidden) for sae, hidden in zip(AutoSae.from_pretrained(folder).values(), hidden_states, strict=True)]
+    latents = [
+        sae.encode(hidden) for sae, hidden in zip(AutoSae.from_pretrained(folder).values(), hidden_states, strict=True)
+    ]
     assert [found.top_acts.shape for found in latents] == [(2, 5, 4)] * 3
 
 
@@ -110,7 +112,12 @@ def test_broken_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
 
 def _in_fresh_process(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
     """The Hub's client reads its settings when it is imported, so each case has a process and a cache of its own."""
-    fixed = {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+    fixed = {
+        "HF_HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     command = [sys.executable, "-c", "from sae_accel import AutoSae\n" + code]
     return subprocess.run(command, env=kept | fixed | environment, capture_output=True, text=True)
