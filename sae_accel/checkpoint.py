@@ -99,6 +99,29 @@ def drop_old(output_dir: Path, keep: int | None) -> None:
             shutil.rmtree(path)
 
 
+def where_to_begin(output_dir: Path, resume: bool | str, overwrite: bool) -> Path | None:
+    """
+    The checkpoint that a run goes on from, or None if it starts anew.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        resume (`bool` or `str`): A checkpoint folder; `True` is the newest whole one, if there is one.
+        overwrite (`bool`): Whether a run that starts anew may delete another that the folder holds.
+
+    Raises:
+        `InputError`: if the folder holds another run that must be kept.
+    """
+    checkpoint = newest_complete(output_dir) if resume is True else Path(resume) if resume else None
+    left = run_files(output_dir)
+    if left and checkpoint is None and not overwrite:
+        raise InputError(
+            f"Output folder {str(output_dir)!r} holds another run ({left[0].name}). Set "
+            "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or another "
+            "training.output_dir."
+        )
+    return checkpoint
+
+
 def run_files(output_dir: Path) -> list[Path]:
     """What a run left in a folder: its checkpoints, logs, metrics, recipe and heads."""
     if not output_dir.is_dir():

@@ -1,7 +1,9 @@
 import sys
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint import where_to_begin
 from .command_line import parse_command_line
 from .data import load_tokens
 from .errors import InputError
@@ -24,6 +26,8 @@ def run(recipe: Recipe) -> SaeTrainer:
         LM's
             weights are read.
     """
+    training = recipe.training
+    where_to_begin(Path(training.output_dir), training.resume_from_checkpoint, training.overwrite_output_dir)
     plan_heads(load_architecture(recipe.model), recipe.heads)
     tokenizer = load_tokenizer(recipe.model)
     lm = load_lm(recipe.model)

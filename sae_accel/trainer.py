@@ -139,12 +139,11 @@ class SaeTrainer:
 
         Raises:
             `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
-            cannot be
-                used.
+                cannot be used.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = self._find_checkpoint(resume)
+        checkpoint = files.where_to_begin(self.output_dir, resume, self.args.overwrite_output_dir)
         batches = self._batches(self.train_dataset)
         position = self._begin(batches, checkpoint)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
@@ -259,7 +258,6 @@ class SaeTrainer:
 
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
-        self._check_output_dir(checkpoint)
         state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
         self.state.max_steps = batches.max_steps()
         if state is None:
@@ -278,15 +276,6 @@ class SaeTrainer:
 
     def _batches(self, dataset: Any) -> Batches:
         return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
-
-    def _check_output_dir(self, checkpoint: Path | None) -> None:
-        left = files.run_files(self.output_dir)
-        if left and checkpoint is None and not self.args.overwrite_output_dir:
-            raise InputError(
-                f"Output folder {str(self.output_dir)!r} holds another run ({left[0].name}). Set "
-                "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or "
-                "another training.output_dir."
-            )
 
     def _initialize_biases(self, batches: Batches) -> None:
         """From the first step's batches in which some token trains, over all processes."""
@@ -413,11 +402,6 @@ class SaeTrainer:
             if key not in hidden and isinstance(value, (int, float, str, bool))
         }
         self.accelerator.init_trackers(self.args.run_name or self.output_dir.resolve().name, config=config)
-
-    def _find_checkpoint(self, resume: bool | str) -> Path | None:
-        if resume is True:
-            return files.newest_complete(self.output_dir)
-        return Path(resume) if resume else None
 
     def _save_checkpoint(self, position: Position) -> Path:
         """Everything that going on needs, complete or absent."""
