@@ -1,4 +1,3 @@
-import re
 import shutil
 import sys
 import textwrap
@@ -9,19 +8,40 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from .errors import InputError
-from .recipe import SECTIONS, Recipe, checked, default_of, field_hints, is_union, read_yaml, type_name
+from .recipe import (
+    SECTIONS,
+    Recipe,
+    StrictLoader,
+    default_of,
+    field_hints,
+    is_union,
+    load_recipe,
+    split_name,
+    type_name,
+    with_values,
+)
 
 
 USAGE = """\
-Trains sparse autoencoders and transcoders on the activations of a language model.
+Trains SAEs and transcoders on the activations of a language model.
+
+  accelerate launch -m sae_accel.train [RECIPE] [--section.field value ...]
+
+Examples:
 
   accelerate launch -m sae_accel.train recipes/llama3.yaml
-  accelerate launch -m sae_accel.train recipes/llama3.yaml --heads.k 64 --training.output_dir runs/k64
-  accelerate launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.attn" "h.*.mlp.act"
 
-A recipe is a YAML file with the sections below. Each value can be set here by its dotted name
-as well; --heads.k sets it for all entries, --heads.1.k for the second.
+  accelerate launch -m sae_accel.train recipes/llama3.yaml \\
+      --heads.k 64 --training.output_dir runs/k64
+
+  accelerate launch -m sae_accel.train --model.name_or_path gpt2 \\
+      --heads.hookpoints "h.*.attn" "h.*.mlp.act"
 """
+NOTES = (
+    "A recipe is a YAML file with the sections below. Each value can be set here by its dotted name as well: "
+    "--heads.k sets it for all entries of heads, --heads.1.k for the second. Lists take several words, true or false "
+    "may be left out for true, and --data.load_args.revision sets one key of a mapping."
+)
 
 
 def parse_command_line(argv: list[str]) -> Recipe:
@@ -40,27 +60,38 @@ def parse_command_line(argv: list[str]) -> Recipe:
         sys.exit(0)
     if not argv:
         raise InputError("Give a recipe, or values such as --model.name_or_path gpt2. --help lists them all.")
-    has_recipe = not argv[0].startswith("--")
-    content = read_yaml(argv[0]) if has_recipe else {}
-    for name, words in _options(argv[1:] if has_recipe else argv):
-        _set_value(content, name, words)
-    return checked(content, argv[0]) if has_recipe else Recipe.from_dict(content)
+    has_recipe = not argv[0].startswith("-")
+    overrides = [(name, _value(name, words)) for name, words in _options(argv[1:] if has_recipe else argv)]
+    if has_recipe:
+        return load_recipe(argv[0], overrides)
+    return Recipe.from_dict(with_values({}, overrides), "command line")
 
 
 def help_text(width: int) -> str:
-    """Every field of every section, with type, default and meaning, in lines of at most `width` characters."""
-    width = max(60, min(width, 120))
-    lines = [USAGE.rstrip()]
+    """Every field of every section, with type, default and meaning, in lines of at most `width` characters, or 76."""
+    width = max(76, min(width, 120))
+    lines = [USAGE, _filled(NOTES, width, 0, 0)]
     for section, arguments in SECTIONS.items():
-        lines.append(f"\n{section}: {' '.join((arguments.__doc__ or '').strip().split(chr(10))[0].split())}")
+        meaning = arguments.__doc__.strip().splitlines()[0]
+        lines += ["", _filled(f"{section}: {meaning}", width, 0, 2), ""]
         hints = field_hints(arguments)
         for option in fields(arguments):
+            kind = type_name(hints[option.name]) + _range(option.metadata)
             default = yaml.safe_dump(default_of(option), default_flow_style=True).splitlines()[0]
-            lines.append(f"  --{section}.{option.name}  {type_name(hints[option.name])}; default {default}")
-            lines.append(
-                textwrap.fill(option.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            )
+            lines.append(_filled(f"--{section}.{option.name}  {kind}; default {default}", width, 2, 6))
+            lines.append(_filled(option.metadata["help"], width, 6, 6))
     return "\n".join(lines)
+
+
+def _filled(text: str, width: int, first: int, rest: int) -> str:
+    # Options and names hold hyphens, at which a line must not break.
+    return textwrap.fill(text, width, initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False)
+
+
+def _range(metadata: Any) -> str:
+    if "minimum" in metadata:
+        return f", at least {metadata['minimum']:g}"
+    return f", above {metadata['above']:g}" if "above" in metadata else ""
 
 
 def _options(words: list[str]) -> list[tuple[str, list[str]]]:
@@ -77,54 +108,36 @@ def _options(words: list[str]) -> list[tuple[str, list[str]]]:
     return options
 
 
-def _set_value(content: dict[str, Any], name: str, words: list[str]) -> None:
-    match = re.fullmatch(r"(\w+)\.(?:(\d+)\.)?(\w+)(?:\.(\w+))?", name)
-    if match is None or match[1] not in SECTIONS or (match[2] and match[1] != "heads"):
-        raise InputError(f"--{name}: options are --section.field, with a section of {', '.join(SECTIONS)}.")
-    section, index, key, inner = match.groups()
-    hint = field_hints(SECTIONS[section]).get(key)
-    # An unknown key goes on as text, so that one place refuses all of them.
-    value = " ".join(words) if hint is None else _parse(words, hint, f"--{name}", inner)
-    for target in _targets(content, section, index, name):
-        if inner is None:
-            target[key] = value
-        else:
-            target[key] = {**(target.get(key) or {}), inner: value}
-
-
-def _targets(content: dict[str, Any], section: str, index: str | None, name: str) -> list[dict[str, Any]]:
-    """The mappings of a recipe that an option sets."""
-    if section != "heads":
-        return [content.setdefault(section, {})]
-    entries = content.setdefault("heads", [{}])
-    if not isinstance(entries, list):
-        return []
-    if index is None:
-        return entries
-    if int(index) >= len(entries):
-        raise InputError(f"--{name}: the recipe has {len(entries)} entries of heads, counted from 0.")
-    return [entries[int(index)]]
-
-
-def _parse(words: list[str], hint: Any, option: str, inner: str | None) -> Any:
+def _value(name: str, words: list[str]) -> Any:
     """Words as the type of a field asks: a string stays as it was typed, lists take several words."""
+    section, _, keys = split_name(name)
+    hint = field_hints(SECTIONS[section]).get(keys[0])
+    if hint is None:
+        # An unknown key goes on as text, so that one place refuses all of them.
+        return " ".join(words)
     options = get_args(hint) if is_union(hint) else (hint,)
     if not words and bool in options:
         return True
     if get_origin(hint) is list:
-        return [word if get_args(hint)[0] is str else _yaml_value(word, option) for word in words]
+        return [word if str in get_args(hint) else _yaml_value(word, name) for word in words]
     if len(words) != 1:
-        raise InputError(f"{option}: expected one value, {type_name(hint)}, found {len(words)}.")
-    if NoneType in options and words[0] == "null":
+        found = " ".join(words) or "none; one that begins with -- goes after =, as in --name=--value"
+        kind = type_name(hint) if len(keys) == 1 else "any"
+        raise InputError(f"--{name}: expected one value ({kind}), found {found}.")
+    return _one_value(words[0], options if len(keys) == 1 else (), name)
+
+
+def _one_value(word: str, options: tuple[Any, ...], name: str) -> Any:
+    if NoneType in options and word == "null":
         return None
-    if inner is None and bool in options and str in options and words[0] in ("true", "false"):
-        return words[0] == "true"
-    as_typed = inner is None and any(part is str or get_origin(part) is Literal for part in options)
-    return words[0] if as_typed else _yaml_value(words[0], option)
+    if bool in options and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    as_typed = any(option is str or get_origin(option) is Literal for option in options)
+    return word if as_typed else _yaml_value(word, name)
 
 
-def _yaml_value(word: str, option: str) -> Any:
+def _yaml_value(word: str, name: str) -> Any:
     try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError as error:
-        raise InputError(f"{option}: {word!r} is not a value.") from error
+        return yaml.load(word, Loader=StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--{name}: {word!r} is not a value that YAML can read.") from error

@@ -1,4 +1,5 @@
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,13 +16,22 @@ from .errors import InputError
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "heads": HeadArguments, "training": SaeTrainingArguments}
 # The schedules that need nothing but a warm-up and a length.
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "polynomial",
+)
+_TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
 @dataclass
 class Recipe:
     """
-    All that a run is, checked: a wrong key, type or combination is refused when the recipe is made.
+    All that a run is, checked: an impossible combination is refused when the recipe is made.
 
     Args:
         model ([`ModelArguments`]): The LM.
@@ -39,94 +49,137 @@ class Recipe:
     training: SaeTrainingArguments = field(default_factory=SaeTrainingArguments)
 
     def __post_init__(self) -> None:
-        for i, entry in enumerate(self.heads):
-            _check_entry(entry, f"heads[{i}]")
-        _check_training(self.training)
+        self.validate()
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
+    def from_dict(cls, content: Mapping[str, Any], origin: str = "recipe") -> "Recipe":
         """
         A recipe from nested mappings, as YAML gives them.
+
+        Args:
+            content (`Mapping[str, Any]`): The sections; those that are missing have their defaults.
+            origin (`str`): Where they come from, with which an error begins.
 
         Raises:
             `InputError`: with the path of the key, what was found and what is allowed.
         """
-        _check_keys(content, "", SECTIONS)
-        heads = content.get("heads", [{}])
-        if not isinstance(heads, list) or not heads:
-            raise InputError(f"heads: expected a list of entries, each after a dash, found {_shown(heads)}.")
-        return cls(
-            model=_section(ModelArguments, content.get("model", {}), "model"),
-            data=_section(DataArguments, content.get("data", {}), "data"),
-            heads=[_section(HeadArguments, entry, f"heads[{i}]") for i, entry in enumerate(heads)],
-            training=_section(SaeTrainingArguments, content.get("training", {}), "training"),
-        )
+        try:
+            return cls(**_sections(content))
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from error
+
+    def validate(self) -> None:
+        """
+        Checks what needs neither the LM nor the data.
+
+        Raises:
+            `InputError`: on the first combination that cannot be run.
+        """
+        if not self.heads:
+            raise InputError("heads: there is no entry, so nothing to train.")
+        for i, entry in enumerate(self.heads):
+            _check_entry(entry, f"heads[{i}]")
+            if entry in self.heads[:i]:
+                raise InputError(
+                    f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of them."
+                )
+        _check_schedule(self.training)
+        _check_trackers(self.training.report_to)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field of every section, without secrets; `from_dict` reads it back."""
-        sections = {name: _without_secrets(getattr(self, name)) for name in ("model", "data", "training")}
-        heads = [_without_secrets(entry) for entry in self.heads]
-        return {"model": sections["model"], "data": sections["data"], "heads": heads, "training": sections["training"]}
+        return {
+            "model": _without_secrets(self.model),
+            "data": _without_secrets(self.data),
+            "heads": [_without_secrets(entry) for entry in self.heads],
+            "training": _without_secrets(self.training),
+        }
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe as YAML, resolved: with every default."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
     """
     Reads a recipe from a YAML file.
+
+    Args:
+        path (`str` or `Path`): The file.
+        overrides (`Iterable[tuple[str, Any]]`): Dotted names and the values that replace those of the file, such as
+            `("heads.k", 64)` for all entries of heads, or `("heads.1.k", 64)` for the second.
 
     Raises:
         `InputError`: if it is missing, is not YAML, or cannot be run.
     """
-    return checked(read_yaml(path), str(path))
+    overrides = list(overrides)
+    origin = f"{path} with overrides" if overrides else str(path)
+    return Recipe.from_dict(with_values(_read_yaml(Path(path)), overrides), origin)
 
 
-def checked(content: Mapping[str, Any], origin: str) -> Recipe:
-    """The recipe in nested mappings; an error names `origin`, the file it came from."""
-    try:
-        return Recipe.from_dict(content)
-    except InputError as error:
-        raise InputError(f"{origin}: {error}") from error
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def with_values(content: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """
-    The mapping in a YAML file.
+    The nested mappings of a recipe with some values replaced. What is not a mapping stays, for `from_dict` to refuse.
 
     Raises:
-        `InputError`: if there is no such file, or no mapping in it, or a key stands in it twice.
+        `InputError`: if a dotted name has no section, or asks for an entry of heads that is not there.
     """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError as error:
-        near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        there = f" In {str(path.parent)!r} there are: {', '.join(near)}." if near else ""
-        raise InputError(f"There is no recipe {str(path)!r}.{there}") from error
-    except OSError as error:
-        raise InputError(f"Recipe {str(path)!r} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"Recipe {str(path)!r} is not text in UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"Recipe {str(path)!r} is not YAML{where}: {reason}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"Recipe {str(path)!r} must be a mapping with the keys {', '.join(SECTIONS)}, and is not.")
+    for name, value in overrides:
+        section, index, keys = split_name(name)
+        if section != "heads":
+            content = _with_value(content, [section, *keys], value)
+        elif isinstance(entries := content.get("heads", [{}]), list):
+            if index is not None and index >= len(entries):
+                raise InputError(f"{name!r}: the recipe has no heads[{index}]; it has {len(entries)}, counted from 0.")
+            chosen = range(len(entries)) if index is None else [index]
+            changed = [_with_value(entry, keys, value) if i in chosen else entry for i, entry in enumerate(entries)]
+            content = {**content, "heads": changed}
     return content
 
 
-def check_latents(k: int, num_latents: int, activation: str, multi_topk: bool, where: str) -> None:
+def split_name(name: str) -> tuple[str, int | None, list[str]]:
+    """
+    A dotted name in parts: the section, which entry of heads if it says so, and the field with the keys inside it.
+
+    Raises:
+        `InputError`: if it names no field of a section, or a key inside a field that is no mapping.
+    """
+    section, *keys = name.split(".")
+    index = int(keys.pop(0)) if section == "heads" and keys and keys[0].isdecimal() else None
+    if section not in SECTIONS or not keys:
+        advice = "" if section in SECTIONS else _advice(section, SECTIONS)
+        raise InputError(
+            f"{name!r}: there is no such option.{advice} Options are --section.field, with a section of "
+            f"{', '.join(SECTIONS)}."
+        )
+    hint = field_hints(SECTIONS[section]).get(keys[0])
+    if hint is not None and len(keys) > 1 and get_origin(hint) is not dict:
+        raise InputError(f"{name!r}: {section}.{keys[0]} is {type_name(hint)}, with no keys inside.")
+    return section, index, keys
+
+
+def check_latents(k: int, num_latents: int | None, activation: str, multi_topk: bool, where: str) -> None:
     """
     Checks that a head can select its latents.
 
+    Args:
+        k (`int`): Latents to select for each token.
+        num_latents (`int`, *optional*): Latents of the head; without it, only what holds for any number is checked.
+        activation (`str`): How they are selected.
+        multi_topk (`bool`): Whether 4k are selected as well.
+        where (`str`): The entry, with which an error begins.
+
     Raises:
-        `InputError`: naming the entry, `where`.
+        `InputError`: if it cannot.
     """
+    if multi_topk and activation != "topk":
+        raise InputError(
+            f"{where}.multi_topk: it goes with activation topk, not with {activation}. Remove one of them."
+        )
+    if num_latents is None:
+        return
     if k > num_latents:
         raise InputError(f"{where}: k is {k}, but the head has {num_latents} latents. Lower k or raise num_latents.")
     if activation == "groupmax" and num_latents % k:
@@ -134,57 +187,51 @@ def check_latents(k: int, num_latents: int, activation: str, multi_topk: bool, w
             f"{where}: groupmax cuts {num_latents} latents into k = {k} equal groups, which does not divide. Change k "
             "or num_latents."
         )
-    if multi_topk and activation != "topk":
-        raise InputError(f"{where}: multi_topk goes with activation topk, not with {activation}.")
     if multi_topk and 4 * k > num_latents:
-        raise InputError(f"{where}: multi_topk selects 4 * k = {4 * k} latents, but the head has {num_latents}.")
+        raise InputError(
+            f"{where}: multi_topk selects 4 * k = {4 * k} latents, but the head has {num_latents}. Lower k, raise "
+            "num_latents or remove multi_topk."
+        )
 
 
 def convert(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
     """
-    `value` as the type `hint` of a field, without guessing: only what YAML itself reads as something else is
-    converted.
+    `value` as the type `hint` of a field, without guessing: only what YAML itself reads otherwise is converted.
 
     Raises:
         `InputError`: with the path, what was found and what is allowed.
     """
-    if is_union(hint):
-        return _convert_union(value, hint, metadata, path)
-    origin = get_origin(hint)
-    if origin is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise InputError(
-                f"{path}: found {_shown(value)}, allowed are {', '.join(choices)}.{_near(value, choices)}"
-            )
-        return value
-    if origin is list:
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list):
-            raise _wrong_type(value, hint, path)
-        return [convert(item, get_args(hint)[0], metadata, f"{path}[{i}]") for i, item in enumerate(value)]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = _to_float(value)
-    if not isinstance(value, origin or hint) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong_type(value, hint, path)
-    if "minimum" in metadata and value < metadata["minimum"]:
-        raise InputError(f"{path}: found {value}, the least allowed is {metadata['minimum']}.")
-    if "above" in metadata and not value > metadata["above"]:
-        raise InputError(f"{path}: found {value}, it must be above {metadata['above']}.")
-    return value
+    options = get_args(hint) if is_union(hint) else (hint,)
+    if value is None and NoneType in options:
+        return None
+    for option in options:
+        if get_origin(option) is list:
+            (item_hint,) = get_args(option)
+            items = [value] if isinstance(value, str) and item_hint is str else value
+            if isinstance(items, list):
+                return [convert(item, item_hint, metadata, f"{path}[{i}]") for i, item in enumerate(items)]
+        elif get_origin(option) is Literal and isinstance(value, str) and value in get_args(option):
+            return value
+        elif option is float and (number := _number(value)) is not None:
+            return _in_range(number, metadata, path)
+        # Not isinstance: true would be an integer.
+        elif type(value) is (get_origin(option) or option):
+            return _in_range(value, metadata, path)
+    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    found = "a value of another type" if metadata.get("secret") else _shown(value)
+    raise InputError(f"{path}: expected {type_name(hint)}, found {found}.{_near(value, choices)}")
 
 
 def type_name(hint: Any) -> str:
     """A type in words."""
     if is_union(hint):
-        return " or ".join(type_name(part) for part in get_args(hint))
+        *names, last = (type_name(part) for part in get_args(hint))
+        return f"{', '.join(names).replace('true or false', 'true, false')} or {last}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is list:
         return f"list of {type_name(get_args(hint)[0])}s"
-    if get_origin(hint) is dict:
-        return "mapping"
-    return {int: "integer", float: "number", str: "string", bool: "true or false", NoneType: "null"}[hint]
+    return "null" if hint is NoneType else _TYPE_NAMES[get_origin(hint) or hint]
 
 
 def is_union(hint: Any) -> bool:
@@ -198,35 +245,130 @@ def field_hints(section: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(section)}
 
 
+def default_of(option: Any) -> Any:
+    """The default of a dataclass field."""
+    return option.default if option.default is not MISSING else option.default_factory()
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, where PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        content = yaml.load(text, Loader=StrictLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"Recipe {str(path)!r} is not YAML{_fault(error, text)}.") from error
+    except ValueError as error:
+        # PyYAML lets a date that is none, such as 2020-13-45, end in Python's own error.
+        raise InputError(f"Recipe {str(path)!r} holds a value that cannot be read: {error}.") from error
+    if content is None:
+        raise InputError(f"Recipe {str(path)!r} is empty. Its sections are {', '.join(SECTIONS)}.")
+    if not isinstance(content, dict):
+        raise InputError(f"Recipe {str(path)!r} must be a mapping with the keys {', '.join(SECTIONS)}, and is not.")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        folder = path if path.is_dir() else path.parent
+        near = (
+            sorted(other.name for other in folder.iterdir() if other.suffix in (".yaml", ".yml"))
+            if folder.is_dir()
+            else []
+        )
+        there = f" In {str(folder)!r} there are: {', '.join(near)}." if near else ""
+        what = f"Recipe {str(path)!r} is a folder." if path.is_dir() else f"There is no recipe {str(path)!r}."
+        raise InputError(f"{what}{there}") from error
+    except OSError as error:
+        raise InputError(f"Recipe {str(path)!r} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"Recipe {str(path)!r} is not text in UTF-8.") from error
+    except ValueError as error:
+        raise InputError(f"Recipe {str(path)!r} cannot be read: {error}.") from error
+
+
+def _fault(error: yaml.YAMLError, text: str) -> str:
+    """Where and why text is not YAML."""
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        return f", line {line}, column {column}: it holds the character {chr(error.character)!r}"
+    mark = error.problem_mark
+    reason = ", ".join(part for part in (error.context, error.problem) if part)
+    return f", line {mark.line + 1}, column {mark.column + 1}: {reason}"
+
+
+def _sections(content: Any) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise InputError(f"expected a mapping with the keys {', '.join(SECTIONS)}, found {_shown(content)}.")
+    _check_keys(content, "", SECTIONS)
+    sections = {name: _section(SECTIONS[name], content[name], name) for name in content if name != "heads"}
+    entries = content.get("heads", [{}])
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"heads: expected a list of entries, each after a dash, found {_shown(entries)}.")
+    return {**sections, "heads": [_section(HeadArguments, entry, f"heads[{i}]") for i, entry in enumerate(entries)]}
+
+
 def _section(section: type, content: Any, path: str) -> Any:
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: expected a mapping of keys to values, found {_shown(content)}.")
-    _check_keys(content, path, field_hints(section))
     hints = field_hints(section)
-    known = {f.name: f.metadata for f in fields(section)}
-    return section(**{key: convert(value, hints[key], known[key], f"{path}.{key}") for key, value in content.items()})
+    _check_keys(content, path, hints)
+    metadata = {f.name: f.metadata for f in fields(section)}
+    return section(
+        **{key: convert(value, hints[key], metadata[key], f"{path}.{key}") for key, value in content.items()}
+    )
 
 
 def _check_keys(content: Mapping[str, Any], path: str, allowed: Iterable[str]) -> None:
-    allowed = list(allowed)
     for key in content:
         if key not in allowed:
-            where = f"{path}.{key}" if path else str(key)
-            homes = [name for name, section in SECTIONS.items() if key in field_hints(section)]
-            hint = f" It belongs under {' or '.join(homes)}." if homes else _near(key, allowed)
-            raise InputError(f"{where}: there is no such key.{hint} Allowed are {', '.join(allowed)}.")
+            # A quoted key stays on one line, whatever it holds.
+            shown = key if isinstance(key, str) and key.isidentifier() else repr(key)
+            where = f"{path}.{shown}" if path else shown
+            raise InputError(
+                f"{where}: there is no such key.{_advice(str(key), allowed)} Allowed are {', '.join(allowed)}."
+            )
 
 
-def _convert_union(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
-    options = get_args(hint)
-    if value is None and NoneType in options:
-        return None
-    rest = [option for option in options if option is not NoneType]
-    if len(rest) == 1:
-        return convert(value, rest[0], metadata, path)
-    if not isinstance(value, tuple(rest)):
-        raise _wrong_type(value, hint, path)
-    return value
+def _advice(key: str, allowed: Iterable[str]) -> str:
+    """The section that has a key, or the nearest of the allowed keys and those of all sections."""
+    homes: dict[str, list[str]] = {}
+    for name, section in SECTIONS.items():
+        for known in field_hints(section):
+            homes.setdefault(known, []).append(name)
+    if key in homes:
+        return f" It belongs under {' or '.join(homes[key])}."
+    if key in SECTIONS:
+        return " It is a section of its own."
+    for closest in difflib.get_close_matches(key, {*allowed, *homes}, n=1):
+        there = "" if closest in allowed else f", under {' or '.join(homes[closest])}"
+        return f" Did you mean {closest}{there}?"
+    return ""
+
+
+def _with_value(content: Any, keys: list[str], value: Any) -> Any:
+    """A copy of nested mappings in which the value at the end of the keys is another."""
+    if not keys:
+        return value
+    if not isinstance(content, Mapping):
+        return content
+    first, *rest = keys
+    return {**content, first: _with_value(content.get(first, {}), rest, value)}
 
 
 def _check_entry(entry: HeadArguments, where: str) -> None:
@@ -242,38 +384,60 @@ def _check_entry(entry: HeadArguments, where: str) -> None:
         )
     if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or entry.name.startswith(".")):
         raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a folder.")
-    if entry.num_latents is not None:
-        check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
-    if entry.multi_topk and entry.activation != "topk":
-        raise InputError(f"{where}: multi_topk goes with activation topk, not with {entry.activation}.")
+    check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
 
 
-def _check_training(training: SaeTrainingArguments) -> None:
-    schedule = training.lr_scheduler_type
+def _check_schedule(training: SaeTrainingArguments) -> None:
+    schedule, warmup = training.lr_scheduler_type, training.warmup_steps
     if schedule is not None and schedule not in SCHEDULES:
         known = schedule in set(SchedulerType)
         reason = "needs arguments that a recipe does not have" if known else "is no schedule of transformers"
-        raise InputError(f"training.lr_scheduler_type: {schedule!r} {reason}. Allowed are {', '.join(SCHEDULES)}.")
+        raise InputError(
+            f"training.lr_scheduler_type: {schedule!r} {reason}.{_near(schedule, SCHEDULES)} Allowed are "
+            f"{', '.join(SCHEDULES)}."
+        )
     if training.optim == "signum" and schedule not in (None, "constant", "constant_with_warmup"):
         raise InputError(
-            f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, or "
-            "use adam."
+            f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, set "
+            "constant or constant_with_warmup, or use adam."
         )
-    if training.max_steps is not None and training.warmup_steps is not None:
-        if training.warmup_steps >= training.max_steps and training.warmup_steps >= 1:
-            raise InputError(
-                f"training.warmup_steps: {training.warmup_steps:g} is not below training.max_steps, "
-                f"{training.max_steps}."
-            )
-    trackers = [str(tracker.value) for tracker in LoggerType] + ["none"]
-    for tracker in training.report_to:
+    # Below 1, warmup_steps is a part of the run.
+    if training.max_steps is not None and warmup is not None and warmup >= max(1, training.max_steps):
+        raise InputError(f"training.warmup_steps: {warmup:g} is not below training.max_steps, {training.max_steps}.")
+
+
+def _check_trackers(report_to: list[str]) -> None:
+    trackers = [*(tracker.value for tracker in LoggerType), "none"]
+    for tracker in report_to:
         if tracker not in trackers:
             raise InputError(
                 f"training.report_to: {tracker!r} is no tracker of Accelerate.{_near(tracker, trackers)} Allowed are "
                 f"{', '.join(trackers)}."
             )
-    if "none" in training.report_to and len(training.report_to) > 1:
-        raise InputError("training.report_to: none does not go with other trackers.")
+    if "none" in report_to and len(report_to) > 1:
+        raise InputError("training.report_to: none does not go with other trackers. Keep one or the other.")
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}: found {value}, it must be finite.")
+    if "minimum" in metadata and value < metadata["minimum"]:
+        raise InputError(f"{path}: found {value}, the least allowed is {metadata['minimum']}.")
+    if "above" in metadata and value <= metadata["above"]:
+        raise InputError(f"{path}: found {value}, it must be above {metadata['above']:g}.")
+    if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
+        raise InputError(f"{path}: its keys must be strings, found {_shown(wrong[0])}.")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """A float, or what YAML takes for something else: an integer, or 1e-3, which without a point is a string."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _without_secrets(arguments: Any) -> dict[str, Any]:
@@ -281,40 +445,12 @@ def _without_secrets(arguments: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(arguments).items() if key not in hidden}
 
 
-def _to_float(value: int | str) -> Any:
-    """YAML reads 1e-3, without a point, as a string; what is no number stays as it is, and is refused."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def _wrong_type(value: Any, hint: Any, path: str) -> InputError:
-    return InputError(f"{path}: expected {type_name(hint)}, found {_shown(value)}.")
-
-
 def _shown(value: Any) -> str:
-    return f"{value!r} ({type_name(type(value))})" if type(value) in (int, float, str, bool) else repr(value)
+    if value is None:
+        return "null"
+    return f"{value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"
 
 
 def _near(value: Any, choices: Iterable[str]) -> str:
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {closest[0]}?" if closest else ""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, where PyYAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def default_of(option: Any) -> Any:
-    """The default of a dataclass field."""
-    return option.default if option.default is not MISSING else option.default_factory()
