@@ -39,8 +39,8 @@ Examples:
 """
 NOTES = (
     "A recipe is a YAML file with the sections below. Each value can be set here by its dotted name as well: "
-    "--heads.k sets it for all entries of heads, --heads.1.k for the second. Lists take several words, true or false "
-    "may be left out for true, and --data.load_args.revision sets one key of a mapping."
+    "--heads.k sets it for all entries of heads, --heads.1.k for the second. A list takes several words, a switch "
+    "needs none for true, and --data.load_args.revision sets one key of a mapping."
 )
 
 
@@ -124,7 +124,7 @@ def _value(name: str, words: list[str]) -> Any:
         found = " ".join(words) or "none; one that begins with -- goes after =, as in --name=--value"
         kind = type_name(hint) if len(keys) == 1 else "any"
         raise InputError(f"--{name}: expected one value ({kind}), found {found}.")
-    return _one_value(words[0], options if len(keys) == 1 else (), name)
+    return _one_value(words[0], options, name)
 
 
 def _one_value(word: str, options: tuple[Any, ...], name: str) -> Any:

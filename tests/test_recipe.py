@@ -210,6 +210,7 @@ def test_yaml_merge_keys_are_read(tmp_path):
 
 def test_latents_are_checked_as_far_as_their_number_is_known():
     check_latents(4, 16, "topk", True, "here")
+    check_latents(4, 4, "topk", False, "here")
     check_latents(4, 16, "groupmax", False, "here")
     check_latents(99, None, "groupmax", False, "here")
     with pytest.raises(InputError, match="^here: k is 5, but the head has 4 latents"):
