@@ -5,9 +5,10 @@ from typing import Any, Literal
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
     """A dataclass field whose help text `--help` prints; mutable defaults are copied for each instance."""
     metadata = {"help": help, **kwargs}
+    shown = not metadata.get("secret")
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=shown)
+    return field(default=default, metadata=metadata, repr=shown)
 
 
 @dataclass(kw_only=True)

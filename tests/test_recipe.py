@@ -421,3 +421,8 @@ def test_the_examples_of_the_help_are_read(tmp_path, monkeypatch):
     recipes = [parse_command_line(command[4:]) for command in commands]
     assert [recipe.heads[0].k for recipe in recipes] == [32, 64, 32]
     assert recipes[2].heads[0].hookpoints == ["h.*.attn", "h.*.mlp.act"]
+
+
+def test_a_token_is_not_shown_where_a_recipe_is_printed():
+    recipe = parse_command_line(["--model.token", "hf_secret"])
+    assert recipe.model.token == "hf_secret" and "hf_secret" not in repr(recipe)
