@@ -1,3 +1,6 @@
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 
 from .models import HeadModel
@@ -41,10 +44,16 @@ def closing_message(trainer, metrics: Mapping[str, float]) -> str:
 Saved in {folder}.
 
 Next:
-  tensorboard --logdir {folder}/logs
-  python -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
-  accelerate launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"
+  {_program("tensorboard")} --logdir {folder}/logs
+  {_program("python")} -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
+  {_program("accelerate")} launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"
 """
+
+
+def _program(name: str) -> str:
+    """A command as it can be typed here: with its path, if the environment that it is in has not been activated."""
+    here = os.path.join(os.path.dirname(sys.executable), name)
+    return name if shutil.which(name) == here else os.path.relpath(here)
 
 
 def _number(value: float | None, form: str) -> str:
