@@ -2,7 +2,6 @@ from .activations import Activations, RunningLM
 from .arguments import DataArguments, HeadArguments, ModelArguments, SaeTrainingArguments
 from .data import chunk_and_tokenize, load_tokens
 from .errors import InputError
-from .hooks import splice
 from .models import (
     AutoSae,
     HeadOutput,
@@ -14,6 +13,7 @@ from .models import (
     TranscoderModel,
 )
 from .recipe import Recipe, load_recipe
+from .splicing import splice
 from .trainer import SaeTrainer
 
 

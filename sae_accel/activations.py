@@ -1,12 +1,14 @@
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data import token_mask
-from .hooks import Site, capture
+from .hooks import Site, capture, token_model
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Activations:
 
     Args:
         by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)` at each site, in the LM's precision.
-        num_tokens (`int`): Rows of each.
+        num_tokens (`int`): Tokens that train; rows of each, but for sites whose module does not run on every token.
     """
 
     by_site: dict[Site, Tensor]
@@ -27,7 +29,7 @@ class Activations:
         pieces = {site: tensor.tensor_split(parts) for site, tensor in self.by_site.items()}
         for i in range(parts):
             by_site = {site: tensors[i] for site, tensors in pieces.items()}
-            yield Activations(by_site, next(iter(by_site.values())).shape[0])
+            yield Activations(by_site, max(map(len, by_site.values())))
 
 
 class RunningLM:
@@ -39,6 +41,8 @@ class RunningLM:
             it has one, is never run.
         sites (`list[Site]`): What to read.
         exclude_tokens (`list[int]`): Token ids that train nothing.
+        widths (`dict[Site, int]`, *optional*): Width of the activation at each site whose module a batch may not reach,
+            such as an expert of a mixture.
 
     Examples:
         ```python
@@ -47,23 +51,47 @@ class RunningLM:
         ```
     """
 
-    def __init__(self, model: PreTrainedModel, sites: list[Site], exclude_tokens: list[int]):
-        model.requires_grad_(False)
-        # Dropout would make a noise of the activations.
-        model.eval()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        exclude_tokens: list[int],
+        widths: Mapping[Site, int] = MappingProxyType({}),
+    ):
+        freeze(model)
         self.base_model = model.base_model
         self.sites = sites
         self.exclude_tokens = exclude_tokens
-        # Caches of keys and values cost memory for tokens that are never generated.
-        has_cache = "use_cache" in inspect.signature(self.base_model.forward).parameters
-        self.options = {"use_cache": False} if has_cache else {}
+        self.widths = widths
+        self.options = without_cache(token_model(self.base_model))
 
     def __call__(self, batch: dict[str, Tensor]) -> Activations:
         """
         Args:
-            batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`.
+            batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`, or
+                `pixel_values`.
         """
         mask = token_mask(batch, self.exclude_tokens)
-        tokens = None if mask.all() else mask.flatten().nonzero().squeeze(-1)
-        by_site = capture(self.base_model, self.sites, {**batch, **self.options}, tokens)
-        return Activations(by_site, mask.numel() if tokens is None else len(tokens))
+        part = None if mask is None or mask.all() else mask
+        by_site = capture(self.base_model, self.sites, {**batch, **self.options}, part)
+        device = next(iter(batch.values())).device
+        # An LM may be spread over devices; its activations meet where the tokens are.
+        by_site = {
+            site: by_site[site].to(device) if site in by_site else self._none(site, device) for site in self.sites
+        }
+        count = max(map(len, by_site.values())) if mask is None else int(mask.sum())
+        return Activations(by_site, count)
+
+    def _none(self, site: Site, device: torch.device) -> Tensor:
+        return torch.empty(0, self.widths[site], dtype=self.base_model.dtype, device=device)
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Puts an LM in evaluation mode, as dropout would make a noise of its activations, and takes its gradients away."""
+    model.requires_grad_(False)
+    model.eval()
+
+
+def without_cache(module: nn.Module) -> dict[str, bool]:
+    """Options of a forward pass without caches of keys and values, memory for tokens that are never generated."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}

@@ -23,6 +23,21 @@ class ModelArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Precision of the LM's weights; auto keeps that of its files."
     )
+    quantization: Literal["8bit", "4bit"] | None = _option(
+        None, "Load the LM's linear layers in 8 bits, or in 4 (nf4), by bitsandbytes; as they are if not set."
+    )
+    adapter: str | None = _option(
+        None,
+        "Hub id or folder of a PEFT adapter that the LM carries. Hookpoint names stay those of the LM without it.",
+    )
+    device_map: str | dict[str, Any] | None = _option(
+        None,
+        "Where the LM's modules lie, as in transformers: auto, balanced, sequential, or a mapping of module to device; "
+        "all on the process's device if not set.",
+    )
+    max_memory: dict[str, Any] | None = _option(
+        None, "With device_map: memory to use by device, such as {0: 20GiB, cpu: 60GiB}.", device_keys=True
+    )
     attn_implementation: str | None = _option(
         None,
         "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set.",
@@ -123,6 +138,27 @@ class HeadArguments:
 
 
 @dataclass(kw_only=True)
+class LoraArguments:
+    """A LoRA of the LM that is trained around spliced heads, under loss ce or kl. See arXiv:2501.19406."""
+
+    rank: int = _option(16, "Rank of the adapter's matrices (`r` in PEFT).", minimum=1)
+    alpha: float = _option(
+        32.0, "The adapter's output is multiplied by alpha / rank (`lora_alpha` in PEFT).", above=0.0
+    )
+    target_modules: list[str] = _option(
+        [],
+        "Globs, as in `hookpoints`, for the linear layers that get an adapter; all in the layers behind the first "
+        "hookpoint's if not set.",
+    )
+    learning_rate: float = _option(2e-4, "Learning rate of the adapter.", above=0.0)
+    train_heads: bool = _option(False, "Train the heads as well; frozen if not set.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+
+
+@dataclass(kw_only=True)
 class SaeTrainingArguments:
     """How heads are trained; names are those of `transformers.TrainingArguments` wherever the thing is the same."""
 
@@ -139,6 +175,17 @@ class SaeTrainingArguments:
     )
     max_tokens: int | None = _option(
         None, "Tokens to read, rounded up to whole steps; the shorter of this and max_steps holds.", minimum=1
+    )
+    loss: Literal["fvu", "ce", "kl"] = _option(
+        "fvu",
+        "fvu: each head fits its own target. ce, kl: heads are spliced into the LM, and train by the cross-entropy of "
+        "its next token, or by the KL divergence of its distribution from that of the LM as it was.",
+    )
+    fvu_weight: float = _option(
+        0.0, "With ce or kl: weight of the heads' own losses (FVU, AuxK, Multi-TopK) beside it.", minimum=0.0
+    )
+    init_from: str | None = _option(
+        None, "Folder or Hub repo from which each head starts, from the head of the same name; new heads if not set."
     )
     optim: Literal["signum", "adam", "adam8bit", "muon"] = _option(
         "signum", "Optimizer: schedule-free sign descent, Adam, bitsandbytes' 8-bit Adam, or Muon."
@@ -171,6 +218,11 @@ class SaeTrainingArguments:
     )
     save_steps: int = _option(1000, "Optimizer steps between checkpoints.", minimum=1)
     save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest; all if not set.", minimum=1)
+    save_best: bool = _option(
+        False,
+        "Keep, in output_dir/best, each head as it was at the evaluation with its lowest FVU; with ce or kl all heads "
+        "as they were at the lowest of that.",
+    )
     resume_from_checkpoint: bool | str = _option(
         False,
         "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none.",

@@ -1,6 +1,7 @@
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from .hookpoints import HeadPlan
 from .hooks import Site
 from .metrics import total_variance
-from .models import HeadModel, SaeConfig, SaeModel, TranscoderModel
+from .models import HeadModel, HeadOutput, SaeConfig, SaeModel, TranscoderModel
 from .ops import Selection
 
 
@@ -51,10 +52,12 @@ class SaeBank(nn.Module):
 
     Args:
         plans (`list[HeadPlan]`): What the heads are; they start from their entries' seeds.
+        adapter (`Iterable[nn.Parameter]`): Parameters of a LoRA in the LM that train beside them.
     """
 
-    def __init__(self, plans: list[HeadPlan]):
+    def __init__(self, plans: list[HeadPlan], adapter: Iterable[nn.Parameter] = ()):
         super().__init__()
+        self.adapter = nn.ParameterList(adapter)
         self.plans = {plan.name: plan for plan in plans}
         self.heads = nn.ModuleDict({_key(plan.name): build_head(plan) for plan in plans})
 
@@ -64,11 +67,21 @@ class SaeBank(nn.Module):
             yield name, self.heads[_key(name)]
 
     @property
-    def sites(self) -> list[Site]:
-        """Every site that some head reads or predicts, once."""
-        return list(dict.fromkeys(site for plan in self.plans.values() for site in plan.sites))
+    def widths(self) -> dict[Site, int]:
+        """Every site that some head reads or predicts, once, with the width of its activations."""
+        reads = {plan.reads: plan.config.d_in for plan in self.plans.values()}
+        return reads | {plan.predicts: plan.config.d_out for plan in self.plans.values()}
 
-    def forward(
+    def forward(self, work: Callable[["SaeBank"], Any]) -> Any:
+        """
+        `work` on these heads. What trains them runs in here, so that DDP and FSDP see it.
+
+        Args:
+            work (`Callable[[SaeBank], Any]`): A forward pass, such as `local_losses` of a batch.
+        """
+        return work(self)
+
+    def local_losses(
         self,
         by_site: dict[Site, Tensor],
         total_variance: dict[str, Tensor],
@@ -86,10 +99,9 @@ class SaeBank(nn.Module):
                 out.
 
         Returns:
-            `dict`: `loss`, their sum, `()`; and `heads`, by name a dict of `fvu`, `auxk_loss` and `multi_topk_fvu`
-            where the head has them, `active`, the number of activations above zero, and `uses`, that number by latent.
+            `dict`: `loss`, their sum, `()`; and `heads`, by name what `measured` gives.
         """
-        losses, measured = [], {}
+        losses, heads = [], {}
         for name, head in self.named_heads():
             plan = self.plans[name]
             device = head.b_dec.device
@@ -103,11 +115,20 @@ class SaeBank(nn.Module):
                 multi_topk=plan.arguments.multi_topk,
             )
             losses.append(output.loss)
-            uses = Selection(output.top_indices, head.num_latents).scatter((output.top_acts > 0).float())
-            parts = ("fvu", "auxk_loss", "multi_topk_fvu")
-            measured[name] = {part: output[part].detach() for part in parts if output.get(part) is not None}
-            measured[name] |= {"active": uses.sum(), "uses": uses}
-        return {"loss": torch.stack(losses).sum(), "heads": measured}
+            heads[name] = measured(output, head.num_latents)
+        return {"loss": torch.stack(losses).sum(), "heads": heads}
+
+
+def measured(output: HeadOutput, num_latents: int) -> dict[str, Tensor]:
+    """
+    What is counted of a forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`, the number
+    of activations above zero, and `uses`, that number by latent.
+    """
+    indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
+    uses = Selection(indices, num_latents).scatter((output.top_acts > 0).float())
+    parts = ("fvu", "auxk_loss", "multi_topk_fvu")
+    values = {part: output[part].detach() for part in parts if output.get(part) is not None}
+    return values | {"active": uses.sum(), "uses": uses}
 
 
 def build_head(plan: HeadPlan) -> HeadModel:

@@ -86,6 +86,8 @@ class Batches:
         limits = [] if self.args.max_steps is None else [self.args.max_steps]
         if self.args.max_tokens is not None:
             batch = next(iter(self.one_pass()))
+            if "input_ids" not in batch:
+                raise InputError("training.max_tokens counts tokens of text, and the data has none. Set max_steps.")
             tokens = batch["input_ids"].numel() * self.accelerator.num_processes * window
             limits.append(math.ceil(self.args.max_tokens / tokens))
         if limits:

@@ -18,8 +18,9 @@ from .models.quiet import quiet_files
 
 MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
+ADAPTER = "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_RUN_FILES = ("recipe.yaml", "metrics.json", "logs")
+_RUN_FILES = ("recipe.yaml", "metrics.json", "logs", "best", ADAPTER)
 
 
 def save_heads(heads: Mapping[str, HeadModel], folder: Path) -> None:

@@ -3,15 +3,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .arguments import HeadArguments
+from .checks import check_latents
 from .errors import InputError
-from .hooks import Site, record
+from .hooks import Site
 from .models import HeadConfig, SaeConfig, TranscoderConfig
-from .recipe import check_latents
+from .probe import probe
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
         name.
     """
     base_model = model.base_model
-    names = [name for name, module in base_model.named_modules() if name and not _is_container(module)]
+    names = hookpoint_names(base_model)
     found = [
         (f"heads[{i}]", entry, *sites)
         for i, entry in enumerate(entries)
         for sites in _sites(entry, i, base_model, names)
     ]
-    widths = measure_widths(base_model, list({site for _, _, _, *sites in found for site in sites}))
+    probed = probe(base_model, list(dict.fromkeys(site for _, _, _, *sites in found for site in sites)))
     plans: dict[str, HeadPlan] = {}
     origins: dict[str, str] = {}
     for where, entry, hookpoint, reads, predicts in found:
@@ -86,35 +86,33 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
             raise InputError(
                 f"Two heads are called {name!r}, one of {origins[name]} and one of {where}. Set `name` in one of them."
             )
-        config = _head_config(entry, hookpoint, reads, widths[reads], widths[predicts], f"{where} at {hookpoint!r}")
+        reads, d_in = probed[reads]
+        predicts, d_out = probed[predicts]
+        if entry.source is not None and (reads.within or predicts.within):
+            raise InputError(
+                f"{where}.source: {(reads if reads.within else predicts).module!r} may run any number of times in a "
+                f"forward pass, so what {reads.module!r} gives cannot be matched with {hookpoint!r}. Remove source."
+            )
+        config = _head_config(entry, hookpoint, reads, d_in, d_out, f"{where} at {hookpoint!r}")
         plans[name] = HeadPlan(name, hookpoint, reads, predicts, config, entry)
         origins[name] = where
     return list(plans.values())
 
 
-@torch.no_grad()
-def measure_widths(base_model: PreTrainedModel, sites: list[Site]) -> dict[Site, int]:
+def hookpoint_names(base_model: PreTrainedModel) -> list[str]:
     """
-    Last dimension of the activation at each site, measured on a few tokens.
-
-    Raises:
-        `InputError`: if a module is not run, or more than once, in a forward pass, or has no activation.
+    Dotted names of the modules that a glob can match. Lists of modules have no forward pass; what PEFT put around a
+    module goes by that module's name.
     """
-    widths: dict[Site, int] = {}
-
-    def measure(site: Site, tensor: torch.Tensor) -> None:
-        if site in widths:
-            raise InputError(
-                f"Module {site.module!r} runs more than once in a forward pass, so it cannot be a hookpoint."
-            )
-        widths[site] = tensor.shape[-1]
-
-    device = next(base_model.parameters()).device
-    with record(base_model, sites, measure):
-        base_model(input_ids=torch.ones(1, 8, dtype=torch.long, device=device))
-    if idle := [site.module for site in sites if site not in widths]:
-        raise InputError(f"Module {idle[0]!r} is not run in a forward pass of the LM. Choose another hookpoint.")
-    return widths
+    names, passed_over = [], ()
+    for name, module in base_model.named_modules():
+        if passed_over and name.startswith(passed_over):
+            continue
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            passed_over = (*passed_over, f"{name}.")
+        if name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            names.append(name)
+    return names
 
 
 def layer_list(base_model: PreTrainedModel) -> str:
@@ -143,6 +141,14 @@ def layer_list(base_model: PreTrainedModel) -> str:
     return outermost[0]
 
 
+def no_match(where: str, pattern: str, what: str, base_model: PreTrainedModel, names: list[str]) -> str:
+    """The error for a glob that matches none of `names`."""
+    return (
+        f"{where}: {pattern!r} matches no {what} of {type(base_model).__name__}. {_closest(pattern, names)} "
+        "Names are those of the base model; '*' stays within one component, '**' crosses dots."
+    )
+
+
 def _sites(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[tuple[str, Site, Site]]:
     """The hookpoints of an entry, each with where its head reads and what it predicts."""
     seen = set()
@@ -164,7 +170,7 @@ def _matches(entry: HeadArguments, index: int, base_model, names: list[str]) -> 
     """For each pattern of an entry, what it matches; a stride counts within one pattern, so it drops no pattern."""
     for pattern in entry.hookpoints:
         if not (matches := list(match_modules(pattern, names))):
-            raise InputError(_no_match(pattern, index, base_model, names))
+            raise InputError(no_match(f"heads[{index}].hookpoints", pattern, "module", base_model, names))
         yield matches
     if not entry.hookpoints:
         layers = layer_list(base_model)
@@ -204,19 +210,6 @@ def _head_config(entry, hookpoint: str, reads: Site, d_in: int, d_out: int, wher
     if entry.type == "sae":
         return SaeConfig(normalize_decoder=entry.normalize_decoder is not False, **kwargs)
     return TranscoderConfig(d_out=d_out, skip_connection=entry.skip_connection, **kwargs)
-
-
-def _is_container(module: nn.Module) -> bool:
-    """Lists of modules have no forward pass, so a glob passes over them."""
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
-
-
-def _no_match(pattern: str, index: int, base_model, names: list[str]) -> str:
-    return (
-        f"heads[{index}].hookpoints: {pattern!r} matches no module of {type(base_model).__name__}. "
-        f"{_closest(pattern, names)} "
-        "Names are those of the base model; '*' stays within one component, '**' crosses dots."
-    )
 
 
 def _closest(name: str, names: list[str]) -> str:

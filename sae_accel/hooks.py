@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .models import HeadModel, Latents, TranscoderModel
 
 
 class Site(NamedTuple):
@@ -17,18 +16,28 @@ class Site(NamedTuple):
     Args:
         module (`str`): Name of a submodule of the base model.
         side (`str`): `"input"` or `"output"` of that module.
+        within (`str`, *optional*): For a module that may run any number of times, such as an expert of a mixture or a
+            layer that is shared: the nearest module around it that runs once, after which nothing more is to come.
     """
 
     module: str
     side: Literal["input", "output"]
+    within: str | None = None
 
 
 class _AllRecorded(Exception):
     """Ends a forward pass once every site has been read: what follows would be computed for nothing."""
 
 
+def token_model(base_model: PreTrainedModel) -> nn.Module:
+    """The part of an LM that runs on tokens alone: of an encoder and a decoder, the encoder."""
+    return base_model.get_encoder() if base_model.config.is_encoder_decoder else base_model
+
+
 @contextmanager
-def record(base_model: PreTrainedModel, sites: list[Site], on_tensor: Any) -> Iterator[None]:
+def record(
+    base_model: PreTrainedModel, sites: list[Site], on_tensor: Callable[[Site, Tensor], None]
+) -> Iterator[None]:
     """
     Calls `on_tensor(site, tensor)` for each site as forward passes of `base_model` reach it.
 
@@ -74,7 +83,7 @@ def first_tensor(value: Any, site: Site) -> Tensor:
 
 @torch.no_grad()
 def capture(
-    base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any], tokens: Tensor | None = None
+    base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any], mask: Tensor | None = None
 ) -> dict[Site, Tensor]:
     """
     Runs the LM up to the last of `sites`, and no further.
@@ -83,124 +92,48 @@ def capture(
         base_model (`PreTrainedModel`): The LM without its head.
         sites (`list[Site]`): What to read.
         inputs (`dict`): Arguments of its forward pass.
-        tokens (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): Positions, in the flattened batch, that are
-            kept; all if not given.
+        mask (`torch.BoolTensor` of shape `(batch, ctx_len)`, *optional*): Tokens that are kept; all if not given.
 
     Returns:
         `dict[Site, Tensor]`: for each site a copy of its activations, `(num_tokens, d)`, in the LM's own precision.
+        Those of a module that ran several times follow each other; a site with `within` that was not reached is left
+        out.
 
     Raises:
-        `InputError`: if a site was not reached.
+        `InputError`: if a site was not reached, or it cannot be told which of its activations `mask` keeps.
     """
-    activations: dict[Site, Tensor] = {}
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    waiting = set(sites)
+    tokens = None if mask is None else mask.flatten().nonzero().squeeze(-1)
 
     def keep(site: Site, tensor: Tensor) -> None:
         rows = tensor.reshape(-1, tensor.shape[-1])
+        if tokens is not None and len(rows) != mask.numel():
+            raise InputError(
+                f"Module {site.module!r} gives {len(rows)} activations for {mask.numel()} tokens, so that those of "
+                "padding and of data.exclude_tokens cannot be told from others. Use full sequences and no "
+                "data.exclude_tokens, or another hookpoint."
+            )
         # A copy, because some modules go on to change their input or output in place.
-        activations[site] = rows.clone() if tokens is None else rows[tokens.to(rows.device)]
-        if len(activations) == len(sites):
+        found[site].append(rows.clone() if tokens is None else rows[tokens.to(rows.device)])
+        if site.within is None:
+            done(site)
+
+    def done(site: Site) -> None:
+        waiting.discard(site)
+        if not waiting:
             raise _AllRecorded
 
-    with record(base_model, sites, keep):
+    with ExitStack() as stack:
+        stack.enter_context(record(base_model, sites, keep))
+        for site in sites:
+            if site.within is not None:
+                around = base_model.get_submodule(site.within)
+                stack.callback(around.register_forward_hook(lambda *_, site=site: done(site)).remove)
         try:
-            base_model(**inputs)
+            token_model(base_model)(**inputs)
         except _AllRecorded:
             pass
-    if missing := [site for site in sites if site not in activations]:
+    if missing := [site for site in sites if not found[site] and site.within is None]:
         raise InputError(f"The forward pass of the LM did not reach the {missing[0].side} of {missing[0].module!r}.")
-    return activations
-
-
-@contextmanager
-def splice(
-    model: PreTrainedModel, heads: HeadModel | Mapping[str, HeadModel], *, replace: bool = True
-) -> Iterator[dict[str, Latents]]:
-    """
-    Puts heads into a running LM: while the context is open, each hookpoint gives its head's reconstruction.
-
-    Args:
-        model (`PreTrainedModel`): The LM, with or without its own head.
-        heads ([`HeadModel`] or `Mapping[str, HeadModel]`): One head, whose config names its hookpoint, or heads by
-        name.
-        replace (`bool`, defaults to `True`): `False` leaves the LM as it is and only reads latents.
-
-    Yields:
-        `dict[str, Latents]`: for each head the latents of the latest forward pass, each `(..., k)`.
-
-    Raises:
-        `InputError`: if the LM has no module of a head's name, or two heads would replace one output.
-
-    Examples:
-        ```python
-        with splice(lm, AutoSae.from_pretrained("runs/quickstart")) as latents:
-            loss = lm(**inputs, labels=inputs["input_ids"]).loss
-        latents["layers.2"].top_indices
-        ```
-    """
-    if isinstance(heads, HeadModel):
-        heads = {heads.config.hookpoint or "": heads}
-    latents: dict[str, Latents] = {}
-    replaced: set[str] = set()
-    with ExitStack() as stack:
-        for name, head in heads.items():
-            hookpoint = head.config.hookpoint or name.split("/")[0]
-            if replace and hookpoint in replaced:
-                raise InputError(
-                    f"Two heads would replace the output of {hookpoint!r}. Splice one, or set replace=False."
-                )
-            replaced.add(hookpoint)
-            for handle in _splice_one(model.base_model, name, hookpoint, head, latents, replace):
-                stack.callback(handle.remove)
-        yield latents
-
-
-def _splice_one(base_model, name, hookpoint, head, latents, replace) -> list[Any]:
-    target = Site(hookpoint, "output")
-    source = source_site(head, hookpoint)
-    read: dict[Site, Tensor] = {}
-
-    def on_source(activations: Tensor) -> None:
-        latents[name] = head.encode(activations)
-        read[source] = activations
-
-    def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        on_source(first_tensor((*args, *kwargs.values()), source))
-
-    def on_output(module: nn.Module, args: tuple, output: Any) -> Any:
-        if source == target:
-            on_source(first_tensor(output, target))
-        original = first_tensor(output, target)
-        reconstruction = head.decode(*latents[name], read.pop(source)).to(original.dtype)
-        return _replace_first(output, original, reconstruction)
-
-    try:
-        module = base_model.get_submodule(hookpoint)
-        reads_from = base_model.get_submodule(source.module)
-    except AttributeError as error:
-        raise InputError(f"Head {name!r} does not fit {type(base_model).__name__}: {error}.") from error
-    handles = []
-    if source.side == "input":
-        handles.append(reads_from.register_forward_pre_hook(on_input, with_kwargs=True))
-    elif source != target or not replace:
-        handles.append(
-            reads_from.register_forward_hook(lambda _, args, output: on_source(first_tensor(output, source)))
-        )
-    if replace:
-        handles.append(module.register_forward_hook(on_output))
-    return handles
-
-
-def source_site(head: HeadModel, hookpoint: str) -> Site:
-    """Where a head reads: an SAE its hookpoint's output; a transcoder its input, or the output of its `source`."""
-    if head.config.source is not None:
-        return Site(head.config.source, "output")
-    return Site(hookpoint, "input" if isinstance(head, TranscoderModel) else "output")
-
-
-def _replace_first(output: Any, original: Tensor, replacement: Tensor) -> Any:
-    """`output` with the tensor `original` exchanged, whatever container it sits in."""
-    if output is original:
-        return replacement
-    if isinstance(output, Mapping):
-        return type(output)({key: replacement if value is original else value for key, value in output.items()})
-    return tuple(replacement if value is original else value for value in output)
+    return {site: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for site, pieces in found.items() if pieces}

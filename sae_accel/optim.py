@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from .arguments import SaeTrainingArguments
+from .arguments import LoraArguments, SaeTrainingArguments
 from .bank import SaeBank
-from .errors import InputError
+from .bitsandbytes_backend import require_bitsandbytes
 
 
 # Rows of a weight are updated in slices that stay in a core's cache, since each is read and written several times.
@@ -23,18 +23,23 @@ def default_learning_rate(optim: str, num_latents: int) -> float:
     return (5e-3 if optim == "signum" else 2e-4) / math.sqrt(num_latents / 2**14)
 
 
-def build_optimizer(bank: SaeBank, arguments: SaeTrainingArguments) -> torch.optim.Optimizer:
+def build_optimizer(
+    bank: SaeBank, arguments: SaeTrainingArguments, lora: LoraArguments | None = None
+) -> torch.optim.Optimizer:
     """
-    One optimizer for all heads, with parameter groups by head so that each has its own learning rate.
+    One optimizer for all heads and a LoRA, with parameter groups by head so that each has its own learning rate.
 
     Args:
         bank (`SaeBank`): The heads.
         arguments (`SaeTrainingArguments`): Which optimizer, and the learning rate of heads that set none.
+        lora ([`LoraArguments`], *optional*): Learning rate of a LoRA that the bank holds.
 
     Raises:
         `InputError`: if bitsandbytes cannot be used for `adam8bit`.
     """
     groups = list(_parameter_groups(bank, arguments))
+    if lora is not None:
+        groups.append({"params": list(bank.adapter), "lr": lora.learning_rate, "unit_norm": False, "head": "lora"})
     if arguments.optim == "signum":
         return Signum(groups)
     if arguments.optim == "muon":
@@ -148,7 +153,9 @@ class MuonWithAdam(torch.optim.Optimizer):
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
         matrices, vectors = self._split()
-        self._parts = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), torch.optim.Adam(vectors)]
+        self._parts = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")]
+        # A LoRA around frozen heads has no vectors.
+        self._parts += [torch.optim.Adam(vectors)] if vectors else []
         self._share()
 
     def step(self, closure=None):
@@ -168,7 +175,7 @@ class MuonWithAdam(torch.optim.Optimizer):
         return matrices, [group for group in self.param_groups if group["params"][0].ndim != 2]
 
     def _share(self) -> None:
-        for part, groups in zip(self._parts, self._split(), strict=True):
+        for part, groups in zip(self._parts, self._split(), strict=False):
             part.param_groups, part.state = groups, self.state
 
 
@@ -213,6 +220,8 @@ def _unit_norm_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def _parameter_groups(bank: SaeBank, arguments: SaeTrainingArguments) -> Iterator[dict]:
     """For each head its decoder if that is kept at unit norm, its other matrices and its vectors, in a fixed order."""
     for name, head in bank.named_heads():
+        if not head.W_dec.requires_grad:
+            continue
         lr = bank.plans[name].arguments.learning_rate or arguments.learning_rate
         lr = lr or default_learning_rate(arguments.optim, head.num_latents)
         decoder = [head.W_dec] if head.config.normalize_decoder else []
@@ -223,10 +232,7 @@ def _parameter_groups(bank: SaeBank, arguments: SaeTrainingArguments) -> Iterato
 
 
 def _adam8bit(groups: list[dict]) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise InputError(
-            f"training.optim: adam8bit needs bitsandbytes, which cannot be imported here ({error}). Use adam."
-        ) from error
+    require_bitsandbytes("training.optim", "adam8bit")
+    from bitsandbytes.optim import Adam8bit
+
     return Adam8bit(groups)

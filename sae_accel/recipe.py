@@ -7,24 +7,26 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from accelerate.utils import LoggerType
-from transformers import SchedulerType
 
-from .arguments import DataArguments, HeadArguments, ModelArguments, SaeTrainingArguments, secret_fields
+from .arguments import (
+    DataArguments,
+    HeadArguments,
+    LoraArguments,
+    ModelArguments,
+    SaeTrainingArguments,
+    secret_fields,
+)
+from .checks import check_entry, check_model, check_objective, check_schedule, check_trackers, near
 from .errors import InputError
 
 
-SECTIONS = {"model": ModelArguments, "data": DataArguments, "heads": HeadArguments, "training": SaeTrainingArguments}
-# The schedules that need nothing but a warm-up and a length.
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "polynomial",
-)
+SECTIONS = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "heads": HeadArguments,
+    "lora": LoraArguments,
+    "training": SaeTrainingArguments,
+}
 _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
@@ -38,6 +40,7 @@ class Recipe:
         data ([`DataArguments`]): The tokens.
         heads (`list[HeadArguments]`): What to train.
         training ([`SaeTrainingArguments`]): How.
+        lora ([`LoraArguments`], *optional*): A LoRA of the LM to train around the heads.
 
     Raises:
         `InputError`: on an impossible combination.
@@ -47,6 +50,7 @@ class Recipe:
     data: DataArguments = field(default_factory=DataArguments)
     heads: list[HeadArguments] = field(default_factory=lambda: [HeadArguments()])
     training: SaeTrainingArguments = field(default_factory=SaeTrainingArguments)
+    lora: LoraArguments | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -78,13 +82,23 @@ class Recipe:
         if not self.heads:
             raise InputError("heads: there is no entry, so nothing to train.")
         for i, entry in enumerate(self.heads):
-            _check_entry(entry, f"heads[{i}]")
+            check_entry(entry, f"heads[{i}]")
             if entry in self.heads[:i]:
                 raise InputError(
                     f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of them."
                 )
-        _check_schedule(self.training)
-        _check_trackers(self.training.report_to)
+        check_model(self.model)
+        check_objective(self.training, self.heads, self.lora)
+        if self.lora is not None and self.model.adapter is not None:
+            raise InputError(
+                "lora: the LM carries model.adapter already. Merge that into the LM first, or remove one."
+            )
+        if self.training.save_best and not (self.training.eval_steps and self.data.eval_examples):
+            raise InputError(
+                "training.save_best: it needs evaluations. Set training.eval_steps and data.eval_examples."
+            )
+        check_schedule(self.training)
+        check_trackers(self.training.report_to)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field of every section, without secrets; `from_dict` reads it back."""
@@ -92,6 +106,7 @@ class Recipe:
             "model": _without_secrets(self.model),
             "data": _without_secrets(self.data),
             "heads": [_without_secrets(entry) for entry in self.heads],
+            **({} if self.lora is None else {"lora": _without_secrets(self.lora)}),
             "training": _without_secrets(self.training),
         }
 
@@ -160,40 +175,6 @@ def split_name(name: str) -> tuple[str, int | None, list[str]]:
     return section, index, keys
 
 
-def check_latents(k: int, num_latents: int | None, activation: str, multi_topk: bool, where: str) -> None:
-    """
-    Checks that a head can select its latents.
-
-    Args:
-        k (`int`): Latents to select for each token.
-        num_latents (`int`, *optional*): Latents of the head; without it, only what holds for any number is checked.
-        activation (`str`): How they are selected.
-        multi_topk (`bool`): Whether 4k are selected as well.
-        where (`str`): The entry, with which an error begins.
-
-    Raises:
-        `InputError`: if it cannot.
-    """
-    if multi_topk and activation != "topk":
-        raise InputError(
-            f"{where}.multi_topk: it goes with activation topk, not with {activation}. Remove one of them."
-        )
-    if num_latents is None:
-        return
-    if k > num_latents:
-        raise InputError(f"{where}: k is {k}, but the head has {num_latents} latents. Lower k or raise num_latents.")
-    if activation == "groupmax" and num_latents % k:
-        raise InputError(
-            f"{where}: groupmax cuts {num_latents} latents into k = {k} equal groups, which does not divide. Change k "
-            "or num_latents."
-        )
-    if multi_topk and 4 * k > num_latents:
-        raise InputError(
-            f"{where}: multi_topk selects 4 * k = {4 * k} latents, but the head has {num_latents}. Lower k, raise "
-            "num_latents or remove multi_topk."
-        )
-
-
 def convert(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
     """
     `value` as the type `hint` of a field, without guessing: only what YAML itself reads otherwise is converted.
@@ -219,7 +200,7 @@ def convert(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> An
             return _in_range(value, metadata, path)
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
     found = "a value of another type" if metadata.get("secret") else _shown(value)
-    raise InputError(f"{path}: expected {type_name(hint)}, found {found}.{_near(value, choices)}")
+    raise InputError(f"{path}: expected {type_name(hint)}, found {found}.{near(value, choices)}")
 
 
 def type_name(hint: Any) -> str:
@@ -316,7 +297,8 @@ def _sections(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"expected a mapping with the keys {', '.join(SECTIONS)}, found {_shown(content)}.")
     _check_keys(content, "", SECTIONS)
-    sections = {name: _section(SECTIONS[name], content[name], name) for name in content if name != "heads"}
+    given = [name for name in content if name != "heads" and (name, content[name]) != ("lora", None)]
+    sections = {name: _section(SECTIONS[name], content[name], name) for name in given}
     entries = content.get("heads", [{}])
     if not isinstance(entries, list) or not entries:
         raise InputError(f"heads: expected a list of entries, each after a dash, found {_shown(entries)}.")
@@ -371,53 +353,6 @@ def _with_value(content: Any, keys: list[str], value: Any) -> Any:
     return {**content, first: _with_value(content.get(first, {}), rest, value)}
 
 
-def _check_entry(entry: HeadArguments, where: str) -> None:
-    if entry.hookpoints and entry.layers:
-        raise InputError(f"{where}: hookpoints and layers are two ways to say one thing. Keep one.")
-    if entry.type == "sae":
-        for name in ("source", "skip_connection"):
-            if getattr(entry, name):
-                raise InputError(f"{where}.{name}: only a transcoder has one. Set type: transcoder, or remove it.")
-    if entry.type == "transcoder" and entry.normalize_decoder:
-        raise InputError(
-            f"{where}.normalize_decoder: a transcoder's decoder starts at zero, which has no unit norm. Remove it."
-        )
-    if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or entry.name.startswith(".")):
-        raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a folder.")
-    check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
-
-
-def _check_schedule(training: SaeTrainingArguments) -> None:
-    schedule, warmup = training.lr_scheduler_type, training.warmup_steps
-    if schedule is not None and schedule not in SCHEDULES:
-        known = schedule in set(SchedulerType)
-        reason = "needs arguments that a recipe does not have" if known else "is no schedule of transformers"
-        raise InputError(
-            f"training.lr_scheduler_type: {schedule!r} {reason}.{_near(schedule, SCHEDULES)} Allowed are "
-            f"{', '.join(SCHEDULES)}."
-        )
-    if training.optim == "signum" and schedule not in (None, "constant", "constant_with_warmup"):
-        raise InputError(
-            f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, set "
-            "constant or constant_with_warmup, or use adam."
-        )
-    # Below 1, warmup_steps is a part of the run.
-    if training.max_steps is not None and warmup is not None and warmup >= max(1, training.max_steps):
-        raise InputError(f"training.warmup_steps: {warmup:g} is not below training.max_steps, {training.max_steps}.")
-
-
-def _check_trackers(report_to: list[str]) -> None:
-    trackers = [*(tracker.value for tracker in LoggerType), "none"]
-    for tracker in report_to:
-        if tracker not in trackers:
-            raise InputError(
-                f"training.report_to: {tracker!r} is no tracker of Accelerate.{_near(tracker, trackers)} Allowed are "
-                f"{', '.join(trackers)}."
-            )
-    if "none" in report_to and len(report_to) > 1:
-        raise InputError("training.report_to: none does not go with other trackers. Keep one or the other.")
-
-
 def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{path}: found {value}, it must be finite.")
@@ -425,6 +360,9 @@ def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
         raise InputError(f"{path}: found {value}, the least allowed is {metadata['minimum']}.")
     if "above" in metadata and value <= metadata["above"]:
         raise InputError(f"{path}: found {value}, it must be above {metadata['above']:g}.")
+    if isinstance(value, dict) and metadata.get("device_keys"):
+        # Devices are numbers, which YAML reads as such and a command line does not.
+        value = {str(key): item for key, item in value.items()}
     if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
         raise InputError(f"{path}: its keys must be strings, found {_shown(wrong[0])}.")
     return value
@@ -449,8 +387,3 @@ def _shown(value: Any) -> str:
     if value is None:
         return "null"
     return f"{value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"
-
-
-def _near(value: Any, choices: Iterable[str]) -> str:
-    closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {closest[0]}?" if closest else ""

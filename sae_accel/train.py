@@ -1,14 +1,19 @@
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
+from .bitsandbytes_backend import require_bitsandbytes
 from .checkpoint import where_to_begin
 from .command_line import parse_command_line
 from .data import load_tokens
+from .end_to_end import check_end_to_end
 from .errors import InputError
 from .hookpoints import plan_heads
 from .lm import load_architecture, load_lm, load_tokenizer
+from .pretrained import match_heads, matches_table, open_pretrained
+from .probe import ProbeFailed
 from .recipe import Recipe
 from .report import closing_message
 from .trainer import SaeTrainer
@@ -22,15 +27,14 @@ def run(recipe: Recipe) -> SaeTrainer:
         recipe ([`Recipe`]): The run.
 
     Raises:
-        `InputError`: if something in the recipe cannot be used; everything that can be known before is, before the
-        LM's
-            weights are read.
+        `InputError`: if something in the recipe cannot be used; what can be known before the LM's weights are read is
+            found before.
     """
     training = recipe.training
     where_to_begin(Path(training.output_dir), training.resume_from_checkpoint, training.overwrite_output_dir)
-    plan_heads(load_architecture(recipe.model), recipe.heads)
+    _check_before_loading(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    lm = load_lm(recipe.model)
+    lm = load_lm(recipe.model, predicts=training.loss != "fvu", device=PartialState().device)
     vocab_size = lm.get_input_embeddings().num_embeddings
     train_dataset, eval_dataset = load_tokens(recipe.data, tokenizer, vocab_size=vocab_size)
     trainer = SaeTrainer(
@@ -41,12 +45,37 @@ def run(recipe: Recipe) -> SaeTrainer:
         eval_dataset,
         exclude_tokens=recipe.data.exclude_tokens,
         processing_class=tokenizer,
+        lora=recipe.lora,
         recipe=recipe,
     )
     result = trainer.train()
     if trainer.accelerator.is_main_process:
         print(closing_message(trainer, result.metrics))
     return trainer
+
+
+def _check_before_loading(recipe: Recipe) -> None:
+    """Finds, before the LM's weights are read, what would end the run after that, and says what heads start from."""
+    training = recipe.training
+    if training.optim == "adam8bit":
+        require_bitsandbytes("training.optim", training.optim)
+    architecture = load_architecture(recipe.model, predicts=training.loss != "fvu")
+    try:
+        plans = plan_heads(architecture, recipe.heads)
+    except ProbeFailed:
+        # Some LMs run on values only. Then the same checks come once it is loaded.
+        return
+    if training.loss != "fvu":
+        check_end_to_end(plans)
+    if recipe.lora is not None:
+        from .adapters import lora_targets
+
+        lora_targets(architecture.base_model, plans, recipe.lora)
+    if training.init_from is not None:
+        heads = open_pretrained(training.init_from)
+        matches = match_heads(plans, heads)
+        if PartialState().is_main_process:
+            print(matches_table(matches, heads))
 
 
 def main(argv: list[str] | None = None) -> int:

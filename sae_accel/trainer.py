@@ -18,18 +18,22 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint as files
-from .activations import Activations, RunningLM
-from .arguments import HeadArguments, SaeTrainingArguments, secret_fields
+from .activations import RunningLM
+from .arguments import HeadArguments, LoraArguments, SaeTrainingArguments, secret_fields
 from .bank import Moments, SaeBank
 from .batches import Batches, Position
 from .callbacks import FlowCallback, ProgressBar, k_at
+from .checks import check_objective
+from .end_to_end import EndToEndObjective, SplicedLM, check_end_to_end
 from .errors import InputError
-from .hookpoints import plan_heads
+from .hookpoints import HeadPlan, plan_heads
 from .hooks import Site
 from .interruption import Interruption
+from .local import LocalObjective, StepResult, reduced
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
-from .running_means import RunningMeans, StepSums
+from .pretrained import load_into, match_heads, open_pretrained
+from .running_means import RunningMeans
 
 
 class SaeTrainer:
@@ -37,7 +41,8 @@ class SaeTrainer:
     Trains SAEs and transcoders on the activations of a frozen LM, with the feel of `transformers.Trainer`.
 
     Args:
-        model (`PreTrainedModel`): The LM. It is frozen, and stops after the deepest hookpoint.
+        model (`PreTrainedModel`): The LM, which may carry a PEFT adapter. It is frozen, and under the local loss stops
+            after the deepest hookpoint. Losses `ce` and `kl` need its own head.
         args (`SaeTrainingArguments`): How to train.
         heads (`list[HeadArguments]`): What to train; a head for every layer's output if not given.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `input_ids`, such as
@@ -46,6 +51,7 @@ class SaeTrainer:
         exclude_tokens (`list[int]`, *optional*): Token ids that train nothing and count in no metric.
         processing_class (*optional*): The tokenizer, handed to callbacks.
         callbacks (`list[transformers.TrainerCallback]`, *optional*): Further callbacks.
+        lora ([`LoraArguments`], *optional*): A LoRA of the LM to train around the heads.
         recipe (`Recipe`, *optional*): What is run, saved beside the heads.
 
     Raises:
@@ -70,8 +76,13 @@ class SaeTrainer:
         exclude_tokens: Iterable[int] = (),
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        lora: LoraArguments | None = None,
         recipe: Any = None,
     ):
+        heads = heads or [HeadArguments()]
+        check_objective(args, heads, lora)
+        if args.save_best and eval_dataset is None:
+            raise InputError("training.save_best: there are no held-out sequences. Give eval_dataset.")
         self.args = args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.recipe = recipe
@@ -85,14 +96,20 @@ class SaeTrainer:
             step_scheduler_with_optimizer=False,
         )
         set_seed(args.seed)
-        plans = plan_heads(model, heads or [HeadArguments()])
+        # An adapter lies in the LM's own modules; what PEFT wraps around it is not needed.
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plans = plan_heads(model, heads)
+        if args.loss != "fvu":
+            check_end_to_end(plans)
         for plan in plans:
             plan.config.base_model_name_or_path = model.config.name_or_path or None
             plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
-        self.bank = SaeBank(plans)
-        self.activations = RunningLM(model, self.bank.sites, list(exclude_tokens))
+        self.bank = SaeBank(plans).to(self.accelerator.device)
+        self.activations = RunningLM(model, list(self.bank.widths), list(exclude_tokens), self.bank.widths)
+        self.lora, self.adapter = lora, None if lora is None else self._add_lora(model, plans, lora)
+        self.objective = self._objective(model, list(exclude_tokens))
         self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self.optimizer = self.lr_scheduler = None
         self.state = TrainerState(
@@ -107,6 +124,8 @@ class SaeTrainer:
             name: torch.zeros(head.num_latents, dtype=torch.long, device=self.accelerator.device)
             for name, head in self.bank.named_heads()
         }
+        self.initial_metrics: dict[str, float] = {}
+        self.best: dict[str, float] = {}
         self._log = RunningMeans()
         self._interruption = Interruption()
 
@@ -135,7 +154,7 @@ class SaeTrainer:
                 newest whole one of `args.output_dir`; `args.resume_from_checkpoint` if not given.
 
         Returns:
-            `transformers.trainer_utils.TrainOutput`: steps done, mean FVU since the last log, and the metrics.
+            `transformers.trainer_utils.TrainOutput`: steps done, mean loss since the last log, and the metrics.
 
         Raises:
             `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
@@ -146,6 +165,8 @@ class SaeTrainer:
         checkpoint = files.where_to_begin(self.output_dir, resume, self.args.overwrite_output_dir)
         batches = self._batches(self.train_dataset)
         position = self._begin(batches, checkpoint)
+        if checkpoint is None and self.args.loss != "fvu":
+            self._measure_start(batches)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         with Interruption() as self._interruption:
@@ -156,8 +177,8 @@ class SaeTrainer:
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
                 self._act_on_control(position)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        metrics = self.evaluate() if self.eval_dataset is not None else {}
-        fvu = self._last_fvu()
+        metrics = self._evaluate_and_keep_best() if self.eval_dataset is not None else {}
+        metrics |= self.initial_metrics
         trained = self.state.num_input_tokens_seen - tokens_before
         metrics["train/tokens"] = self.state.num_input_tokens_seen
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
@@ -165,53 +186,33 @@ class SaeTrainer:
         self.save_model()
         self._save_metrics(metrics)
         self.accelerator.end_training()
-        return TrainOutput(self.state.global_step, fvu, metrics)
+        return TrainOutput(self.state.global_step, self._last_loss(), metrics)
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
-        """
-        One optimizer step on the batches of an accumulation window, from tokens to new weights.
-
-        Every squared error is divided by the target's variance over the whole window and all processes. That is known
-        only at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.
-        """
+        """One optimizer step on the batches of an accumulation window, from tokens to new weights."""
         bank = self.accelerator.unwrap_model(self.bank)
         k = {
             name: k_at(self.state.global_step, head.config, bank.plans[name].arguments)
             for name, head in bank.named_heads()
         }
-        dead_masks = self._dead_masks()
-        moments: dict[str, Moments] = {}
-        reference: dict[str, Tensor] = {}
-        step = StepSums()
-        for i, batch in enumerate(window):
-            activations = self.activations(batch)
-            for name, new in self._target_moments(activations).items():
-                moments[name] = moments[name].merge(new) if i else new
-            reference = reference or {name: _positive(m.variance) for name, m in moments.items()}
-            for j, part in enumerate(activations.split(self.args.micro_batches)):
-                with self._synchronize(i == len(window) - 1 and j == self.args.micro_batches - 1):
-                    output = self.bank(part.by_site, reference, k, dead_masks)
-                    # DDP takes the mean over processes, where the loss is a sum over all their tokens.
-                    self.accelerator.backward(output["loss"] * self.accelerator.num_processes)
-                step.add(output["heads"])
-        scale = {name: reference[name] / _positive(m.variance) for name, m in moments.items()}
-        if len(window) > 1:
-            self._scale_gradients(scale)
+        result = self.objective.gradients(self.bank, window, k, self._dead_masks())
         self._clip_gradients()
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self._count(step, scale, moments, k)
+        self._count(result, k)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """
         FVU, L0 and the part of latents that stay silent, by head, on held-out rows, with the weights that are saved.
+        With loss `ce` or `kl` also the LM's own losses, in nats, by token.
 
         Args:
             eval_dataset (*optional*): Rows to use instead of the trainer's.
 
         Returns:
-            `dict[str, float]`: `eval/fvu/<head>`, `eval/l0/<head>`, `eval/silent/<head>`, and `eval/tokens`.
+            `dict[str, float]`: `eval/fvu/<head>`, `eval/l0/<head>`, `eval/silent/<head>`, and `eval/tokens`; and
+            `eval/ce_clean` without heads, `eval/ce` with all of them spliced in, and `eval/kl` between the two.
 
         Raises:
             `InputError`: if there are no held-out rows.
@@ -221,31 +222,19 @@ class SaeTrainer:
             raise InputError(
                 "There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples."
             )
-        bank = self.accelerator.unwrap_model(self.bank)
-        k = {name: head.config.k for name, head in bank.named_heads()}
-        unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
-        moments: dict[str, Moments] = {}
-        sums = StepSums()
-        with torch.no_grad(), self.evaluated_weights():
-            for i, batch in enumerate(self._batches(dataset).one_pass(drop_last=False)):
-                activations = self.activations(batch)
-                for name, new in self._target_moments(activations).items():
-                    moments[name] = moments[name].merge(new) if i else new
-                for part in activations.split(self.args.micro_batches):
-                    sums.add(bank(part.by_site, unit, k, {})["heads"])
-        metrics = self._evaluation(sums, moments)
+        metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
         self.accelerator.log(metrics, step=self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Writes the heads, and the recipe if there is one, into `output_dir`, by default that of the arguments."""
-        folder = Path(output_dir or self.args.output_dir)
+        """
+        Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there is
+        one, into `output_dir`, by default that of the arguments.
+        """
         with self.evaluated_weights():
             if self.accelerator.is_main_process:
-                files.save_heads(self.heads, folder)
-                if self.recipe is not None:
-                    self.recipe.save(folder / "recipe.yaml")
+                self._save_into(Path(output_dir or self.args.output_dir), self.heads)
         self.accelerator.wait_for_everyone()
 
     def dead_fractions(self) -> dict[str, float]:
@@ -256,19 +245,41 @@ class SaeTrainer:
             for name, count in self.tokens_since_fired.items()
         }
 
+    def _add_lora(self, model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> Any:
+        from .adapters import add_lora, lora_targets
+
+        adapter = add_lora(model, lora_targets(model.base_model, plans, lora), lora)
+        self.bank.adapter.extend(parameter for parameter in adapter.parameters() if parameter.requires_grad)
+        if not lora.train_heads:
+            self.bank.heads.requires_grad_(False)
+        return adapter
+
+    def _objective(self, model: PreTrainedModel, exclude_tokens: list[int]) -> LocalObjective | EndToEndObjective:
+        local = LocalObjective(self.activations, self.accelerator, self.args.micro_batches)
+        if self.args.loss == "fvu":
+            return local
+        lm = SplicedLM(model, exclude_tokens, self.adapter)
+        return EndToEndObjective(lm, local, self.args.loss, self.args.fvu_weight)
+
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
         state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
         self.state.max_steps = batches.max_steps()
-        if state is None:
-            self._initialize_biases(batches)
-        else:
+        if state is not None:
             self._check_fits(checkpoint, state)
+        elif self.args.init_from is not None:
+            heads = open_pretrained(self.args.init_from)
+            load_into(self.bank, match_heads(self.bank.plans.values(), heads), heads)
+        else:
+            self._initialize_biases(batches)
         if checkpoint is None and self.accelerator.is_main_process:
             files.delete_run(self.output_dir)
-        self.optimizer = build_optimizer(self.bank, self.args)
+        self.optimizer = build_optimizer(self.bank, self.args, self.lora)
         self.lr_scheduler = build_scheduler(self.optimizer, self.args, self.state.max_steps)
-        self.bank, self.optimizer = self.accelerator.prepare(self.bank, self.optimizer)
+        # A LoRA's parameters stay where the LM lies, which may be on several devices.
+        self.bank, self.optimizer = self.accelerator.prepare(
+            self.bank, self.optimizer, device_placement=[self.adapter is None, True]
+        )
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         position = Position() if state is None else self._restore(checkpoint, state)
         self._start_trackers()
@@ -285,29 +296,13 @@ class SaeTrainer:
                 raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
             for batch in window:
                 for site, rows in self.activations(batch).by_site.items():
-                    new = self._reduce(Moments.of(rows))
+                    new = reduced(self.accelerator, Moments.of(rows))
                     moments[site] = moments[site].merge(new) if site in moments else new
             if all(m.count > 0 for m in moments.values()):
                 break
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
-            head.to(self.accelerator.device)
             head.initialize_biases(moments[plan.reads].mean, moments[plan.predicts].mean)
-
-    def _target_moments(self, activations: Activations) -> dict[str, Moments]:
-        """By head, of its target over all processes; heads at one site share the work."""
-        plans = self.accelerator.unwrap_model(self.bank).plans
-        targets = dict.fromkeys(plan.predicts for plan in plans.values())
-        moments = {site: self._reduce(Moments.of(activations.by_site[site])) for site in targets}
-        return {name: moments[plan.predicts] for name, plan in plans.items()}
-
-    def _reduce(self, moments: Moments) -> Moments:
-        if self.accelerator.num_processes == 1:
-            return moments
-        count = self.accelerator.reduce(moments.count, "sum")
-        mean = self.accelerator.reduce(moments.mean * moments.count, "sum") / count.clamp_min(1)
-        between = moments.count * (moments.mean - mean).pow(2).sum()
-        return Moments(count, mean, self.accelerator.reduce(moments.variance + between, "sum"))
 
     def _dead_masks(self) -> dict[str, Tensor]:
         """Dead latents of the heads that have AuxK and some of them dead."""
@@ -319,38 +314,19 @@ class SaeTrainer:
         }
         return {name: mask for name, mask in masks.items() if mask.any()}
 
-    def _synchronize(self, last: bool) -> Any:
-        """Gradients meet across processes in the last backward pass of a step only."""
-        self.accelerator.sync_gradients = last
-        return nullcontext() if last else self.accelerator.no_sync(self.bank)
-
-    def _scale_gradients(self, scale: dict[str, Tensor]) -> None:
-        for name, head in self.heads.items():
-            for parameter in head.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale[name])
-
     def _clip_gradients(self) -> None:
         """Head by head, so that one head's update never depends on another's."""
         if self.args.max_grad_norm is not None:
-            for head in self.heads.values():
-                self.accelerator.clip_grad_norm_(head.parameters(), self.args.max_grad_norm)
+            for part in (*self.heads.values(), self.accelerator.unwrap_model(self.bank).adapter):
+                self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
 
-    def _count(self, step: StepSums, scale: dict[str, Tensor], moments: dict[str, Moments], k: dict[str, int]) -> None:
+    def _count(self, result: StepResult, k: dict[str, int]) -> None:
         """Counts steps, tokens and silent latents, and keeps what will be logged."""
-        step.reduce(self.accelerator)
-        values: dict[str, Tensor] = {}
-        for name, sums in step.by_head.items():
-            tokens = moments[name].count
-            for part in ("fvu", "auxk_loss", "multi_topk_fvu"):
-                if part in sums:
-                    values[f"train/{part}/{name}"] = sums[part] * scale[name]
-            values[f"train/l0/{name}"] = sums["active"] / tokens.clamp_min(1)
-            since = self.tokens_since_fired[name]
-            since.add_(tokens.long()).masked_fill_(sums["uses"] > 0, 0)
-        self._log.add(values)
+        for name, uses in result.uses.items():
+            self.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
+        self._log.add(result.values)
         self.state.global_step += 1
-        self.state.num_input_tokens_seen += int(tokens)
+        self.state.num_input_tokens_seen += int(result.num_tokens)
         self._k = k
 
     def _act_on_control(self, position: Position) -> None:
@@ -358,7 +334,7 @@ class SaeTrainer:
         if self.control.should_log:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:
-            self.evaluate()
+            self._evaluate_and_keep_best()
         if self.control.should_save or self._interruption.requested:
             folder = self._save_checkpoint(position)
         if self._interruption.requested:
@@ -374,21 +350,45 @@ class SaeTrainer:
         self.state.log_history.append({**values, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, values)
 
-    def _evaluation(self, sums: StepSums, moments: dict[str, Moments]) -> dict[str, float]:
-        sums.reduce(self.accelerator)
-        metrics = {}
-        for name, values in sums.by_head.items():
-            metrics[f"eval/fvu/{name}"] = (values["fvu"] / _positive(moments[name].variance)).item()
-            metrics[f"eval/l0/{name}"] = (values["active"] / moments[name].count).item()
-            metrics[f"eval/silent/{name}"] = (values["uses"] == 0).float().mean().item()
-            metrics["eval/tokens"] = int(moments[name].count)
+    def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        with self.evaluated_weights():
+            return self.objective.evaluate(self.accelerator.unwrap_model(self.bank), batches)
+
+    def _measure_start(self, batches: Batches) -> None:
+        """The LM's losses before the first step, on held-out rows, or else on those of that step."""
+        held_out = self.eval_dataset is not None
+        rows = (
+            self._batches(self.eval_dataset).one_pass(drop_last=False)
+            if held_out
+            else next(batches.windows(Position()))[0]
+        )
+        metrics = self._measure(rows)
+        self.initial_metrics = {f"initial/{name}": metrics[f"eval/{name}"] for name in ("ce_clean", "ce", "kl")}
+        self.accelerator.log(self.initial_metrics, step=0)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, self.initial_metrics)
+
+    def _evaluate_and_keep_best(self) -> dict[str, float]:
+        """Each head is kept by its own FVU; heads that were trained together by the loss that they share."""
+        metrics = self.evaluate()
+        if self.args.save_best:
+            if self.args.loss == "fvu":
+                found = {name: (metrics[f"eval/fvu/{name}"], {name: head}) for name, head in self.heads.items()}
+            else:
+                found = {self.args.loss: (metrics[f"eval/{self.args.loss}"], self.heads)}
+            for name, (value, heads) in found.items():
+                if value < self.best.get(name, math.inf):
+                    self.best[name] = value
+                    with self.evaluated_weights():
+                        if self.accelerator.is_main_process:
+                            self._save_into(self.output_dir / "best", heads)
         return metrics
 
-    def _last_fvu(self) -> float:
-        """Mean FVU over the heads in the latest log."""
+    def _last_loss(self) -> float:
+        """In the latest log, the LM's loss, or the mean FVU over the heads."""
         latest = self.state.log_history[-1] if self.state.log_history else {}
-        fvus = [value for key, value in latest.items() if key.startswith("train/fvu/")]
-        return sum(fvus) / len(fvus) if fvus else math.nan
+        prefix = "train/fvu/" if self.args.loss == "fvu" else f"train/{self.args.loss}"
+        losses = [value for key, value in latest.items() if key.startswith(prefix)]
+        return sum(losses) / len(losses) if losses else math.nan
 
     def _save_metrics(self, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
@@ -413,24 +413,34 @@ class SaeTrainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.lr_scheduler.state_dict(),
                 "weights": None,
+                "adapter": [parameter.detach() for parameter in self.accelerator.unwrap_model(self.bank).adapter],
                 "tokens_since_fired": self.tokens_since_fired,
+                "initial_metrics": self.initial_metrics,
+                "best": self.best,
                 "position": list(position),
                 "random": everyone,
             }
             with files.staged(folder) as staging:
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 with self.evaluated_weights():
-                    files.save_heads(self.heads, staging)
+                    self._save_into(staging, self.heads)
                 if self.args.optim == "signum":
                     # The heads on disk hold the average; training goes on from where the gradient is taken.
                     state["weights"] = {name: head.state_dict() for name, head in self.heads.items()}
                 torch.save(state, staging / files.STATE_FILE)
-                if self.recipe is not None:
-                    self.recipe.save(staging / "recipe.yaml")
             files.drop_old(self.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
+
+    def _save_into(self, folder: Path, heads: dict[str, HeadModel]) -> None:
+        files.save_heads(heads, folder)
+        if self.adapter is not None:
+            from .adapters import save_lora
+
+            save_lora(self.adapter, folder / files.ADAPTER)
+        if self.recipe is not None:
+            self.recipe.save(folder / "recipe.yaml")
 
     def _check_fits(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """That a checkpoint is one of this run's heads and optimizer."""
@@ -451,9 +461,12 @@ class SaeTrainer:
         for name, head in self.heads.items():
             weights = state["weights"]
             head.load_state_dict(weights[name] if weights else load_file(checkpoint / name / "model.safetensors"))
+        for parameter, saved in zip(self.accelerator.unwrap_model(self.bank).adapter, state["adapter"], strict=True):
+            parameter.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self.tokens_since_fired = state["tokens_since_fired"]
+        self.initial_metrics, self.best = state["initial_metrics"], state["best"]
         saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.state.global_step, self.state.num_input_tokens_seen = saved.global_step, saved.num_input_tokens_seen
         self.state.log_history = saved.log_history
@@ -472,8 +485,3 @@ def _trackers(report_to: list[str]) -> list[str] | None:
             "or none."
         )
     return wanted or None
-
-
-def _positive(variance: Tensor) -> Tensor:
-    """A variance that can be divided by: tokens that are all alike, or none at all, have nothing to explain."""
-    return torch.where(variance > 0, variance, 1.0)

@@ -9,15 +9,18 @@ PACKAGE = Path(__file__).parent.parent / "sae_accel"
 LAYERS = [
     {"train"},
     {"report", "trainer"},
+    {"end_to_end", "local", "pretrained"},
     {"optim", "batches", "checkpoint", "callbacks", "running_means", "interruption"},
-    {"bank"},
-    {"activations", "command_line"},
-    {"hookpoints", "lm"},
-    {"hooks", "recipe", "data"},
+    {"bank", "logit_loss"},
+    {"activations", "command_line", "lm"},
+    {"adapters"},
+    {"hookpoints"},
+    {"splicing", "probe", "recipe", "data"},
+    {"hooks", "checks"},
     {"text_sources", "token_file"},
     {"models", "formats"},
     {"ops", "metrics"},
-    {"arguments", "errors"},
+    {"arguments", "errors", "bitsandbytes_backend"},
 ]
 
 

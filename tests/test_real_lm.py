@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_accel.arguments import HeadArguments, SaeTrainingArguments
 from sae_accel.data import chunk_and_tokenize
-from sae_accel.hooks import splice
 from sae_accel.lm import load_lm
 from sae_accel.models import AutoSae
 from sae_accel.recipe import load_recipe
+from sae_accel.splicing import splice
 from sae_accel.trainer import SaeTrainer
 
 

@@ -10,13 +10,12 @@ import yaml
 from transformers import SchedulerType, get_scheduler
 
 from sae_accel.arguments import DataArguments, HeadArguments, ModelArguments, SaeTrainingArguments
+from sae_accel.checks import SCHEDULES, check_latents
 from sae_accel.command_line import USAGE, help_text, parse_command_line
 from sae_accel.errors import InputError
 from sae_accel.recipe import (
-    SCHEDULES,
     SECTIONS,
     Recipe,
-    check_latents,
     default_of,
     field_hints,
     is_union,

@@ -52,7 +52,7 @@ def tiny_tokens(rows: int = 64, ctx_len: int = 16, seed: int = 1) -> Dataset:
 
 def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **kwargs) -> SaeTrainer:
     options = {
-        name: kwargs.pop(name) for name in ("exclude_tokens", "callbacks", "processing_class") if name in kwargs
+        name: kwargs.pop(name) for name in ("exclude_tokens", "callbacks", "processing_class", "lora") if name in kwargs
     }
     arguments = dict(
         output_dir=str(output_dir), per_device_train_batch_size=4, logging_steps=5, save_steps=1000, report_to="none"

@@ -1,6 +1,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -50,12 +51,40 @@ class SaeHeads(Mapping):
         self._loaded: dict[str, HeadModel] = {}
 
     def __getitem__(self, name: str) -> HeadModel:
+        if name not in self._loaded:
+            self._loaded[name] = self.load(name)
+        return self._loaded[name]
+
+    @property
+    def origin(self) -> str:
+        """The folder or repo."""
+        return self._repository.name
+
+    def load(self, name: str) -> HeadModel:
+        """
+        A head, loaded anew and not kept.
+
+        Raises:
+            `InputError`: if there is no such head, or it cannot be read.
+        """
+        return _load(self._repository, name, self._layout(name), self._options)
+
+    def config(self, name: str) -> HeadConfig:
+        """
+        A head's config, without its weights.
+
+        Raises:
+            `InputError`: if there is no such head, or it cannot be read.
+        """
+        with _reading(self._repository, name):
+            read = _sparsify_config if self._layout(name) == "sparsify" else _our_config
+            return read(self._repository, name)
+
+    def _layout(self, name: str) -> str:
         if name not in self._layouts:
             near = difflib.get_close_matches(name, self._layouts, n=4, cutoff=0.4) or list(self._layouts)[:4]
-            raise HeadNotFound(f"{self._repository.name!r} has no head {name!r}. Near names: {', '.join(near)}.")
-        if name not in self._loaded:
-            self._loaded[name] = _load(self._repository, name, self._layouts[name], self._options)
-        return self._loaded[name]
+            raise HeadNotFound(f"{self.origin!r} has no head {name!r}. Near names: {', '.join(near)}.")
+        return self._layouts[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._layouts
@@ -103,8 +132,21 @@ class AutoSae:
             sae = AutoSae.from_pretrained("EleutherAI/sae-llama-3-8b-32x", hookpoint="layers.10")
             ```
         """
-        name = str(pretrained_model_name_or_path)
         hookpoint = kwargs.pop("subfolder", None) or hookpoint
+        heads = cls.open(pretrained_model_name_or_path, **kwargs)
+        if hookpoint is not None:
+            return heads[hookpoint]
+        return heads[next(iter(heads))] if len(heads) == 1 else heads
+
+    @classmethod
+    def open(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> SaeHeads:
+        """
+        The heads of a folder or repo by name, be they one or many; otherwise like `from_pretrained`.
+
+        Raises:
+            `InputError`: if there is no such folder or repo, or no head in it.
+        """
+        name = str(pretrained_model_name_or_path)
         repository = Repository(name, **{key: kwargs.pop(key, None) for key in HUB_OPTIONS})
         layouts = _find_heads(repository.files)
         if not layouts:
@@ -112,10 +154,7 @@ class AutoSae:
                 f"{name!r} holds no SAE or transcoder: no folder in it has config.json with model.safetensors, or "
                 "cfg.json with sae.safetensors."
             )
-        heads = SaeHeads(repository, layouts, kwargs)
-        if hookpoint is not None:
-            return heads[hookpoint]
-        return heads[next(iter(heads))] if len(heads) == 1 else heads
+        return SaeHeads(repository, layouts, kwargs)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -138,33 +177,56 @@ def _find_heads(files: list[str]) -> dict[str, str]:
     return layouts
 
 
-def _load(repository: Repository, name: str, layout: str, options: dict[str, Any]) -> HeadModel:
+@contextmanager
+def _reading(repository: Repository, name: str) -> Iterator[None]:
+    """Says of what cannot be read which head it is."""
     where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
     try:
         with quiet_files():
-            load = _load_sparsify if layout == "sparsify" else _load_ours
-            head = load(repository, name, dict(options))
+            yield
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _load(repository: Repository, name: str, layout: str, options: dict[str, Any]) -> HeadModel:
+    with _reading(repository, name):
+        load = _load_sparsify if layout == "sparsify" else _load_ours
+        head = load(repository, name, dict(options))
     if head.config.hookpoint is None and name:
         head.config.hookpoint = name.split("/")[0]
     return head
 
 
-def _load_ours(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
-    where = {"pretrained_model_name_or_path": repository.folder or repository.name, "subfolder": name}
+def _our_config(repository: Repository, name: str) -> HeadConfig:
     # An LM has files of the same names, and must not be loaded to find that out.
-    config = AutoConfig.from_pretrained(**where, **repository.options)
+    config = AutoConfig.from_pretrained(repository.folder or repository.name, subfolder=name, **repository.options)
     if not isinstance(config, HeadConfig):
         raise ValueError(f"it is a {config.model_type}, not an SAE or transcoder.")
-    return _model_class(config).from_pretrained(**where, use_safetensors=True, **repository.options, **options)
+    return config
+
+
+def _load_ours(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
+    model_class = _model_class(_our_config(repository, name))
+    where = {"pretrained_model_name_or_path": repository.folder or repository.name, "subfolder": name}
+    return model_class.from_pretrained(**where, use_safetensors=True, **repository.options, **options)
+
+
+def _sparsify_files(repository: Repository, name: str) -> list[str]:
+    return [
+        repository.fetch(str(PurePosixPath(name) / file)) for file in (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)
+    ]
+
+
+def _sparsify_config(repository: Repository, name: str) -> HeadConfig:
+    config, _ = sparsify.read_head(*_sparsify_files(repository, name))
+    config.hookpoint = name.split("/")[0] or None
+    return config
 
 
 def _load_sparsify(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
-    files = (str(PurePosixPath(name) / file) for file in (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE))
-    config, tensors = sparsify.read_head(*map(repository.fetch, files))
+    config, tensors = sparsify.read_head(*_sparsify_files(repository, name))
     for key in ("encoder_only", "apply_b_dec_to_input"):
         if key in options:
             setattr(config, key, options.pop(key))

@@ -151,6 +151,7 @@ class HeadModel(PreTrainedModel):
         dead_mask: Tensor | None = None,
         auxk_alpha: float = 1.0,
         multi_topk: bool = False,
+        return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
         """
@@ -168,6 +169,7 @@ class HeadModel(PreTrainedModel):
                 `d_out / 2` latents are dead, scaled down by their number.
             auxk_alpha (`float`, defaults to 1): Weight of the AuxK loss.
             multi_topk (`bool`, defaults to `False`): Add FVU at 4k latents to the loss.
+            return_loss (`bool`, defaults to `True`): `False` only reconstructs, and measures nothing.
             return_dict (`bool`, *optional*): `False` gives a plain tuple.
 
         Returns:
@@ -177,37 +179,33 @@ class HeadModel(PreTrainedModel):
             `ValueError`: if a width is wrong, the head has no decoder, or `multi_topk` does not fit the activation.
         """
         tokens = self._tokens(activations)
-        wanted = tokens if target is None else target.reshape(-1, self.config.d_out)
         k = self.config.k if k is None else k
         widest = self._multi_topk_width(k) if multi_topk else k
-        if total_variance is None:
-            total_variance = variance_of(wanted)
-        # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
-        denominator = torch.where(total_variance > 0, total_variance, 1.0)
-
         values, selection = self._encode(tokens, widest, dead_mask)
         acts, chosen = self._activate(values[:, :k]), selection.columns(0, k)
         reconstruction = self._decode(acts, chosen, tokens)
-        loss = fvu = squared_error(wanted, reconstruction) / denominator
-        auxk_loss = multi_topk_fvu = None
-        if dead_mask is not None:
-            residual = wanted - reconstruction.detach()
-            auxk_loss = self._auxk_error(values[:, widest:], selection, dead_mask, residual) / denominator
-            loss = loss + auxk_alpha * auxk_loss
-        if multi_topk:
-            wide = self._decode(self._activate(values[:, :widest]), selection.columns(0, widest), tokens)
-            multi_topk_fvu = squared_error(wanted, wide) / denominator
-            loss = loss + MULTI_TOPK_WEIGHT * multi_topk_fvu
-
+        losses: dict[str, Tensor] = {}
+        if return_loss:
+            wanted = tokens if target is None else target.reshape(-1, self.config.d_out)
+            variance = variance_of(wanted) if total_variance is None else total_variance
+            # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
+            denominator = torch.where(variance > 0, variance, 1.0)
+            losses["fvu"] = squared_error(wanted, reconstruction) / denominator
+            if dead_mask is not None:
+                residual = wanted - reconstruction.detach()
+                error = self._auxk_error(values[:, widest:], selection, dead_mask, residual)
+                losses["auxk_loss"] = error / denominator
+            if multi_topk:
+                wide = self._decode(self._activate(values[:, :widest]), selection.columns(0, widest), tokens)
+                losses["multi_topk_fvu"] = squared_error(wanted, wide) / denominator
+            weights = {"fvu": 1.0, "auxk_loss": auxk_alpha, "multi_topk_fvu": MULTI_TOPK_WEIGHT}
+            losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         leading = activations.shape[:-1]
         output = HeadOutput(
-            loss=loss,
             reconstruction=reconstruction.view(*leading, self.config.d_out),
             top_acts=acts.view(*leading, k),
             top_indices=chosen.indices.view(*leading, k),
-            fvu=fvu,
-            auxk_loss=auxk_loss,
-            multi_topk_fvu=multi_topk_fvu,
+            **losses,
         )
         return output.to_tuple() if return_dict is False else output
 

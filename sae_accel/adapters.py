@@ -1,0 +1,161 @@
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .arguments import LoraArguments, ModelArguments
+from .errors import InputError
+from .hookpoints import HeadPlan, hookpoint_names, layer_list, match_modules, no_match
+
+
+# Names in an adapter's file begin with this, and go on as in the model that it was trained on.
+_PREFIX = "base_model.model."
+
+
+def auto_class_of_adapter(config: PreTrainedConfig, arguments: ModelArguments) -> type:
+    """The class with whose names an adapter's files were written: with or without the LM's head."""
+    prefixes = {key.removeprefix(_PREFIX).split(".")[0] for key in _weights(arguments)}
+    for mapping, auto_class in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+    ):
+        if type(config) in mapping and mapping[type(config)].base_model_prefix in prefixes:
+            return auto_class
+    return AutoModel
+
+
+def check_adapter(architecture: PreTrainedModel, arguments: ModelArguments) -> None:
+    """
+    Puts an adapter's layers, without weights, onto an LM without weights.
+
+    Raises:
+        `InputError`: if it cannot be found, works by other means than layers, or does not fit the LM.
+    """
+    config = _config(arguments)
+    if isinstance(config, PromptLearningConfig):
+        raise InputError(
+            f"model.adapter: {arguments.adapter!r} is of type {config.peft_type.value}, which changes what the LM reads "
+            "and not its modules. Use an adapter such as LoRA."
+        )
+    adapted = _adapted(lambda: get_peft_model(architecture, config), arguments)
+    expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
+    found = {name: tuple(value.shape) for name, value in _weights(arguments).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"model.adapter: {arguments.adapter!r} does not fit {arguments.name_or_path!r}: for {name!r} the LM has "
+                f"{expected.get(name, 'nothing')}, the adapter {found.get(name, 'nothing')}. Use the LM that it was "
+                f"trained on ({config.base_model_name_or_path})."
+            )
+
+
+def load_adapter(model: PreTrainedModel, arguments: ModelArguments) -> None:
+    """
+    Puts an adapter onto an LM, in place.
+
+    Raises:
+        `InputError`: if it cannot be found, or does not fit the LM.
+    """
+    # The kinds of error that reading it may give are those that putting its layers on does.
+    _adapted(lambda: PeftModel.from_pretrained(model, arguments.adapter, **_source(arguments)), arguments)
+
+
+def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
+    """
+    Names of the linear layers of an LM that get a LoRA.
+
+    Args:
+        base_model (`PreTrainedModel`): The LM without its head.
+        plans (`list[HeadPlan]`): Heads around which it is trained.
+        lora ([`LoraArguments`]): Which layers it asks for.
+
+    Raises:
+        `InputError`: if there are none.
+    """
+    linear = [name for name in hookpoint_names(base_model) if _is_linear(base_model.get_submodule(name))]
+    if lora.target_modules:
+        targets: dict[str, None] = {}
+        for i, pattern in enumerate(lora.target_modules):
+            matches = [name for name, _ in match_modules(pattern, linear)]
+            if not matches:
+                raise InputError(no_match(f"lora.target_modules[{i}]", pattern, "linear layer", base_model, linear))
+            targets |= dict.fromkeys(matches)
+        return list(targets)
+    layers = layer_list(base_model)
+    inside = f"{layers}."
+    first = min(_layer(plan.hookpoint, inside) for plan in plans)
+    behind = [name for name in linear if name.startswith(inside) and _layer(name, inside) > first]
+    if not behind:
+        raise InputError(
+            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, where the first "
+            "head sits. Name the layers to adapt."
+        )
+    return behind
+
+
+def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) -> PeftModel:
+    """
+    Puts a new LoRA, whose parameters alone are trained, onto a frozen LM, in place. It starts as nothing.
+
+    Args:
+        model (`PreTrainedModel`): The LM with its head.
+        targets (`list[str]`): Of `lora_targets`.
+        lora ([`LoraArguments`]): Its rank and scale.
+    """
+    within = f"{model.base_model_prefix}."
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[within + name for name in targets],
+        fan_in_fan_out=all(isinstance(model.base_model.get_submodule(name), Conv1D) for name in targets),
+    )
+    adapted = get_peft_model(model, config)
+    return adapted.eval()
+
+
+def save_lora(adapted: PeftModel, folder: Path) -> None:
+    """Writes an adapter as `peft` reads it, without the card that PEFT makes for a repo of its own."""
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _config(arguments: ModelArguments) -> PeftConfig:
+    return _adapted(lambda: PeftConfig.from_pretrained(arguments.adapter, **_source(arguments)), arguments)
+
+
+def _weights(arguments: ModelArguments) -> dict[str, Any]:
+    return _adapted(lambda: load_peft_weights(arguments.adapter, device="cpu", **_source(arguments)), arguments)
+
+
+def _adapted(work: Any, arguments: ModelArguments) -> Any:
+    try:
+        return work()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.adapter: {arguments.adapter!r} cannot be loaded: {reason}") from error
+
+
+def _source(arguments: ModelArguments) -> dict[str, Any]:
+    return {} if Path(arguments.adapter).is_dir() else {"token": arguments.token}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _layer(name: str, inside: str) -> int:
+    """Number of the layer that a module belongs to; -1 for what comes before the layers."""
+    return int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else -1
