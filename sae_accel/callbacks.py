@@ -86,18 +86,23 @@ class ProgressBar(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows the mean FVU of the heads."""
-        fvus = [value for key, value in (logs or {}).items() if key.startswith("train/fvu/")]
-        if not fvus or not state.is_world_process_zero:
+        """Shows the LM's loss, or the mean FVU of the heads."""
+        if not logs or not state.is_world_process_zero:
             return
-        fvu = f"FVU {sum(fvus) / len(fvus):.4f}"
+        if "initial/ce" in logs:
+            before = f"cross-entropy {logs['initial/ce']:.4f} with the heads, {logs['initial/ce_clean']:.4f} without"
+            tqdm.write(f"step 0/{state.max_steps}  {before}", file=sys.stderr)
+            return
+        loss = _headline(logs)
+        if loss is None:
+            return
         if self.bar is not None:
-            self.bar.set_description(f"Training, {fvu}")
+            self.bar.set_description(f"Training, {loss}")
             return
         left = (time.monotonic() - self.started) / (state.global_step - self.steps_before)
         left *= state.max_steps - state.global_step
         print(
-            f"step {state.global_step}/{state.max_steps}  {fvu}  {self._speed(state):,.0f} tokens/s  "
+            f"step {state.global_step}/{state.max_steps}  {loss}  {self._speed(state):,.0f} tokens/s  "
             f"{left:.0f} s left",
             file=sys.stderr,
             flush=True,
@@ -113,3 +118,12 @@ class ProgressBar(TrainerCallback):
 
     def _speed(self, state: TrainerState) -> float:
         return (state.num_input_tokens_seen - self.tokens_before) / (time.monotonic() - self.started)
+
+
+def _headline(logs: dict[str, float]) -> str | None:
+    """The loss that a run trains by, in words; None if it is not among the logs."""
+    for key, name in (("train/kl", "KL"), ("train/ce", "CE")):
+        if key in logs:
+            return f"{name} {logs[key]:.4f}"
+    fvus = [value for key, value in logs.items() if key.startswith("train/fvu/")]
+    return f"FVU {sum(fvus) / len(fvus):.4f}" if fvus else None

@@ -34,34 +34,57 @@ def probe(base_model: PreTrainedModel, sites: list[Site]) -> dict[Site, tuple[Si
         `InputError`: if a site is not reached, has no tensor, or what it has is not one activation for each token.
         [`ProbeFailed`]: if the LM cannot be run.
     """
-    runs = [_run(base_model, sites, *size) for size in PROBES]
-    return {
-        site: _judge(base_model, site, [shapes[site] for shapes, _ in runs], [c for _, c in runs]) for site in sites
-    }
+    runs = [_Run(base_model, sites, *size) for size in PROBES]
+    return {site: _judge(base_model, site, runs) for site in sites}
 
 
-@torch.no_grad()
-def _run(base_model: PreTrainedModel, sites: list[Site], rows: int, ctx_len: int):
-    """Shapes that each site had, and how often each module around a site ran."""
-    shapes: dict[Site, list[torch.Size]] = {site: [] for site in sites}
-    calls: Counter[str] = Counter()
+class _Run:
+    """
+    What a forward pass did at each site.
 
-    def note(site: Site, tensor: Tensor) -> None:
-        shapes[site].append(tensor.shape)
+    Attributes:
+        shapes (`dict[Site, list[torch.Size]]`): Of the activations, in the order in which they came.
+        once_around (`dict[Site, set[str]]`): Modules around it that ran once, and within which all of it happened.
+    """
 
-    with ExitStack() as stack:
-        stack.enter_context(record(base_model, sites, note))
-        for name in {around for site in sites for around in _around(site.module)}:
-            hook = base_model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
-            stack.callback(hook.remove)
-        try:
-            token_model(base_model)(**_inputs(base_model, rows, ctx_len))
-        except InputError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ProbeFailed(f"{type(base_model).__name__} cannot be run to find its hookpoints: {reason}") from error
-    return shapes, calls
+    @torch.no_grad()
+    def __init__(self, base_model: PreTrainedModel, sites: list[Site], rows: int, ctx_len: int):
+        self.shapes: dict[Site, list[torch.Size]] = {site: [] for site in sites}
+        self.once_around = {site: set(_around(site.module)) for site in sites}
+        calls: Counter[str] = Counter()
+        open_now: set[str] = set()
+
+        def note(site: Site, tensor: Tensor) -> None:
+            self.shapes[site].append(tensor.shape)
+            self.once_around[site] &= open_now
+
+        def enter(name: str) -> None:
+            calls[name] += 1
+            open_now.add(name)
+
+        with ExitStack() as stack:
+            for name in {around for site in sites for around in _around(site.module)}:
+                module = base_model.get_submodule(name)
+                hooks = (
+                    module.register_forward_pre_hook(lambda *_, name=name: enter(name)),
+                    module.register_forward_hook(lambda *_, name=name: open_now.discard(name)),
+                )
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            stack.enter_context(record(base_model, sites, note))
+            _run(base_model, rows, ctx_len)
+        for around in self.once_around.values():
+            around &= {name for name, count in calls.items() if count == 1}
+
+
+def _run(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
+    try:
+        token_model(base_model)(**_inputs(base_model, rows, ctx_len))
+    except InputError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ProbeFailed(f"{type(base_model).__name__} cannot be run to find its hookpoints: {reason}") from error
 
 
 def _inputs(base_model: PreTrainedModel, rows: int, ctx_len: int) -> dict[str, Any]:
@@ -76,26 +99,26 @@ def _inputs(base_model: PreTrainedModel, rows: int, ctx_len: int) -> dict[str, A
     return {"input_ids": torch.randint(vocab_size, (rows, ctx_len), generator=generator).to(device)}
 
 
-def _judge(
-    base_model: PreTrainedModel, site: Site, shapes: list[list[torch.Size]], calls: list[Counter[str]]
-) -> tuple[Site, int]:
+def _judge(base_model: PreTrainedModel, site: Site, runs: list[_Run]) -> tuple[Site, int]:
+    shapes = [run.shapes[site] for run in runs]
     if not any(shapes):
         raise InputError(
             f"Module {site.module!r} is not run in a forward pass of {type(base_model).__name__}. Choose another "
             "hookpoint."
         )
-    if len({shape[-1] for run in shapes for shape in run if shape}) == 1:
-        width = next(shape[-1] for run in shapes for shape in run)
+    width = (shapes[0] or shapes[1])[0][-1]
+    if all(shape[-1] == width for run in shapes for shape in run):
         if all(len(run) == 1 for run in shapes) and all(
             _by_token(base_model, run[0], *size) for run, size in zip(shapes, PROBES, strict=True)
         ):
             return site, width
-        if _any_number(base_model, shapes):
-            once = (name for name in _around(site.module) if all(count[name] == 1 for count in calls))
-            return site._replace(within=next(once)), width
+        once = set.intersection(*(run.once_around[site] for run in runs))
+        if _any_number(base_model, shapes) and once:
+            return site._replace(within=max(once, key=len)), width
     raise InputError(
-        f"The {site.side} of module {site.module!r} is not one activation for each token: for {PROBES[0][0]} sequences "
-        f"of {PROBES[0][1]} tokens it has shape {tuple((shapes[0] or shapes[1])[0])}. Choose another hookpoint."
+        f"The {site.side} of module {site.module!r} is not one activation for each token: for {PROBES[0][0]} "
+        f"sequences of {PROBES[0][1]} tokens it has shape {tuple((shapes[0] or shapes[1])[0])}. Choose another "
+        "hookpoint."
     )
 
 

@@ -33,13 +33,28 @@ def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) 
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
+def losses_table(metrics: Mapping[str, float]) -> str:
+    """The LM's losses before and after a run that trained by them; nothing for other runs."""
+    if "initial/ce" not in metrics:
+        return ""
+    rows = [("", "before", "after")]
+    for name, words in (
+        ("ce_clean", "cross-entropy of the LM"),
+        ("ce", "cross-entropy with the heads"),
+        ("kl", "KL between the two"),
+    ):
+        rows.append((words, *(_number(metrics.get(f"{when}/{name}"), ".4f") for when in ("initial", "eval"))))
+    width = max(len(row[0]) for row in rows)
+    return "\n" + "\n".join(f"{row[0]:{width}}  {row[1]:>7}  {row[2]:>7}" for row in rows) + "\n"
+
+
 def closing_message(trainer, metrics: Mapping[str, float]) -> str:
     """What a run ends with: the table, the speed, and the next commands."""
     folder = trainer.args.output_dir
-    held_out = f"FVU and L0 on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
     return f"""
 {metrics_table(trainer.heads, metrics)}
-
+{losses_table(metrics)}
 {held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
 Saved in {folder}.
 

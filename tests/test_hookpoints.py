@@ -108,11 +108,11 @@ def test_what_cannot_be_planned_is_refused_in_one_line(entry, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_module_that_runs_twice_is_no_hookpoint():
+def test_a_module_that_runs_twice_is_done_only_after_both_runs():
     lm = tiny_llama()
     lm.model.layers[2].mlp = lm.model.layers[1].mlp
-    with pytest.raises(InputError, match="runs more than once"):
-        plan_heads(lm, [HeadArguments(hookpoints="layers.1.mlp")])
+    (plan,) = plan_heads(lm, [HeadArguments(hookpoints="layers.1.mlp")])
+    assert plan.predicts == Site("layers.1.mlp", "output", within="")
 
 
 def test_an_lm_whose_layers_cannot_be_told_is_refused():
