@@ -298,7 +298,8 @@ class SaeTrainer:
                 for site, rows in self.activations(batch).by_site.items():
                     new = reduced(self.accelerator, Moments.of(rows))
                     moments[site] = moments[site].merge(new) if site in moments else new
-            if all(m.count > 0 for m in moments.values()):
+            # An expert that no token reaches starts where it is.
+            if any(m.count > 0 for m in moments.values()):
                 break
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
