@@ -1,3 +1,6 @@
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +125,8 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
         target_modules=[within + name for name in targets],
         fan_in_fan_out=all(isinstance(model.base_model.get_submodule(name), Conv1D) for name in targets),
     )
-    adapted = get_peft_model(model, config)
-    return adapted.eval()
+    with _quiet():
+        return get_peft_model(model, config).eval()
 
 
 def save_lora(adapted: PeftModel, folder: Path) -> None:
@@ -142,10 +145,19 @@ def _weights(arguments: ModelArguments) -> dict[str, Any]:
 
 def _adapted(work: Any, arguments: ModelArguments) -> Any:
     try:
-        return work()
+        with _quiet():
+            return work()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model.adapter: {arguments.adapter!r} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT reads a property that transformers has renamed, and would have each user told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _source(arguments: ModelArguments) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
             )
         head.load_state_dict(pretrained.state_dict())
         head.config.apply_b_dec_to_input = pretrained.config.apply_b_dec_to_input
-        if head.config.normalize_decoder:
+        if head.config.normalize_decoder and head.W_dec.requires_grad:
             _fold_norms(head)
 
 
@@ -116,7 +116,7 @@ def _fold_norms(head: HeadModel) -> None:
     if (norms - 1).abs().max() > _UNIT_NORM_TOLERANCE and norms.min() > 0:
         head.encoder.weight.mul_(norms[:, None])
         head.encoder.bias.mul_(norms)
-    normalize_rows_(head.W_dec)
+        normalize_rows_(head.W_dec)
 
 
 def _same_name(plan: HeadPlan, plans: list[HeadPlan], heads: SaeHeads) -> str | None:

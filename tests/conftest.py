@@ -1,7 +1,11 @@
+import json
 import os
 
 import pytest
 import torch
+from tiny import VOCAB, tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
 # Nothing in the tests may ask a Hub on the network; the one server they talk to is on loopback.
@@ -17,3 +21,20 @@ def real_lm() -> str:
     if not os.path.exists(os.path.join(folder, "config.json")):
         pytest.skip("quickstart/SmolLM2-135M-Instruct is not there; `make test` fetches it")
     return os.path.abspath(folder)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with an LM, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_llama().save_pretrained(folder / "lm")
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder / "lm"
+    )
+    ids = torch.randint(0, VOCAB - 2, (40, 30), generator=torch.Generator().manual_seed(0))
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder

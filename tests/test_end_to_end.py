@@ -257,7 +257,9 @@ def _trained_lm():
 def test_the_best_set_is_the_one_with_the_lowest_loss(tmp_path):
     lm, rows = _trained_lm()
     options = dict(loss="ce", max_steps=12, optim="adam", learning_rate=0.05, eval_steps=2, save_best=True)
-    trainer = tiny_trainer(tmp_path, [SAE], lm=lm, train=rows.select(range(8, 64)), held_out=rows.select(range(8)), **options)
+    trainer = tiny_trainer(
+        tmp_path, [SAE], lm=lm, train=rows.select(range(8, 64)), held_out=rows.select(range(8)), **options
+    )
     seen = []
     evaluate = trainer.evaluate
     trainer.evaluate = lambda *args: seen.append(evaluate(*args)) or seen[-1]
@@ -286,7 +288,10 @@ def test_a_killed_end_to_end_run_resumes_bit_for_bit(tmp_path, optim):
 
 
 def test_gpt2_trains_by_kl_through_its_attention(tmp_path):
-    heads = [HeadArguments(hookpoints="h.1.attn", type="transcoder", k=4), HeadArguments(hookpoints="h.0.mlp.act", k=4)]
+    heads = [
+        HeadArguments(hookpoints="h.1.attn", type="transcoder", k=4),
+        HeadArguments(hookpoints="h.0.mlp.act", k=4),
+    ]
     trainer = tiny_trainer(tmp_path, heads, lm=tiny_gpt2(), loss="kl", max_steps=2)
     assert trainer.train().training_loss > 0
 
@@ -296,7 +301,11 @@ def test_gpt2_trains_by_kl_through_its_attention(tmp_path):
     [
         ([SAE], dict(fvu_weight=0.5), "fvu_weight: it goes with loss ce or kl"),
         ([SAE, HeadArguments(hookpoints="layers.0", name="b")], dict(loss="ce"), "would both replace the output"),
-        ([HeadArguments(auxk_alpha=0.1)], dict(loss="ce"), r"heads\[0\].auxk_alpha: it is a part of a head's own loss"),
+        (
+            [HeadArguments(auxk_alpha=0.1)],
+            dict(loss="ce"),
+            r"heads\[0\].auxk_alpha: it is a part of a head's own loss",
+        ),
         ([HeadArguments(multi_topk=True)], dict(loss="kl"), r"heads\[0\].multi_topk"),
         ([SAE], dict(loss="ce", micro_batches=5), "a batch is cut by sequences, and it has 4"),
         ([SAE], dict(save_best=True), "there are no held-out sequences"),

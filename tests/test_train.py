@@ -5,49 +5,14 @@ import sys
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import command_words
 
 from sae_accel.models import AutoSae
 from sae_accel.train import main
 
 
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with an LM, its tokenizer and a text."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny_llama().save_pretrained(folder / "lm")
-    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder / "lm"
-    )
-    ids = torch.randint(0, VOCAB - 2, (40, 30), generator=torch.Generator().manual_seed(0))
-    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def _words(place, tmp_path, **changes):
-    values = {
-        "model.name_or_path": place / "lm",
-        "data.path": place / "text.jsonl",
-        "data.ctx_len": 16,
-        "data.eval_examples": 8,
-        "heads.hookpoints": "layers.[12]",
-        "heads.k": 4,
-        "heads.expansion_factor": 4,
-        "training.output_dir": tmp_path / "run",
-        "training.max_steps": 3,
-        "training.report_to": "none",
-    } | changes
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
 def test_a_run_trains_saves_and_ends_with_a_table_and_next_steps(place, tmp_path, capsys):
-    assert main(_words(place, tmp_path)) == 0
+    assert main(command_words(place, tmp_path)) == 0
     out = capsys.readouterr().out
     table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("layers.")}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -66,7 +31,7 @@ def test_a_run_trains_saves_and_ends_with_a_table_and_next_steps(place, tmp_path
 
 
 def test_a_saved_recipe_runs_again_to_the_same_weights(place, tmp_path):
-    assert main(_words(place, tmp_path)) == 0
+    assert main(command_words(place, tmp_path)) == 0
     again = [str(tmp_path / "run" / "recipe.yaml"), "--training.output_dir", str(tmp_path / "again")]
     assert main(again) == 0
     first, second = (AutoSae.from_pretrained(tmp_path / name)["layers.2"] for name in ("run", "again"))
@@ -93,7 +58,7 @@ def test_a_saved_recipe_runs_again_to_the_same_weights(place, tmp_path):
 )
 def test_bad_input_ends_with_status_2_one_line_and_nothing_written(place, tmp_path, capsys, changes, message):
     changes = {key: str(value).format(place) for key, value in changes.items()}
-    assert main(_words(place, tmp_path, **changes)) == 2
+    assert main(command_words(place, tmp_path, **changes)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("sae_accel: ")
     assert not list((tmp_path / "run").glob("layers*"))
@@ -102,7 +67,7 @@ def test_bad_input_ends_with_status_2_one_line_and_nothing_written(place, tmp_pa
 def test_the_command_works_from_any_folder_as_accelerate_launches_it(place, tmp_path):
     accelerate = os.path.join(os.path.dirname(sys.executable), "accelerate")
     launch = [accelerate, "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    command = [*launch, "--dynamo_backend", "no", "-m", "sae_accel.train", *_words(place, tmp_path)]
+    command = [*launch, "--dynamo_backend", "no", "-m", "sae_accel.train", *command_words(place, tmp_path)]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = os.environ | {"PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

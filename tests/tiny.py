@@ -52,7 +52,9 @@ def tiny_tokens(rows: int = 64, ctx_len: int = 16, seed: int = 1) -> Dataset:
 
 def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **kwargs) -> SaeTrainer:
     options = {
-        name: kwargs.pop(name) for name in ("exclude_tokens", "callbacks", "processing_class", "lora") if name in kwargs
+        name: kwargs.pop(name)
+        for name in ("exclude_tokens", "callbacks", "processing_class", "lora")
+        if name in kwargs
     }
     arguments = dict(
         output_dir=str(output_dir), per_device_train_batch_size=4, logging_steps=5, save_steps=1000, report_to="none"
@@ -65,3 +67,20 @@ def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **k
         held_out,
         **options,
     )
+
+
+def command_words(place, tmp_path, **changes) -> list[str]:
+    """A run of a few steps as it is typed, on the files of the fixture `place`."""
+    values = {
+        "model.name_or_path": place / "lm",
+        "data.path": place / "text.jsonl",
+        "data.ctx_len": 16,
+        "data.eval_examples": 8,
+        "heads.hookpoints": "layers.[12]",
+        "heads.k": 4,
+        "heads.expansion_factor": 4,
+        "training.output_dir": tmp_path / "run",
+        "training.max_steps": 3,
+        "training.report_to": "none",
+    } | changes
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
