@@ -41,8 +41,8 @@ class RunningLM:
             it has one, is never run.
         sites (`list[Site]`): What to read.
         exclude_tokens (`list[int]`): Token ids that train nothing.
-        widths (`dict[Site, int]`, *optional*): Width of the activation at each site whose module a batch may not reach,
-            such as an expert of a mixture.
+        widths (`dict[Site, int]`, *optional*): Width of the activation at each site whose module a batch may not
+            reach, such as an expert of a mixture.
 
     Examples:
         ```python
@@ -87,7 +87,7 @@ class RunningLM:
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Puts an LM in evaluation mode, as dropout would make a noise of its activations, and takes its gradients away."""
+    """Takes an LM's gradients away, and its dropout, which would make a noise of its activations."""
     model.requires_grad_(False)
     model.eval()
 

@@ -49,8 +49,8 @@ def check_adapter(architecture: PreTrainedModel, arguments: ModelArguments) -> N
     config = _config(arguments)
     if isinstance(config, PromptLearningConfig):
         raise InputError(
-            f"model.adapter: {arguments.adapter!r} is of type {config.peft_type.value}, which changes what the LM reads "
-            "and not its modules. Use an adapter such as LoRA."
+            f"model.adapter: {arguments.adapter!r} is of type {config.peft_type.value}, which changes what the LM "
+            "reads and not its modules. Use an adapter such as LoRA."
         )
     adapted = _adapted(lambda: get_peft_model(architecture, config), arguments)
     expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
@@ -58,9 +58,9 @@ def check_adapter(architecture: PreTrainedModel, arguments: ModelArguments) -> N
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise InputError(
-                f"model.adapter: {arguments.adapter!r} does not fit {arguments.name_or_path!r}: for {name!r} the LM has "
-                f"{expected.get(name, 'nothing')}, the adapter {found.get(name, 'nothing')}. Use the LM that it was "
-                f"trained on ({config.base_model_name_or_path})."
+                f"model.adapter: {arguments.adapter!r} does not fit {arguments.name_or_path!r}: for {name!r} the LM "
+                f"has {expected.get(name, 'nothing')}, the adapter {found.get(name, 'nothing')}. Use the LM that "
+                f"it was trained on ({config.base_model_name_or_path})."
             )
 
 
@@ -102,8 +102,8 @@ def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraA
     behind = [name for name in linear if name.startswith(inside) and _layer(name, inside) > first]
     if not behind:
         raise InputError(
-            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, where the first "
-            "head sits. Name the layers to adapt."
+            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, where the "
+            "first head sits. Name the layers to adapt."
         )
     return behind
 

@@ -32,8 +32,9 @@ class ModelArguments:
     )
     device_map: str | dict[str, Any] | None = _option(
         None,
-        "Where the LM's modules lie, as in transformers: auto, balanced, sequential, or a mapping of module to device; "
-        "all on the process's device if not set.",
+        "Where the LM's modules lie, as in transformers: auto, balanced, sequential, or a mapping of module to "
+        "device; all on the process's device if not set.",
+        device_keys=True,
     )
     max_memory: dict[str, Any] | None = _option(
         None, "With device_map: memory to use by device, such as {0: 20GiB, cpu: 60GiB}.", device_keys=True

@@ -26,7 +26,8 @@ def require_bitsandbytes(field: str, value: str) -> None:
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{field}: {value} needs bitsandbytes with a backend for this machine: {reason} Remove {field}, or install it."
+            f"{field}: {value} needs bitsandbytes with a backend for this machine: {reason} Remove "
+            f"{field}, or install it."
         ) from error
     # On other devices bitsandbytes works without a library of its own.
     if torch.cuda.is_available() and isinstance(lib, ErrorHandlerMockBNBNativeLibrary):

@@ -132,6 +132,8 @@ def _one_value(word: str, options: tuple[Any, ...], name: str) -> Any:
         return None
     if bool in options and word.lower() in ("true", "false"):
         return word.lower() == "true"
+    if dict in map(get_origin, options) and word.startswith("{"):
+        return _yaml_value(word, name)
     as_typed = any(option is str or get_origin(option) is Literal for option in options)
     return word if as_typed else _yaml_value(word, name)
 

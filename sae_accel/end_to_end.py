@@ -67,8 +67,8 @@ class SplicedLM:
         Args:
             batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`.
             replacements (`Iterable[Replacement]`): What heads do.
-            clean (`torch.Tensor` of shape `(batch, ctx_len, d_model)`, *optional*): Hidden states of the clean LM; with
-                them KL is measured and trained by, and without them CE.
+            clean (`torch.Tensor` of shape `(batch, ctx_len, d_model)`, *optional*): Hidden states of the clean LM;
+                with them KL is measured and trained by, and without them CE.
         """
         mask = token_mask(batch, self.exclude_tokens)
         with _full_precision(batch):
@@ -79,8 +79,8 @@ class SplicedLM:
 
 class EndToEndObjective:
     """
-    Heads are spliced into the LM, and the loss is on its logits (`loss: ce` or `kl`), with `fvu_weight` times the sum of
-    the local losses added. See arXiv:2405.12241.
+    Heads are spliced into the LM, and the loss is on its logits (`loss: ce` or `kl`), with `fvu_weight` times the sum
+    of the local losses added. See arXiv:2405.12241.
 
     Args:
         lm (`SplicedLM`): The LM.

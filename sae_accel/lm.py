@@ -79,8 +79,8 @@ def load_lm(
         )
     if predicts and (missing := sorted(report["missing_keys"])):
         raise InputError(
-            f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to predict "
-            "tokens. Use files with its head, or loss: fvu."
+            f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
+            "predict tokens. Use files with its head, or loss: fvu."
         )
     if arguments.adapter is not None:
         from .adapters import load_adapter

@@ -30,8 +30,8 @@ class LogitLoss:
     def __init__(self, model: PreTrainedModel):
         if model.get_output_embeddings() is None or model.base_model is model:
             raise InputError(
-                f"An end-to-end loss needs an LM that predicts tokens, and {type(model).__name__} has no head for that. "
-                "Load it by AutoModelForCausalLM, or use training.loss: fvu."
+                f"An end-to-end loss needs an LM that predicts tokens, and {type(model).__name__} has no head for "
+                "that. Load it by AutoModelForCausalLM, or use training.loss: fvu."
             )
         self.model = model
         self.output_class: type | None = None

@@ -170,7 +170,8 @@ def split_name(name: str) -> tuple[str, int | None, list[str]]:
             f"{', '.join(SECTIONS)}."
         )
     hint = field_hints(SECTIONS[section]).get(keys[0])
-    if hint is not None and len(keys) > 1 and get_origin(hint) is not dict:
+    options = get_args(hint) if is_union(hint) else (hint,)
+    if hint is not None and len(keys) > 1 and dict not in map(get_origin, options):
         raise InputError(f"{name!r}: {section}.{keys[0]} is {type_name(hint)}, with no keys inside.")
     return section, index, keys
 
@@ -361,11 +362,23 @@ def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
     if "above" in metadata and value <= metadata["above"]:
         raise InputError(f"{path}: found {value}, it must be above {metadata['above']:g}.")
     if isinstance(value, dict) and metadata.get("device_keys"):
-        # Devices are numbers, which YAML reads as such and a command line does not.
-        value = {str(key): item for key, item in value.items()}
+        value = _flat(value)
     if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
         raise InputError(f"{path}: its keys must be strings, found {_shown(wrong[0])}.")
     return value
+
+
+def _flat(value: dict[Any, Any]) -> dict[str, Any]:
+    """
+    A mapping by strings alone: devices are numbers, which YAML reads as such, and modules have dotted names, which a
+    command line takes for mappings in mappings.
+    """
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= (
+            {f"{key}.{inner}": x for inner, x in _flat(item).items()} if isinstance(item, dict) else {str(key): item}
+        )
+    return flat
 
 
 def _number(value: Any) -> float | None:

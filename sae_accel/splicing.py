@@ -22,8 +22,8 @@ class Replacement:
         name (`str`): Of the head, for errors.
         hookpoint (`str`): Module of the base model whose output is replaced.
         reads (`Site`): Where the input of `compute` comes from.
-        compute (`Callable`): From the activation that was read, `(..., d_in)`, and the module's own output, `(..., d_out)`
-            or None where the module was not run, to the new output.
+        compute (`Callable`): From the activation that was read, `(..., d_in)`, and the module's own output, `(...,
+            d_out)` or None where the module was not run, to the new output.
         needs_output (`Callable[[], bool]`): Whether the module must run for the present batch, although `reads` is not
             its output.
     """
@@ -91,7 +91,8 @@ def replaced(base_model: PreTrainedModel, replacements: Iterable[Replacement], u
         for replacement in replacements:
             if unique and replacement.hookpoint in seen:
                 raise InputError(
-                    f"Two heads would replace the output of {replacement.hookpoint!r}. Splice one, or set replace=False."
+                    f"Two heads would replace the output of {replacement.hookpoint!r}. Splice one, or set "
+                    "replace=False."
                 )
             seen.add(replacement.hookpoint)
             stack.enter_context(_replaced_one(base_model, replacement))

@@ -229,8 +229,8 @@ class SaeTrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """
-        Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there is
-        one, into `output_dir`, by default that of the arguments.
+        Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there
+        is one, into `output_dir`, by default that of the arguments.
         """
         with self.evaluated_weights():
             if self.accelerator.is_main_process:

@@ -54,15 +54,15 @@ def _gradients(trainer, window):
 
 
 def _plain_losses(trainer, batch):
-    """CE of the spliced and of the clean LM and KL between them, from whole logits and with hooks of this test's own."""
+    """CE of the spliced and of the clean LM and KL between them, from whole logits and by hooks of its own."""
     lm, keep = trainer.objective.lm.model, batch["attention_mask"].bool() & (batch["input_ids"] != EXCLUDED)
     with torch.no_grad():
         clean = lm(**batch).logits.log_softmax(-1)
     handles = []
     for name, head in trainer.heads.items():
 
-        def hook(module, args, output, head=head, transcoder=name.endswith("mlp")):
-            new = head(args[0] if transcoder else output, output).reconstruction
+        def hook(module, args, output, name=name, head=head):
+            new = head(args[0] if name.endswith("mlp") else output, output).reconstruction
             return torch.where(keep[..., None], new, output)
 
         handles.append(lm.base_model.get_submodule(name).register_forward_hook(hook))

@@ -48,15 +48,28 @@ EVERY_FIELD = [
 ]
 # Some fields make sense only beside another.
 COMPANIONS = {
-    "num_latents": {"k": 4},
-    "source": {"type": "transcoder"},
-    "skip_connection": {"type": "transcoder"},
-    "lr_scheduler_type": {"optim": "adam"},
+    "num_latents": {"heads": {"k": 4}},
+    "source": {"heads": {"type": "transcoder"}},
+    "skip_connection": {"heads": {"type": "transcoder"}},
+    "max_memory": {"model": {"device_map": "auto"}},
+    "lr_scheduler_type": {"training": {"optim": "adam"}},
+    "fvu_weight": {"training": {"loss": "ce"}},
+    "save_best": {"training": {"eval_steps": 5}},
 }
+LORA = {"lora": {"train_heads": True}, "training": {"loss": "kl"}}
 
 
 def _read(recipe, section, name):
-    return getattr(recipe.heads[0] if section == "heads" else getattr(recipe, section), name)
+    return getattr(recipe.heads[0] if section == "heads" else getattr(recipe, section) or SECTIONS[section](), name)
+
+
+def _with_companions(section, name, value):
+    """A recipe that sets a field, and what it needs."""
+    content = {key: dict(fields) for key, fields in (LORA if section == "lora" else COMPANIONS.get(name, {})).items()}
+    content.setdefault(section, {})[name] = value
+    if section == "lora" and name == "train_heads" and not value:
+        content["training"]["init_from"] = "x"
+    return content
 
 
 def _words(value):
@@ -70,10 +83,15 @@ def _words(value):
 def test_every_field_can_be_set_from_yaml_and_from_the_command_line(tmp_path, section, name, value):
     value = "cosine" if name == "lr_scheduler_type" else value
     assert value != _read(Recipe(), section, name)
-    content = {**COMPANIONS.get(name, {}), name: value}
-    whole = {section: [content] if section == "heads" else content}
+    content = _with_companions(section, name, value)
+    whole = {key: [fields] if key == "heads" else fields for key, fields in content.items()}
     from_yaml = load_recipe(_write(tmp_path / "r.yaml", yaml.safe_dump(whole)))
-    words = [word for key, one in content.items() for word in (f"--{section}.{key}", *_words(one))]
+    words = [
+        word
+        for key, part in content.items()
+        for field, one in part.items()
+        for word in (f"--{key}.{field}", *_words(one))
+    ]
     from_words = parse_command_line(words)
     for recipe in (Recipe.from_dict(whole), from_yaml, from_words):
         found = _read(recipe, section, name)
@@ -102,6 +120,8 @@ def test_a_saved_recipe_holds_every_field_in_order_but_no_secret(tmp_path):
     saved = yaml.safe_load(text)
     assert list(saved) == ["model", "data", "heads", "training"]
     for section, arguments in SECTIONS.items():
+        if section not in saved:
+            continue
         names = [option.name for option in fields(arguments) if option.name != "token"]
         assert list(saved[section][0] if section == "heads" else saved[section]) == names
 
@@ -247,7 +267,7 @@ def test_one_glob_needs_no_list():
         ("max_steps: 4", "max_steps: there is no such key. It belongs under training"),
         ("training: {heads: []}", "training.heads: there is no such key. It is a section of its own"),
         ("modle: {}", "modle: there is no such key. Did you mean model"),
-        ("1: {}", "1: there is no such key. Allowed are model, data, heads, training"),
+        ("1: {}", "1: there is no such key. Allowed are model, data, heads, lora, training"),
         ('"a\\nb": {}', "'a.nb': there is no such key"),
         ("heads: [{k: '4'}]", r"heads\[0\].k: expected integer, found '4' \(string\)"),
         ("heads: [{k: 4.0}]", "expected integer, found 4.0"),
@@ -304,8 +324,8 @@ def test_one_glob_needs_no_list():
         ("? [a, b]\n: 3", "line 1, column 3: .* unhashable key"),
         ("model: {revision: !!python/name:os.system }", "could not determine a constructor"),
         ("model: {revision: 2020-13-45}", "holds a value that cannot be read: month"),
-        ("- a", "must be a mapping with the keys model, data, heads, training"),
-        ("", "is empty. Its sections are model, data, heads, training"),
+        ("- a", "must be a mapping with the keys model, data, heads, lora, training"),
+        ("", "is empty. Its sections are model, data, heads, lora, training"),
         ("# only a comment", "is empty"),
     ],
 )

@@ -20,6 +20,8 @@ SMOLLM2 = LlamaConfig(
 ARCHITECTURES = {
     "quickstart": SMOLLM2,
     "smollm2": SMOLLM2,
+    "smollm2-e2e": SMOLLM2,
+    "smollm2-lora": SMOLLM2,
     "pythia-160m": GPTNeoXConfig(
         vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
     ),
@@ -35,6 +37,8 @@ ARCHITECTURES = {
 }
 HEADS = {
     "quickstart": ["layers.1", "layers.3", "layers.3.mlp"],
+    "smollm2-e2e": ["layers.1", "layers.3", "layers.3.mlp"],
+    "smollm2-lora": ["layers.3"],
     "smollm2": [f"layers.{i}" for i in range(0, 30, 3)],
     "pythia-160m": [f"layers.{i}.mlp" for i in range(12)] + ["layers.6/k32", "layers.6/k64", "layers.6/k128"],
     "gpt2": [f"h.{i}.attn" for i in range(12)] + [f"h.{i}.mlp.act" for i in range(12)],
