@@ -138,7 +138,7 @@ def run_files(output_dir: Path) -> list[Path]:
 def delete_run(output_dir: Path) -> None:
     """Deletes what a run left in a folder, and nothing else that lies there."""
     for path in run_files(output_dir):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from .bank import Moments, SaeBank, measured
 from .data import token_mask
 from .errors import InputError
 from .hookpoints import HeadPlan
-from .local import LocalObjective, StepResult, positive, step_result, synchronized
+from .hooks import Site
+from .local import LocalObjective, StepResult, merge_moments, positive, step_result, synchronized
 from .logit_loss import IGNORED, LogitLoss
 from .models import HeadModel
 from .running_means import StepSums
@@ -206,10 +207,10 @@ class EndToEndObjective:
 
     def _variances(self, bank: SaeBank, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """By head, the total variance of its target in the LM without heads, over the window and all processes."""
-        moments: dict[str, Moments] = {}
+        moments: dict[Site, Moments] = {}
         for batch in window:
-            self.local.merge_moments(moments, bank, self.local.activations(batch))
-        return {name: positive(m.variance) for name, m in moments.items()}
+            merge_moments(moments, bank, self.local.activations(batch))
+        return {name: positive(m.variance) for name, m in self.local.target_moments(moments, bank).items()}
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
         """Tokens whose loss is counted, over the window and all processes; at least 1, to divide by."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .activations import Activations, RunningLM
 from .bank import Moments, SaeBank
+from .hooks import Site
 from .running_means import StepSums
 
 
@@ -61,14 +62,16 @@ class LocalObjective:
             dead_masks (`dict[str, torch.Tensor]`): By head, dead latents; heads without AuxK are left out.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
-        moments: dict[str, Moments] = {}
+        moments: dict[Site, Moments] = {}
         reference: dict[str, Tensor] = {}
         sums, num_tokens = StepSums(), torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(window):
             activations = self.activations(batch)
             num_tokens += activations.num_tokens
-            self.merge_moments(moments, heads, activations)
-            reference = reference or {name: positive(m.variance) for name, m in moments.items()}
+            merge_moments(moments, heads, activations)
+            if i == 0:
+                totals = self.target_moments(moments, heads)
+                reference = {name: positive(m.variance) for name, m in totals.items()}
             for j, part in enumerate(activations.split(self.micro_batches)):
 
                 def losses(heads: SaeBank, by_site=part.by_site, reference=reference) -> dict:
@@ -79,39 +82,47 @@ class LocalObjective:
                     # DDP takes the mean over processes, where the loss is a sum over all their tokens.
                     self.accelerator.backward(output["loss"] * self.accelerator.num_processes)
                 sums.add(output["heads"])
-        scale = {name: reference[name] / positive(m.variance) for name, m in moments.items()}
+        if len(window) > 1:
+            totals = self.target_moments(moments, heads)
+        scale = {name: reference[name] / positive(m.variance) for name, m in totals.items()}
         if len(window) > 1:
             _scale_gradients(heads, scale)
-        return step_result(self.accelerator, sums, num_tokens, {n: m.count for n, m in moments.items()}, scale)
+        return step_result(self.accelerator, sums, num_tokens, {name: m.count for name, m in totals.items()}, scale)
 
     @torch.no_grad()
     def evaluate(self, bank: SaeBank, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """FVU, L0 and the part of latents that stay silent, by head, over all processes."""
         k = {name: head.config.k for name, head in bank.named_heads()}
         unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
-        moments: dict[str, Moments] = {}
+        moments: dict[Site, Moments] = {}
         sums, num_tokens = StepSums(), torch.zeros((), device=self.accelerator.device)
         for batch in batches:
             activations = self.activations(batch)
             num_tokens += activations.num_tokens
-            self.merge_moments(moments, bank, activations)
+            merge_moments(moments, bank, activations)
             for part in activations.split(self.micro_batches):
                 sums.add(bank.local_losses(part.by_site, unit, k, {})["heads"])
         sums.reduce(self.accelerator)
+        totals = self.target_moments(moments, bank)
         metrics: dict[str, float] = {}
         for name, values in sums.by_head.items():
-            metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(moments[name].variance)).item()
-            metrics[f"eval/l0/{name}"] = (values["active"] / moments[name].count.clamp_min(1)).item()
+            metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].variance)).item()
+            metrics[f"eval/l0/{name}"] = (values["active"] / totals[name].count.clamp_min(1)).item()
             metrics[f"eval/silent/{name}"] = (values["uses"] == 0).float().mean().item()
         metrics["eval/tokens"] = int(self.accelerator.reduce(num_tokens, "sum"))
         return metrics
 
-    def merge_moments(self, moments: dict[str, Moments], bank: SaeBank, activations: Activations) -> None:
-        """Adds, by head, the moments of its target over all processes; heads at one site share the work."""
-        targets = dict.fromkeys(plan.predicts for plan in bank.plans.values())
-        new = {site: reduced(self.accelerator, Moments.of(activations.by_site[site])) for site in targets}
-        for name, plan in bank.plans.items():
-            moments[name] = moments[name].merge(new[plan.predicts]) if name in moments else new[plan.predicts]
+    def target_moments(self, moments: dict[Site, Moments], bank: SaeBank) -> dict[str, Moments]:
+        """By head, the moments of its target over all processes."""
+        totals = {site: reduced(self.accelerator, own) for site, own in moments.items()}
+        return {name: totals[plan.predicts] for name, plan in bank.plans.items()}
+
+
+def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
+    """Adds, for each site that some head predicts, the moments of a batch on this process."""
+    for site in dict.fromkeys(plan.predicts for plan in bank.plans.values()):
+        new = Moments.of(activations.by_site[site])
+        moments[site] = moments[site].merge(new) if site in moments else new
 
 
 def reduced(accelerator: Accelerator, moments: Moments) -> Moments:

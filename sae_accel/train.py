@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import logging as transformers_logging
 
 from .bitsandbytes_backend import require_bitsandbytes
@@ -34,7 +35,7 @@ def run(recipe: Recipe) -> SaeTrainer:
     where_to_begin(Path(training.output_dir), training.resume_from_checkpoint, training.overwrite_output_dir)
     _check_before_loading(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    lm = load_lm(recipe.model, predicts=training.loss != "fvu", device=PartialState().device)
+    lm = load_lm(recipe.model, predicts=training.loss != "fvu", device=_process().device)
     vocab_size = lm.get_input_embeddings().num_embeddings
     train_dataset, eval_dataset = load_tokens(recipe.data, tokenizer, vocab_size=vocab_size)
     trainer = SaeTrainer(
@@ -74,8 +75,13 @@ def _check_before_loading(recipe: Recipe) -> None:
     if training.init_from is not None:
         heads = open_pretrained(training.init_from)
         matches = match_heads(plans, heads)
-        if PartialState().is_main_process:
+        if _process().is_main_process:
             print(matches_table(matches, heads))
+
+
+def _process() -> PartialState:
+    """This process among others. Made without the flag, it would be alone wherever Accelerate is told to use CPUs."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -96,6 +96,8 @@ class SaeTrainer:
             step_scheduler_with_optimizer=False,
         )
         set_seed(args.seed)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
         # An adapter lies in the LM's own modules; what PEFT wraps around it is not needed.
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         plans = plan_heads(model, heads)

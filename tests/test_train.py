@@ -38,6 +38,18 @@ def test_a_saved_recipe_runs_again_to_the_same_weights(place, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_run_with_all_that_it_can_leave_is_deleted_whole_by_the_next(place, tmp_path):
+    end_to_end = {"training.loss": "ce", "lora.train_heads": "true"}
+    kept = {"training.save_best": "true", "training.eval_steps": 1, "training.report_to": "tensorboard"}
+    assert main(command_words(place, tmp_path, **end_to_end, **kept)) == 0
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter", "best", "logs", "checkpoint-3"} <= found
+    again = command_words(place, tmp_path, **{"training.overwrite_output_dir": "true", "heads.hookpoints": "layers.0"})
+    assert main(again) == 0
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-3", "layers.0", "metrics.json", "recipe.yaml"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
