@@ -8,6 +8,7 @@ is shown.
 
   python benchmarks/throughput.py                      # SmolLM2-135M-Instruct, layers.2, 2,048 tokens a step
   python benchmarks/throughput.py --hookpoint layers.14 --turns 5 --save benchmarks/results/my-machine.json
+  python benchmarks/throughput.py --loss ce --batch-size 4 --steps 5 --turns 2
 """
 
 import argparse
@@ -31,10 +32,10 @@ from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments, chunk_and
 
 
 class StepClock(TrainerCallback):
-    """Notes when each optimizer step of ours has ended, and the FVU of the first."""
+    """Notes when each optimizer step of ours has ended, and its loss."""
 
     def __init__(self):
-        self.times, self.fvus = [], []
+        self.times, self.losses = [], []
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
@@ -42,7 +43,7 @@ class StepClock(TrainerCallback):
         self.times.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.fvus += [value for key, value in logs.items() if key.startswith("train/fvu/")]
+        self.losses += [value for key, value in logs.items() if key.startswith(("train/fvu/", "train/ce"))]
 
 
 def main() -> None:
@@ -58,19 +59,19 @@ def main() -> None:
     data = tokens(options)
     peers = {"sae_accel": train_ours, "sparsify": train_sparsify}
     seconds = {name: [] for name in peers}
-    fvus, memory = {}, {}
+    losses, memory = {}, {}
     for turn in range(options.turns):
         for name, train in peers.items():
             with tempfile.TemporaryDirectory() as folder, silence():
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                times, fvus[name] = train(lm, data, options, folder)
+                times, losses[name] = train(lm, data, options, folder)
             steps = [after - before for before, after in zip(times, times[1:], strict=False)]
             seconds[name] += steps[options.warmup :]
             if device == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated() / 2**30
         print(f"turn {turn + 1}/{options.turns} done", file=sys.stderr)
-    report(options, seconds, fvus, memory, device)
+    report(options, seconds, losses, memory, device)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hookpoint", default="layers.2")
     parser.add_argument("--expansion-factor", type=int, default=32)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--loss", default="fvu", choices=("fvu", "ce"))
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step")
     parser.add_argument("--ctx-len", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
@@ -101,22 +103,23 @@ def tokens(options: argparse.Namespace) -> Dataset:
 
 
 def train_ours(lm, data, options, folder) -> tuple[list[float], float]:
-    """One turn of ours: when each step ended, and the first step's FVU."""
+    """One turn of ours: when each step ended, and the first step's loss."""
     clock = StepClock()
     head = HeadArguments(hookpoints=options.hookpoint, k=options.k, expansion_factor=options.expansion_factor)
     arguments = SaeTrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=options.batch_size,
         optim="signum",
+        loss=options.loss,
         logging_steps=1,
         report_to="none",
     )
     SaeTrainer(lm, arguments, [head], data, callbacks=[clock]).train()
-    return clock.times, clock.fvus[0]
+    return clock.times, clock.losses[0]
 
 
 def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
-    """One turn of sparsify's: when each step ended, and the first step's FVU."""
+    """One turn of sparsify's: when each step ended, and the first step's loss."""
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     config = TrainConfig(
@@ -124,11 +127,12 @@ def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
         batch_size=options.batch_size,
         optimizer="signum",
         hookpoints=[options.hookpoint],
+        loss_fn=options.loss,
         log_to_wandb=False,
         save_dir=folder,
     )
     trainer = Trainer(config, data, lm)
-    times, fvus = [], []
+    times, losses = [], []
     optimizer = trainer.optimizers[0]
     step, forward = optimizer.step, type(trainer.saes[options.hookpoint]).forward
 
@@ -140,15 +144,24 @@ def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
 
     def noted_forward(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        fvus.append(output.fvu)
+        losses.append(output.fvu)
         return output
+
+    def noted_ce(module, args, output):
+        losses.append(output.loss)
 
     optimizer.step = timed_step
     sae = trainer.saes[options.hookpoint]
-    sae.forward = noted_forward.__get__(sae)
+    if options.loss == "fvu":
+        sae.forward = noted_forward.__get__(sae)
     trainer.save = lambda: None
+    handle = lm.register_forward_hook(noted_ce) if options.loss == "ce" else None
     trainer.fit()
-    return times, float(fvus[0])
+    if handle is None:
+        return times, float(losses[0])
+    handle.remove()
+    # Its first pass measures the LM without heads.
+    return times, float(losses[1])
 
 
 @contextlib.contextmanager
@@ -160,25 +173,25 @@ def silence():
             yield
 
 
-def report(options, seconds, fvus, memory, device) -> None:
+def report(options, seconds, losses, memory, device) -> None:
     """Prints both side by side, and saves the figures if asked to."""
     per_step = options.batch_size * options.ctx_len
     speed = {name: per_step / statistics.median(values) for name, values in seconds.items()}
     spread = {name: (per_step / max(values), per_step / min(values)) for name, values in seconds.items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k},")
+    print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k}, loss {options.loss},")
     print(f"{per_step:,} tokens a step,", end=" ")
     print(f"signum, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"{'':12}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first FVU':>12}" + ("  GiB" if memory else ""))
+    print(f"{'':12}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first loss':>12}" + ("  GiB" if memory else ""))
     for name in seconds:
         slow, fast = spread[name]
         used = f"{memory[name]:5.1f}" if memory else ""
-        print(f"{name:12}{speed[name]:>10,.0f}{slow:>10,.0f}{fast:>10,.0f}{fvus[name]:>12.5f}{used}")
+        print(f"{name:12}{speed[name]:>10,.0f}{slow:>10,.0f}{fast:>10,.0f}{losses[name]:>12.5f}{used}")
     ratio = speed["sae_accel"] / speed["sparsify"]
-    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first FVU, from different weights, is a sanity check.")
+    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first loss, from different weights, is a sanity check.")
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"tokens_per_second": speed, "spread": spread, "ratio": ratio, "first_fvu": fvus, "gib": memory}
+        figures = {"tokens_per_second": speed, "spread": spread, "ratio": ratio, "first_loss": losses, "gib": memory}
         setting = {key: str(value) for key, value in vars(options).items() if key != "save"}
         setting |= {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
         options.save.write_text(json.dumps({"setting": setting, **figures}, indent=2) + "\n")

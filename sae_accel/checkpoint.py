@@ -158,6 +158,27 @@ def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
 
 
+def check_fits(checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """
+    Checks that a checkpoint was written by such a run as is to go on from it.
+
+    Args:
+        checkpoint (`Path`): Its folder.
+        state (`dict`): Of `load_state`.
+        identity (`dict`): What must be the same, in words.
+
+    Raises:
+        `InputError`: if something differs.
+    """
+    for what, ours in identity.items():
+        theirs = state["identity"][what]
+        if theirs != ours:
+            raise InputError(
+                f"Checkpoint {str(checkpoint)!r} is of another recipe: {what} were {theirs}, in this run {ours}. Use the "
+                "same."
+            )
+
+
 def random_state() -> dict[str, Any]:
     """The state of every generator of this process, in types that load without running code."""
     name, keys, position, has_gauss, gauss = np.random.get_state()

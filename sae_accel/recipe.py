@@ -97,6 +97,7 @@ class Recipe:
             raise InputError(
                 "training.save_best: it needs evaluations. Set training.eval_steps and data.eval_examples."
             )
+        _check_init_from(self.training)
         check_schedule(self.training)
         check_trackers(self.training.report_to)
 
@@ -366,6 +367,17 @@ def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
     if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
         raise InputError(f"{path}: its keys must be strings, found {_shown(wrong[0])}.")
     return value
+
+
+def _check_init_from(training: SaeTrainingArguments) -> None:
+    if training.init_from is None or not training.overwrite_output_dir:
+        return
+    source, output_dir = Path(training.init_from).resolve(), Path(training.output_dir).resolve()
+    if source.is_dir() and source.is_relative_to(output_dir):
+        raise InputError(
+            f"training.init_from: {training.init_from!r} lies in training.output_dir, which overwrite_output_dir would "
+            "delete. Use another output_dir."
+        )
 
 
 def _flat(value: dict[Any, Any]) -> dict[str, Any]:

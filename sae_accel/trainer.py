@@ -3,13 +3,11 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint as files
 from .activations import RunningLM
-from .arguments import HeadArguments, LoraArguments, SaeTrainingArguments, secret_fields
+from .arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from .bank import Moments, SaeBank
 from .batches import Batches, Position
 from .callbacks import FlowCallback, ProgressBar, k_at
@@ -34,6 +32,7 @@ from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .pretrained import load_into, match_heads, open_pretrained
 from .running_means import RunningMeans
+from .trackers import shown_settings, wanted_trackers
 
 
 class SaeTrainer:
@@ -88,7 +87,7 @@ class SaeTrainer:
         self.recipe = recipe
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
-            log_with=_trackers(args.report_to),
+            log_with=wanted_trackers(args.report_to),
             project_config=ProjectConfiguration(
                 project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")
             ),
@@ -268,7 +267,7 @@ class SaeTrainer:
         state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
         self.state.max_steps = batches.max_steps()
         if state is not None:
-            self._check_fits(checkpoint, state)
+            files.check_fits(checkpoint, state, self._identity())
         elif self.args.init_from is not None:
             heads = open_pretrained(self.args.init_from)
             load_into(self.bank, match_heads(self.bank.plans.values(), heads), heads)
@@ -284,7 +283,8 @@ class SaeTrainer:
         )
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         position = Position() if state is None else self._restore(checkpoint, state)
-        self._start_trackers()
+        name = self.args.run_name or self.output_dir.resolve().name
+        self.accelerator.init_trackers(name, config=shown_settings(self.args))
         return position
 
     def _batches(self, dataset: Any) -> Batches:
@@ -359,12 +359,10 @@ class SaeTrainer:
 
     def _measure_start(self, batches: Batches) -> None:
         """The LM's losses before the first step, on held-out rows, or else on those of that step."""
-        held_out = self.eval_dataset is not None
-        rows = (
-            self._batches(self.eval_dataset).one_pass(drop_last=False)
-            if held_out
-            else next(batches.windows(Position()))[0]
-        )
+        if self.eval_dataset is None:
+            rows, _ = next(batches.windows(Position()))
+        else:
+            rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
         metrics = self._measure(rows)
         self.initial_metrics = {f"initial/{name}": metrics[f"eval/{name}"] for name in ("ce_clean", "ce", "kl")}
         self.accelerator.log(self.initial_metrics, step=0)
@@ -373,18 +371,30 @@ class SaeTrainer:
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         """Each head is kept by its own FVU; heads that were trained together by the loss that they share."""
         metrics = self.evaluate()
-        if self.args.save_best:
-            if self.args.loss == "fvu":
-                found = {name: (metrics[f"eval/fvu/{name}"], {name: head}) for name, head in self.heads.items()}
-            else:
-                found = {self.args.loss: (metrics[f"eval/{self.args.loss}"], self.heads)}
-            for name, (value, heads) in found.items():
-                if value < self.best.get(name, math.inf):
-                    self.best[name] = value
-                    with self.evaluated_weights():
-                        if self.accelerator.is_main_process:
-                            self._save_into(self.output_dir / "best", heads)
+        if not self.args.save_best:
+            return metrics
+        local = self.args.loss == "fvu"
+        losses = (
+            {name: f"eval/fvu/{name}" for name in self.heads} if local else {self.args.loss: f"eval/{self.args.loss}"}
+        )
+        for name, key in losses.items():
+            value = metrics[key]
+            if value < self.best.get(name, math.inf):
+                self.best[name] = value
+                self._save_best([name] if local else list(self.heads))
         return metrics
+
+    def _save_best(self, names: list[str]) -> None:
+        folder = self.output_dir / "best"
+        heads = {name: self.heads[name] for name in names}
+        with self.evaluated_weights():
+            if self.accelerator.is_main_process and self.args.loss == "fvu":
+                self._save_into(folder, heads)
+            elif self.accelerator.is_main_process:
+                # Heads that were trained together are of use only together.
+                with files.staged(folder) as staging:
+                    self._save_into(staging, heads)
+        self.accelerator.wait_for_everyone()
 
     def _last_loss(self) -> float:
         """In the latest log, the LM's loss, or the mean FVU over the heads."""
@@ -397,22 +407,13 @@ class SaeTrainer:
         if self.accelerator.is_main_process:
             (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
-    def _start_trackers(self) -> None:
-        hidden = secret_fields(self.args)
-        config = {
-            key: value
-            for key, value in asdict(self.args).items()
-            if key not in hidden and isinstance(value, (int, float, str, bool))
-        }
-        self.accelerator.init_trackers(self.args.run_name or self.output_dir.resolve().name, config=config)
-
     def _save_checkpoint(self, position: Position) -> Path:
         """Everything that going on needs, complete or absent."""
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
         everyone = gather_object([files.random_state()])
         if self.accelerator.is_main_process:
             state = {
-                "optim": self.args.optim,
+                "identity": self._identity(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.lr_scheduler.state_dict(),
                 "weights": None,
@@ -436,6 +437,16 @@ class SaeTrainer:
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with a run that goes on from it."""
+        bank = self.accelerator.unwrap_model(self.bank)
+        return {
+            "heads and latents": {name: head.num_latents for name, head in bank.named_heads()},
+            "training.optim": self.args.optim,
+            "heads that train": [name for name, head in bank.named_heads() if head.W_dec.requires_grad],
+            "shapes of a LoRA": [list(parameter.shape) for parameter in bank.adapter],
+        }
+
     def _save_into(self, folder: Path, heads: dict[str, HeadModel]) -> None:
         files.save_heads(heads, folder)
         if self.adapter is not None:
@@ -445,27 +456,12 @@ class SaeTrainer:
         if self.recipe is not None:
             self.recipe.save(folder / "recipe.yaml")
 
-    def _check_fits(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """That a checkpoint is one of this run's heads and optimizer."""
-        saved = {name: len(count) for name, count in state["tokens_since_fired"].items()}
-        ours = {name: head.num_latents for name, head in self.bank.named_heads()}
-        if saved != ours:
-            raise InputError(
-                f"Checkpoint {str(checkpoint)!r} is of another recipe: it holds heads and latents {saved}, this run "
-                f"has {ours}."
-            )
-        if state["optim"] != self.args.optim:
-            raise InputError(
-                f"Checkpoint {str(checkpoint)!r} was written with training.optim {state['optim']}, this run has "
-                f"{self.args.optim}. Use the same."
-            )
-
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> Position:
         for name, head in self.heads.items():
             weights = state["weights"]
             head.load_state_dict(weights[name] if weights else load_file(checkpoint / name / "model.safetensors"))
-        for parameter, saved in zip(self.accelerator.unwrap_model(self.bank).adapter, state["adapter"], strict=True):
-            parameter.data.copy_(saved)
+        for parameter, weights in zip(self.accelerator.unwrap_model(self.bank).adapter, state["adapter"], strict=True):
+            parameter.data.copy_(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self.tokens_since_fired = state["tokens_since_fired"]
@@ -476,15 +472,3 @@ class SaeTrainer:
         if self.accelerator.process_index < len(state["random"]):
             files.restore_random_state(state["random"][self.accelerator.process_index])
         return Position(*state["position"])
-
-
-def _trackers(report_to: list[str]) -> list[str] | None:
-    """Accelerate leaves out a tracker that is not installed; a run without the logs that were asked for is no use."""
-    wanted = [tracker for tracker in report_to if tracker != "none"]
-    available = [tracker.value for tracker in get_available_trackers()]
-    if missing := [tracker for tracker in wanted if tracker not in [*available, "all"]]:
-        raise InputError(
-            f"training.report_to: {missing[0]} is not installed. Install it, or choose from {', '.join(available)} "
-            "or none."
-        )
-    return wanted or None

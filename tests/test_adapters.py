@@ -190,6 +190,25 @@ def test_a_killed_run_with_a_lora_resumes_bit_for_bit(tmp_path, trained_heads, o
     assert whole.best == resumed.best
 
 
+def test_a_checkpoint_of_a_run_with_another_lora_is_refused(tmp_path, trained_heads):
+    options = dict(max_steps=2, save_steps=1)
+    _lora_run(tmp_path / "run", LoraArguments(rank=2), trained_heads, **options)[2].train()
+    for other, message in (
+        (LoraArguments(rank=2, train_heads=True), "trained other parts: .'lora'., where this one trains"),
+        (LoraArguments(rank=3), "holds a LoRA of other shapes"),
+    ):
+        _, _, trainer = _lora_run(tmp_path / "run", other, trained_heads, **options)
+        with pytest.raises(InputError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_lora_trains_on_an_lm_in_4_bits(place, tmp_path):
+    words = {"model.quantization": "4bit", "training.loss": "ce", "lora.train_heads": "true", "lora.rank": 2}
+    assert train.main(command_words(place, tmp_path, **words)) == 0
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 28 and all(tensor.abs().max() > 0 for tensor in tensors.values())
+
+
 def test_gpt2_takes_a_lora_without_a_warning(tmp_path):
     trainer = tiny_trainer(
         tmp_path,

@@ -10,7 +10,7 @@ LAYERS = [
     {"train"},
     {"report", "trainer"},
     {"end_to_end", "local", "pretrained"},
-    {"optim", "batches", "checkpoint", "callbacks", "running_means", "interruption"},
+    {"optim", "batches", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},
     {"adapters"},

@@ -150,6 +150,7 @@ def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained,
             {"heads.hookpoints": "layers.1.mlp", "heads.type": "transcoder"},
             "has skip_connection True, but the recipe's 'layers.1.mlp' has False",
         ),
+        ({"training.overwrite_output_dir": "true", "training.output_dir": "{1}"}, "which overwrite_output_dir would"),
         ({"training.init_from": "nowhere/at-all"}, "training.init_from: "),
         ({"training.init_from": "{}/lm"}, "training.init_from: "),
     ],
@@ -158,7 +159,9 @@ def test_heads_that_do_not_match_are_refused_before_the_lm_is_loaded(
     place, tmp_path, trained, capsys, monkeypatch, changes, message
 ):
     monkeypatch.setattr(train, "load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read"))
-    changes = {"training.init_from": trained} | {key: str(value).format(place) for key, value in changes.items()}
+    changes = {"training.init_from": trained} | {
+        key: str(value).format(place, trained) for key, value in changes.items()
+    }
     assert train.main(command_words(place, tmp_path, **changes)) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("sae_accel: training.init_from") and message in error
