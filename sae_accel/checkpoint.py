@@ -174,8 +174,8 @@ def check_fits(checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]
         theirs = state["identity"][what]
         if theirs != ours:
             raise InputError(
-                f"Checkpoint {str(checkpoint)!r} is of another recipe: {what} were {theirs}, in this run {ours}. Use the "
-                "same."
+                f"Checkpoint {str(checkpoint)!r} is of another recipe: it has {what} {theirs}, this run has "
+                f"{ours}. Use the same."
             )
 
 
