@@ -24,15 +24,14 @@ class Replacement:
         reads (`Site`): Where the input of `compute` comes from.
         compute (`Callable`): From the activation that was read, `(..., d_in)`, and the module's own output, `(...,
             d_out)` or None where the module was not run, to the new output.
-        needs_output (`Callable[[], bool]`): Whether the module must run for the present batch, although `reads` is not
-            its output.
+        needs_output (`bool`): Whether the module must run, although `reads` is not its output.
     """
 
     name: str
     hookpoint: str
     reads: Site
     compute: Callable[[Tensor, Tensor | None], Tensor]
-    needs_output: Callable[[], bool] = lambda: False
+    needs_output: bool = False
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def splice(
             return head.decode(*latents[name], activations) if replace else original
 
         hookpoint = head.config.hookpoint or name.split("/")[0]
-        return Replacement(name, hookpoint, source_site(head, hookpoint), compute, lambda: not replace)
+        return Replacement(name, hookpoint, source_site(head, hookpoint), compute, not replace)
 
     with replaced(model.base_model, [through(name, head) for name, head in heads.items()], unique=replace):
         yield latents
@@ -148,7 +147,7 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
                 f"{replacement.hookpoint!r}. Name a source that runs before."
             )
         caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-        if caches or replacement.needs_output() or not _gives_one_tensor(module, forward, args, kwargs):
+        if caches or replacement.needs_output or not _gives_one_tensor(module, forward, args, kwargs):
             output = forward(*args, **kwargs)
             return _exchange(replacement, output, activations)
         new = replacement.compute(activations, None)

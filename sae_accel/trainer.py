@@ -22,7 +22,7 @@ from .bank import Moments, SaeBank
 from .batches import Batches, Position
 from .callbacks import FlowCallback, ProgressBar, k_at
 from .checks import check_objective
-from .end_to_end import EndToEndObjective, SplicedLM, check_end_to_end
+from .end_to_end import EndToEndObjective, check_end_to_end
 from .errors import InputError
 from .hookpoints import HeadPlan, plan_heads
 from .hooks import Site
@@ -32,6 +32,7 @@ from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .pretrained import load_into, match_heads, open_pretrained
 from .running_means import RunningMeans
+from .spliced_lm import SplicedLM
 from .trackers import shown_settings, wanted_trackers
 
 

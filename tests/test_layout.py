@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "sae_accel"
 LAYERS = [
     {"train"},
     {"report", "trainer"},
-    {"end_to_end", "local", "pretrained"},
+    {"end_to_end"},
+    {"local", "pretrained", "spliced_lm"},
     {"optim", "batches", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},

@@ -57,11 +57,11 @@ def test_the_snippets_that_load_and_splice_run(small_world):
     assert torch.isfinite(names["loss"])
 
 
-def test_the_recipe_and_the_command_lines_are_read():
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert len(Recipe.from_dict(yaml.safe_load(text)).heads) == 2
+def test_the_recipes_and_the_command_lines_are_read():
+    recipes = [Recipe.from_dict(yaml.safe_load(text)) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)]
+    assert [len(recipe.heads) for recipe in recipes] == [2, 1] and recipes[1].lora.rank == 16
     commands = re.findall(r"^accelerate launch -m sae_accel.train (.*)$", README, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         parse_command_line([word.strip('"') for word in command.split()])
 
