@@ -299,8 +299,7 @@ def _sections(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"expected a mapping with the keys {', '.join(SECTIONS)}, found {_shown(content)}.")
     _check_keys(content, "", SECTIONS)
-    given = [name for name in content if name != "heads" and (name, content[name]) != ("lora", None)]
-    sections = {name: _section(SECTIONS[name], content[name], name) for name in given}
+    sections = {name: _section(SECTIONS[name], content[name], name) for name in content if name != "heads"}
     entries = content.get("heads", [{}])
     if not isinstance(entries, list) or not entries:
         raise InputError(f"heads: expected a list of entries, each after a dash, found {_shown(entries)}.")

@@ -317,6 +317,7 @@ def test_one_glob_needs_no_list():
         ("heads: [{k: 5}, {layers: [1]}, {k: 5}]", r"heads\[2\]: the same as heads\[0\] in every field"),
         ("heads:\n  - {k: 4, k: 5}", "line 2, column 12: key 'k' stands twice"),
         ("data: {load_args: {a: {b: 1, b: 2}}}", "line 1, column 30: key 'b' stands twice"),
+        ("lora:", "lora: expected a mapping of keys to values, found null"),
         ("heads: [", "not YAML, line 1, column 9"),
         ("model: {}\n\t- a", "not YAML, line 2, column 1: .* cannot start any token"),
         ("model: {}\n  \x07", "not YAML, line 2, column 3: it holds the character"),
