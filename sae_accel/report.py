@@ -38,10 +38,12 @@ def losses_table(metrics: Mapping[str, float]) -> str:
     if "initial/ce" not in metrics:
         return ""
     rows = [("", "before", "after")]
+    heads = [key.removeprefix("initial/") for key in metrics if key.startswith("initial/fvu/")]
     for name, words in (
         ("ce_clean", "cross-entropy of the LM"),
         ("ce", "cross-entropy with the heads"),
         ("kl", "KL between the two"),
+        *((head, head.replace("fvu/", "FVU of ")) for head in heads),
     ):
         rows.append((words, *(_number(metrics.get(f"{when}/{name}"), ".4f") for when in ("initial", "eval"))))
     width = max(len(row[0]) for row in rows)

@@ -365,7 +365,7 @@ class SaeTrainer:
         else:
             rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
         metrics = self._measure(rows)
-        self.initial_metrics = {f"initial/{name}": metrics[f"eval/{name}"] for name in ("ce_clean", "ce", "kl")}
+        self.initial_metrics = {key.replace("eval/", "initial/"): value for key, value in metrics.items()}
         self.accelerator.log(self.initial_metrics, step=0)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, self.initial_metrics)
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_accel.arguments import HeadArguments, SaeTrainingArguments
+from sae_accel.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from sae_accel.data import chunk_and_tokenize
 from sae_accel.lm import load_lm
 from sae_accel.models import AutoSae
@@ -37,19 +37,19 @@ def trained(real_lm, tmp_path_factory):
     held_out = tokens.select(range(4))
     trainer = SaeTrainer(lm, arguments, heads, tokens.select(range(4, len(tokens))), held_out)
     metrics = trainer.train().metrics
-    yield folder, lm, held_out, trainer.state.log_history, metrics
+    yield folder, lm, held_out, trainer.state.log_history, metrics, heads
     torch.set_num_threads(1)
 
 
 def test_fvu_falls_on_real_activations(trained):
-    _, _, _, log, metrics = trained
+    _, _, _, log, metrics, _ = trained
     for head, part in (("layers.1", 0.7), ("layers.1.mlp", 0.95)):
         assert log[-1][f"train/fvu/{head}"] < part * log[0][f"train/fvu/{head}"]
         assert metrics[f"eval/fvu/{head}"] < 1 and 16 < metrics[f"eval/l0/{head}"] <= 32
 
 
 def test_a_trained_sae_keeps_more_of_the_lm_than_the_mean_does(trained):
-    folder, lm, held_out, _, _ = trained
+    folder, lm, held_out, *_ = trained
     sae = AutoSae.from_pretrained(folder, hookpoint="layers.1")
     ids = torch.tensor(held_out["input_ids"])
     mean = AutoSae.from_pretrained(folder, hookpoint="layers.1")
@@ -62,6 +62,22 @@ def test_a_trained_sae_keeps_more_of_the_lm_than_the_mean_does(trained):
             ablated = lm(ids, labels=ids).loss
     assert clean < spliced < ablated
     assert latents["layers.1"].top_acts.shape == (4, 128, 32)
+
+
+def test_a_lora_closes_part_of_the_gap_that_trained_heads_open(trained, tmp_path):
+    folder, lm, held_out, *_, heads = trained
+    arguments = SaeTrainingArguments(
+        output_dir=str(tmp_path), init_from=str(folder), loss="kl", per_device_train_batch_size=2, max_steps=4,
+        optim="adam", warmup_steps=0, lr_scheduler_type="constant", report_to="none",
+    )  # fmt: skip
+    lora = LoraArguments(rank=4, learning_rate=1e-3)
+    try:
+        trainer = SaeTrainer(lm, arguments, heads, held_out.select(range(2)), held_out.select(range(2)), lora=lora)
+        metrics = trainer.train().metrics
+    finally:
+        trainer.adapter.unload()
+    gaps = {when: metrics[f"{when}/ce"] - metrics[f"{when}/ce_clean"] for when in ("initial", "eval")}
+    assert 0 < gaps["eval"] < 0.9 * gaps["initial"] and metrics["eval/kl"] < 0.9 * metrics["initial/kl"]
 
 
 def test_the_quickstart_recipe_reads_the_model_as_a_folder(real_lm):
