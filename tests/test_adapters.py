@@ -4,8 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_end_to_end import _trained_lm
-from tiny import command_words, tiny_gpt2, tiny_llama, tiny_tokens, tiny_trainer
+from tiny import (
+    assert_equal,
+    command_words,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokens,
+    tiny_trainer,
+    trained_llama,
+    weights,
+    whole_and_resumed,
+)
 from transformers import AutoModelForCausalLM
 
 import sae_accel.train as train
@@ -104,7 +113,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
 
 
 def _lora_run(tmp_path, lora, init_from=None, **options):
-    lm, rows = _trained_lm()
+    lm, rows = trained_llama()
     arguments = dict(loss="kl", max_steps=30, optim="adam", learning_rate=1e-3, eval_steps=10, save_best=True)
     trainer = tiny_trainer(
         tmp_path,
@@ -122,7 +131,7 @@ def _lora_run(tmp_path, lora, init_from=None, **options):
 @pytest.fixture
 def trained_heads(tmp_path):
     """Heads of the LM that the LoRA tests use, good enough to be worth adapting to."""
-    lm, rows = _trained_lm()
+    lm, rows = trained_llama()
     trainer = tiny_trainer(
         tmp_path / "heads", [HEAD], lm=lm, train=rows, max_steps=30, optim="adam", learning_rate=1e-2
     )
@@ -146,7 +155,7 @@ def test_a_lora_is_saved_as_peft_alone_reads_it(tmp_path, trained_heads):
     lora = LoraArguments(rank=4, alpha=12.0, learning_rate=1e-2, target_modules="layers.[23].mlp.*_proj")
     lm, rows, trainer = _lora_run(tmp_path / "run", lora, trained_heads)
     metrics = trainer.train().metrics
-    plain, _ = _trained_lm()
+    plain, _ = trained_llama()
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 12.0, "CAUSAL_LM")
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -174,19 +183,13 @@ def test_heads_can_train_with_the_lora(tmp_path, trained_heads):
 
 @pytest.mark.parametrize("optim", ["signum", "muon"])
 def test_a_killed_run_with_a_lora_resumes_bit_for_bit(tmp_path, trained_heads, optim):
-    from test_trainer import _Stop
-
     options = dict(max_steps=6, save_steps=2, optim=optim)
     lora = LoraArguments(rank=2)
-    _, _, whole = _lora_run(tmp_path / "whole", lora, trained_heads, **options)
-    whole.train()
-    _, _, killed = _lora_run(tmp_path / "parts", lora, trained_heads, callbacks=[_Stop(5)], **options)
-    with pytest.raises(SystemExit):
-        killed.train()
-    _, _, resumed = _lora_run(tmp_path / "parts", lora, trained_heads, **options)
-    resumed.train(resume_from_checkpoint=True)
-    first, second = whole.bank.state_dict(), resumed.bank.state_dict()
-    assert len(whole.bank.adapter) and all(torch.equal(first[name], second[name]) for name in first)
+    whole, resumed = whole_and_resumed(
+        tmp_path, lambda folder, **more: _lora_run(folder, lora, trained_heads, **options, **more)[2]
+    )
+    assert len(whole.bank.adapter)
+    assert_equal(weights(whole), weights(resumed))
     assert whole.best == resumed.best
 
 

@@ -3,8 +3,16 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_trainer
+from tiny import (
+    VOCAB,
+    assert_equal,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_trainer,
+    trained_llama,
+    weights,
+    whole_and_resumed,
+)
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import sae_accel.logit_loss as logit_loss
@@ -223,7 +231,7 @@ def test_training_end_to_end_lowers_the_loss_that_it_trains_by(tmp_path):
     logs = {}
     for loss in ("ce", "kl"):
         # An LM that predicts nothing cannot be made worse, so it is trained a little first.
-        lm, rows = _trained_lm()
+        lm, rows = trained_llama()
         held_out = rows.select(range(8))
         train = rows.select(range(8, 64))
         options = dict(loss=loss, max_steps=40, optim="adam", learning_rate=5e-3, eval_steps=20)
@@ -241,21 +249,8 @@ def test_training_end_to_end_lowers_the_loss_that_it_trains_by(tmp_path):
         assert saved["initial/ce"] == metrics["initial/ce"]
 
 
-def _trained_lm():
-    """A tiny LM that has learnt that each token is followed by the next number."""
-    lm = tiny_llama()
-    starts = torch.randint(0, VOCAB, (64, 1), generator=torch.Generator().manual_seed(2))
-    rows = (starts + torch.arange(16)) % VOCAB
-    optimizer = torch.optim.Adam(lm.parameters(), lr=1e-2)
-    for _ in range(60):
-        lm(rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return lm, Dataset.from_dict({"input_ids": rows.tolist()})
-
-
 def test_the_best_set_is_the_one_with_the_lowest_loss(tmp_path):
-    lm, rows = _trained_lm()
+    lm, rows = trained_llama()
     options = dict(loss="ce", max_steps=12, optim="adam", learning_rate=0.05, eval_steps=2, save_best=True)
     trainer = tiny_trainer(
         tmp_path, [SAE], lm=lm, train=rows.select(range(8, 64)), held_out=rows.select(range(8)), **options
@@ -273,17 +268,9 @@ def test_the_best_set_is_the_one_with_the_lowest_loss(tmp_path):
 
 @pytest.mark.parametrize("optim", ["signum", "adam"])
 def test_a_killed_end_to_end_run_resumes_bit_for_bit(tmp_path, optim):
-    from test_trainer import _Stop
-
     options = dict(heads=[SAE, TRANSCODER], loss="kl", fvu_weight=0.5, optim=optim, max_steps=6, save_steps=2)
-    whole = tiny_trainer(tmp_path / "whole", **options)
-    whole.train()
-    with pytest.raises(SystemExit):
-        tiny_trainer(tmp_path / "parts", callbacks=[_Stop(5)], **options).train()
-    resumed = tiny_trainer(tmp_path / "parts", **options)
-    resumed.train(resume_from_checkpoint=True)
-    first, second = whole.bank.state_dict(), resumed.bank.state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    whole, resumed = whole_and_resumed(tmp_path, lambda folder, **more: tiny_trainer(folder, **options, **more))
+    assert_equal(weights(whole), weights(resumed))
     assert whole.initial_metrics == resumed.initial_metrics
 
 

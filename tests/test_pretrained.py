@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparsify import SaeConfig as PeerConfig
 from sparsify import SparseCoder
-from tiny import command_words, tiny_llama, tiny_trainer
+from tiny import assert_equal, command_words, tiny_llama, tiny_tokens, tiny_trainer, weights, whole_and_resumed
 
 import sae_accel.train as train
 from sae_accel.arguments import HeadArguments
@@ -65,17 +65,9 @@ def test_a_checkpoint_and_a_part_of_the_heads_can_be_started_from(tmp_path, trai
 
 
 def test_a_resumed_run_does_not_start_over_from_the_pretrained_heads(tmp_path, trained):
-    from test_trainer import _Stop
-
     options = dict(heads=HEADS, max_steps=6, save_steps=2, init_from=str(trained))
-    whole = tiny_trainer(tmp_path / "whole", **options)
-    whole.train()
-    with pytest.raises(SystemExit):
-        tiny_trainer(tmp_path / "parts", callbacks=[_Stop(5)], **options).train()
-    resumed = tiny_trainer(tmp_path / "parts", **options)
-    resumed.train(resume_from_checkpoint=True)
-    first, second = whole.bank.state_dict(), resumed.bank.state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    whole, resumed = whole_and_resumed(tmp_path, lambda folder, **more: tiny_trainer(folder, **options, **more))
+    assert_equal(weights(whole), weights(resumed))
 
 
 def _save_peer(folder, hookpoint, norms=None, **options):
@@ -177,8 +169,6 @@ def test_a_head_without_a_decoder_is_refused(tmp_path):
 
 
 def test_each_best_head_is_the_one_with_the_lowest_fvu_of_its_own(tmp_path):
-    from tiny import tiny_tokens
-
     held_out = tiny_tokens(16, seed=9)
     # Steps that are too large, so that the last evaluation is not the best.
     options = dict(optim="adam", learning_rate=0.1, lr_scheduler_type="constant", warmup_steps=0)

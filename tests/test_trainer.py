@@ -6,7 +6,18 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
-from tiny import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokens, tiny_trainer
+from tiny import (
+    VOCAB,
+    Stop,
+    assert_equal,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokens,
+    tiny_trainer,
+    weights,
+    whole_and_resumed,
+)
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
@@ -23,26 +34,6 @@ HEADS = [
 ]
 
 
-def _weights(trainer):
-    return {name: value.clone() for name, value in trainer.bank.state_dict().items()}
-
-
-def _assert_equal(first, second):
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-class _Stop(TrainerCallback):
-    """Ends a run as a kill would: nothing is saved after the step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise SystemExit("killed")
-
-
 class _Logs(TrainerCallback):
     def __init__(self):
         self.logs = []
@@ -57,13 +48,8 @@ def test_a_killed_run_that_resumes_ends_bit_for_bit_like_one_that_never_stopped(
     options = dict(
         heads=HEADS, optim=optim, max_steps=20, gradient_accumulation_steps=accumulate, save_steps=5, micro_batches=2
     )
-    whole = tiny_trainer(tmp_path / "whole", **options)
-    whole.train()
-    with pytest.raises(SystemExit):
-        tiny_trainer(tmp_path / "parts", callbacks=[_Stop(13)], **options).train()
-    resumed = tiny_trainer(tmp_path / "parts", **options)
-    resumed.train(resume_from_checkpoint=True)
-    _assert_equal(_weights(whole), _weights(resumed))
+    whole, resumed = whole_and_resumed(tmp_path, lambda folder, **more: tiny_trainer(folder, **options, **more), 13)
+    assert_equal(weights(whole), weights(resumed))
     assert all(torch.equal(whole.tokens_since_fired[n], resumed.tokens_since_fired[n]) for n in whole.heads)
     assert whole.state.num_input_tokens_seen == resumed.state.num_input_tokens_seen
 
@@ -75,26 +61,26 @@ def test_a_streamed_run_resumes_bit_for_bit_and_into_a_second_pass(tmp_path):
     whole = tiny_trainer(tmp_path / "whole", train=stream(), max_steps=14)
     whole.train()
     with pytest.raises(SystemExit):
-        tiny_trainer(tmp_path / "parts", train=stream(), max_steps=14, save_steps=12, callbacks=[_Stop(13)]).train()
+        tiny_trainer(tmp_path / "parts", train=stream(), max_steps=14, save_steps=12, callbacks=[Stop(13)]).train()
     resumed = tiny_trainer(tmp_path / "parts", train=stream(), max_steps=14)
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-12"))
-    _assert_equal(_weights(whole), _weights(resumed))
+    assert_equal(weights(whole), weights(resumed))
 
 
 @pytest.mark.parametrize("optim", ["adam", "muon"])
 def test_accumulated_batches_and_micro_batches_equal_one_large_batch(tmp_path, optim):
-    def weights(name, **kwargs):
+    def trained(name, **kwargs):
         trainer = tiny_trainer(tmp_path / name, heads=HEADS[:1], optim=optim, warmup_steps=0, max_steps=3, **kwargs)
         trainer.train()
-        return _weights(trainer)
+        return weights(trainer)
 
-    start = _weights(tiny_trainer("unused", heads=HEADS[:1]))
-    large = weights("large", per_device_train_batch_size=8)
+    start = weights(tiny_trainer("unused", heads=HEADS[:1]))
+    large = trained("large", per_device_train_batch_size=8)
     for kwargs in (
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
         dict(per_device_train_batch_size=8, micro_batches=5),
     ):
-        parts = weights(str(kwargs), **kwargs)
+        parts = trained(str(kwargs), **kwargs)
         for name in large:
             # Adam and Muon turn the rounding of a gradient near zero into a step of full size, in a few entries.
             assert (parts[name] - large[name]).norm() < 0.05 * (large[name] - start[name]).norm(), name
@@ -132,7 +118,7 @@ def test_one_heads_update_does_not_depend_on_another_head(tmp_path):
     alone = tiny_trainer(tmp_path / "a", heads=HEADS[1:2], max_steps=4, max_grad_norm=0.1)
     together = tiny_trainer(tmp_path / "b", heads=HEADS, max_steps=4, max_grad_norm=0.1)
     alone.train(), together.train()
-    _assert_equal(alone.heads["layers.1.mlp"].state_dict(), together.heads["layers.1.mlp"].state_dict())
+    assert_equal(alone.heads["layers.1.mlp"].state_dict(), together.heads["layers.1.mlp"].state_dict())
 
 
 def test_logged_values_are_means_over_exactly_the_steps_since_the_last_log(tmp_path):
@@ -189,7 +175,7 @@ def test_evaluation_and_saving_do_not_change_the_course_of_training(tmp_path):
     plain = tiny_trainer(tmp_path / "a", max_steps=8)
     busy = tiny_trainer(tmp_path / "b", max_steps=8, save_steps=2, eval_steps=1, held_out=tiny_tokens(8, seed=4))
     plain.train(), busy.train()
-    _assert_equal(_weights(plain), _weights(busy))
+    assert_equal(weights(plain), weights(busy))
 
 
 def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activity(tmp_path):
@@ -213,7 +199,7 @@ def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_pat
     data = Dataset.from_dict({"input_ids": rows.tolist()})
     trainer = tiny_trainer(tmp_path, train=data, exclude_tokens=[7], max_steps=4)
     trainer.train()
-    assert all(torch.isfinite(value).all() for value in _weights(trainer).values())
+    assert all(torch.isfinite(value).all() for value in weights(trainer).values())
     assert trainer.state.num_input_tokens_seen == int((rows[:16] != 7).sum())
     nothing = Dataset.from_dict({"input_ids": [[7] * 16] * 32})
     with pytest.raises(InputError, match="No token of the training data trains"):
@@ -228,10 +214,10 @@ def test_half_precision_lms_train_without_overflow(tmp_path):
     trainer = tiny_trainer(
         tmp_path, lm=lm, max_steps=3, logging_steps=1, optim="adam", callbacks=[logs], warmup_steps=0
     )
-    before = _weights(trainer)
+    before = weights(trainer)
     trainer.train()
     assert 0 < logs.logs[0]["train/fvu/layers.1"] < 10
-    assert not torch.equal(before["heads.layers:1.W_dec"], _weights(trainer)["heads.layers:1.W_dec"])
+    assert not torch.equal(before["heads.layers:1.W_dec"], weights(trainer)["heads.layers:1.W_dec"])
 
 
 @pytest.mark.parametrize(
@@ -315,7 +301,7 @@ def test_ctrl_c_ends_the_step_saves_and_can_be_resumed(tmp_path):
         tiny_trainer(tmp_path / "parts", max_steps=8, callbacks=[Interrupt()]).train()
     resumed = tiny_trainer(tmp_path / "parts", max_steps=8, resume_from_checkpoint=True)
     resumed.train()
-    _assert_equal(_weights(whole), _weights(resumed))
+    assert_equal(weights(whole), weights(resumed))
 
 
 def test_a_run_does_not_overwrite_another_unless_told_to(tmp_path):

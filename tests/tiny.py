@@ -1,8 +1,17 @@
 """Language models, data and runs small enough to be made on the spot."""
 
+import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 
 from sae_accel.arguments import HeadArguments, SaeTrainingArguments
 from sae_accel.trainer import SaeTrainer
@@ -50,6 +59,19 @@ def tiny_tokens(rows: int = 64, ctx_len: int = 16, seed: int = 1) -> Dataset:
     return Dataset.from_dict({"input_ids": torch.randint(0, VOCAB, (rows, ctx_len), generator=generator).tolist()})
 
 
+def trained_llama() -> tuple[LlamaForCausalLM, Dataset]:
+    """An LM that has learnt that each token is followed by the next number, and sequences of that kind."""
+    lm = tiny_llama()
+    starts = torch.randint(0, VOCAB, (64, 1), generator=torch.Generator().manual_seed(2))
+    rows = (starts + torch.arange(16)) % VOCAB
+    optimizer = torch.optim.Adam(lm.parameters(), lr=1e-2)
+    for _ in range(60):
+        lm(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lm, Dataset.from_dict({"input_ids": rows.tolist()})
+
+
 def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **kwargs) -> SaeTrainer:
     options = {
         name: kwargs.pop(name)
@@ -84,3 +106,34 @@ def command_words(place, tmp_path, **changes) -> list[str]:
         "training.report_to": "none",
     } | changes
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+class Stop(TrainerCallback):
+    """Ends a run as a kill would: nothing is saved after the step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise SystemExit("killed")
+
+
+def whole_and_resumed(folder, make, step: int = 5) -> tuple[SaeTrainer, SaeTrainer]:
+    """Two runs of `make`: one that never stopped, and one that was killed after `step` and gone on with."""
+    whole = make(folder / "whole")
+    whole.train()
+    with pytest.raises(SystemExit):
+        make(folder / "parts", callbacks=[Stop(step)]).train()
+    resumed = make(folder / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    return whole, resumed
+
+
+def weights(trainer: SaeTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.bank.state_dict().items()}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
