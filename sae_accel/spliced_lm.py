@@ -50,7 +50,7 @@ class SplicedLM:
     def clean(self, batch: dict[str, Tensor]) -> Tensor:
         """Hidden states before the LM's head, `(batch, ctx_len, d_model)`, of the LM as it was."""
         with self.adapter.disable_adapter() if self.adapter is not None else nullcontext(), _full_precision(batch):
-            return self.losses.hidden_states(**batch, **self.options)
+            return self.losses.hidden_states(**batch, **self.options).to(batch["input_ids"].device)
 
     def __call__(
         self, batch: dict[str, Tensor], heads: "SplicedHeads", clean: Tensor | None = None
@@ -67,7 +67,8 @@ class SplicedLM:
         mask = token_mask(batch, self.exclude_tokens)
         with _full_precision(batch):
             with replaced(self.model.base_model, heads.replacements()):
-                hidden = self.losses.hidden_states(**batch, **self.options)
+                # An LM may be spread over devices; its hidden states come back to where the tokens are.
+                hidden = self.losses.hidden_states(**batch, **self.options).to(mask.device)
             return self.losses(hidden[mask], self.labels(batch)[mask], None if clean is None else clean[mask])
 
 
@@ -146,12 +147,11 @@ class SplicedHeads:
     def _placed(self, reconstruction: Tensor, activations: Tensor, original: Tensor | None) -> Tensor:
         """The module's own output, or zeros where it was not run, with the tokens that count exchanged."""
         shape = (*activations.shape[:-1], reconstruction.shape[-1])
-        reconstruction = reconstruction.to(activations.device, activations.dtype)
         if self.rows is None:
-            return reconstruction.view(shape)
+            return reconstruction.to(activations.device).view(shape)
         around = activations.new_zeros(shape) if original is None else original
-        rows = self.rows.to(around.device)
-        return around.reshape(-1, shape[-1]).index_copy(0, rows, reconstruction).view(shape)
+        reconstruction = reconstruction.to(around.device, around.dtype)
+        return around.reshape(-1, shape[-1]).index_copy(0, self.rows.to(around.device), reconstruction).view(shape)
 
 
 def _full_precision(batch: dict[str, Tensor]) -> torch.autocast:
