@@ -3,9 +3,6 @@ import os
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 
 # Nothing in the tests may ask a Hub on the network; the one server they talk to is on loopback.
@@ -26,6 +23,11 @@ def real_lm() -> str:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder with an LM, its tokenizer and a text."""
+    # Imported here, since the Hub's client reads the setting above when it is imported.
+    from tiny import VOCAB, tiny_llama
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("place")
     tiny_llama().save_pretrained(folder / "lm")
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
