@@ -7,6 +7,7 @@ from transformers import SchedulerType
 
 from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .errors import InputError
+from .models.auto import NOT_HEADS
 
 
 # The schedules that need nothing but a warm-up and a length.
@@ -92,6 +93,12 @@ def check_objective(training: SaeTrainingArguments, heads: list[HeadArguments], 
 
 
 def check_entry(entry: HeadArguments, where: str) -> None:
+    """
+    Checks one entry of `heads`, which `where` names.
+
+    Raises:
+        `InputError`: if its fields do not go together.
+    """
     if entry.hookpoints and entry.layers:
         raise InputError(f"{where}: hookpoints and layers are two ways to say one thing. Keep one.")
     if entry.type == "sae":
@@ -102,12 +109,18 @@ def check_entry(entry: HeadArguments, where: str) -> None:
         raise InputError(
             f"{where}.normalize_decoder: a transcoder's decoder starts at zero, which has no unit norm. Remove it."
         )
-    if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or entry.name.startswith(".")):
-        raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a folder.")
+    if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or NOT_HEADS.fullmatch(entry.name)):
+        raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a head's folder.")
     check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
 
 
 def check_model(model: ModelArguments) -> None:
+    """
+    Checks how an LM is to be loaded.
+
+    Raises:
+        `InputError`: if the fields do not go together.
+    """
     if model.max_memory is not None and model.device_map is None:
         raise InputError("model.max_memory: it goes with model.device_map. Set that, to auto for example.")
     if model.quantization is not None and model.gguf_file is not None:
@@ -117,6 +130,12 @@ def check_model(model: ModelArguments) -> None:
 
 
 def check_schedule(training: SaeTrainingArguments) -> None:
+    """
+    Checks the learning rate's schedule.
+
+    Raises:
+        `InputError`: if there is no such schedule, or it does not fit the optimizer or the run.
+    """
     schedule, warmup = training.lr_scheduler_type, training.warmup_steps
     if schedule is not None and schedule not in SCHEDULES:
         known = schedule in set(SchedulerType)
@@ -136,6 +155,12 @@ def check_schedule(training: SaeTrainingArguments) -> None:
 
 
 def check_trackers(report_to: list[str]) -> None:
+    """
+    Checks names of trackers, not whether they are installed.
+
+    Raises:
+        `InputError`: if one is unknown, or none stands beside others.
+    """
     trackers = [*(tracker.value for tracker in LoggerType), "none"]
     for tracker in report_to:
         if tracker not in trackers:
@@ -148,5 +173,6 @@ def check_trackers(report_to: list[str]) -> None:
 
 
 def near(value: Any, choices: Iterable[str]) -> str:
+    """A question that names the nearest of `choices`, after a blank; empty if none is near."""
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {closest[0]}?" if closest else ""

@@ -96,10 +96,7 @@ class SaeTrainer:
             step_scheduler_with_optimizer=False,
         )
         set_seed(args.seed)
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
-        # An adapter lies in the LM's own modules; what PEFT wraps around it is not needed.
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = _without_wrapper(model)
         plans = plan_heads(model, heads)
         if args.loss != "fvu":
             check_end_to_end(plans)
@@ -473,3 +470,10 @@ class SaeTrainer:
         if self.accelerator.process_index < len(state["random"]):
             files.restore_random_state(state["random"][self.accelerator.process_index])
         return Position(*state["position"])
+
+
+def _without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    """An adapter lies in the LM's own modules; what PEFT wraps around the LM is not needed."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -21,7 +21,7 @@ from .repository import HUB_OPTIONS, Repository
 
 
 # Folders of a run that hold other things than its heads.
-NOT_HEADS = re.compile(r"(checkpoint-\d+|best|logs|\..*)")
+NOT_HEADS = re.compile(r"(checkpoint-\d+|best|logs|adapter|\..*)")
 
 
 class HeadNotFound(InputError, KeyError):
