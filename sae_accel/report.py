@@ -3,6 +3,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 
+from .checkpoint import ADAPTER
 from .models import HeadModel
 
 
@@ -54,11 +55,12 @@ def closing_message(trainer, metrics: Mapping[str, float]) -> str:
     """What a run ends with: the table, the speed, and the next commands."""
     folder = trainer.args.output_dir
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    adapter = "" if trainer.adapter is None else f" The LoRA is in {folder}/{ADAPTER}, as peft reads it."
     return f"""
 {metrics_table(trainer.heads, metrics)}
 {losses_table(metrics)}
 {held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
-Saved in {folder}.
+Saved in {folder}.{adapter}
 
 Next:
   {_program("tensorboard")} --logdir {folder}/logs
