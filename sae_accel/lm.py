@@ -75,7 +75,7 @@ def load_lm(
             output_loading_info=True,
             **_source(arguments),
             **_attention(arguments),
-            **_placement(arguments, device),
+            **_placement(arguments, config, device),
         )
     if predicts and (missing := sorted(report["missing_keys"])):
         raise InputError(
@@ -159,7 +159,9 @@ def _source(arguments: ModelArguments) -> dict[str, Any]:
     return options | ({"gguf_file": arguments.gguf_file} if arguments.gguf_file else {})
 
 
-def _placement(arguments: ModelArguments, device: torch.device | str | None) -> dict[str, Any]:
+def _placement(
+    arguments: ModelArguments, config: PreTrainedConfig, device: torch.device | str | None
+) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if arguments.device_map is not None:
         options["device_map"] = arguments.device_map
@@ -171,7 +173,7 @@ def _placement(arguments: ModelArguments, device: torch.device | str | None) -> 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif arguments.quantization == "4bit":
         # Products are taken in the precision of the other weights, where the library's own choice is float32.
-        dtype = None if arguments.dtype == "auto" else arguments.dtype
+        dtype = config.dtype if arguments.dtype == "auto" else arguments.dtype
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )

@@ -38,6 +38,15 @@ def test_heads_train_on_an_lm_in_8_or_4_bits(place, tmp_path, capfd, caplog, qua
     assert "will be cast" not in shown + caplog.text and "arning" not in shown
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_an_lm_in_4_bits_computes_in_the_precision_of_its_other_weights(tmp_path, dtype, expected):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    lm = load_lm(ModelArguments(name_or_path=str(tmp_path), quantization="4bit", dtype=dtype))
+    layer = lm.layers[0].mlp.up_proj
+    assert layer.compute_dtype == expected and lm.norm.weight.dtype == expected
+    assert lm(torch.arange(8)[None]).last_hidden_state.dtype == expected
+
+
 def test_an_8_bit_lm_is_close_to_the_one_it_was_made_from(real_lm):
     text = AutoTokenizer.from_pretrained(real_lm)("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     plain = AutoModelForCausalLM.from_pretrained(real_lm)
