@@ -28,10 +28,12 @@ class LogitLoss:
     """
 
     def __init__(self, model: PreTrainedModel):
-        if model.get_output_embeddings() is None or model.base_model is model:
+        name = type(model).__name__
+        # A masked LM has a head, but sees the token that it would have to predict.
+        if model.get_output_embeddings() is None or model.base_model is model or name.endswith("ForMaskedLM"):
             raise InputError(
-                f"An end-to-end loss needs an LM that predicts tokens, and {type(model).__name__} has no head for "
-                "that. Load it by AutoModelForCausalLM, or use training.loss: fvu."
+                f"training.loss: ce and kl need an LM with a head that predicts the next token, and {name} has none. "
+                "Load one by AutoModelForCausalLM, or use loss: fvu."
             )
         self.model = model
         self.output_class: type | None = None

@@ -13,7 +13,7 @@ from tiny import (
     weights,
     whole_and_resumed,
 )
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Gemma2Config
 
 import sae_accel.logit_loss as logit_loss
 from sae_accel.arguments import HeadArguments
@@ -303,9 +303,13 @@ def test_combinations_that_cannot_be_run_are_refused(tmp_path, heads, options, m
         tiny_trainer(tmp_path, heads, max_steps=1, **options)
 
 
-def test_an_lm_without_a_head_is_refused(tmp_path):
-    with pytest.raises(InputError, match="LlamaModel has no head"):
+def test_an_lm_without_a_head_for_the_next_token_is_refused(tmp_path):
+    with pytest.raises(InputError, match="and LlamaModel has none"):
         tiny_trainer(tmp_path, [SAE], lm=tiny_llama().base_model, loss="ce", max_steps=1)
+    masked = BertForMaskedLM(BertConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4))
+    entry = HeadArguments(hookpoints="encoder.layer.0", k=4)
+    with pytest.raises(InputError, match="and BertForMaskedLM has none"):
+        tiny_trainer(tmp_path, [entry], lm=masked, loss="kl", max_steps=1)
 
 
 def test_auxk_reaches_dead_latents_beside_the_end_to_end_loss(tmp_path):
