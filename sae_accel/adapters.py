@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from .arguments import LoraArguments, ModelArguments
 from .errors import InputError
 from .hookpoints import HeadPlan, hookpoint_names, layer_list, match_modules, no_match
+from .models.repository import Repository
 
 
 # Names in an adapter's file begin with this, and go on as in the model that it was trained on.
 _PREFIX = "base_model.model."
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def auto_class_of_adapter(config: PreTrainedConfig, arguments: ModelArguments) -> type:
@@ -72,7 +74,7 @@ def load_adapter(model: PreTrainedModel, arguments: ModelArguments) -> None:
         `InputError`: if it cannot be found, or does not fit the LM.
     """
     # The kinds of error that reading it may give are those that putting its layers on does.
-    _adapted(lambda: PeftModel.from_pretrained(model, arguments.adapter, **_source(arguments)), arguments)
+    _adapted(lambda: PeftModel.from_pretrained(model, _folder(arguments)), arguments)
 
 
 def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
@@ -136,11 +138,11 @@ def save_lora(adapted: PeftModel, folder: Path) -> None:
 
 
 def _config(arguments: ModelArguments) -> PeftConfig:
-    return _adapted(lambda: PeftConfig.from_pretrained(arguments.adapter, **_source(arguments)), arguments)
+    return _adapted(lambda: PeftConfig.from_pretrained(_folder(arguments)), arguments)
 
 
 def _weights(arguments: ModelArguments) -> dict[str, Any]:
-    return _adapted(lambda: load_peft_weights(arguments.adapter, device="cpu", **_source(arguments)), arguments)
+    return _adapted(lambda: load_peft_weights(_folder(arguments), device="cpu"), arguments)
 
 
 def _adapted(work: Any, arguments: ModelArguments) -> Any:
@@ -160,8 +162,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _source(arguments: ModelArguments) -> dict[str, Any]:
-    return {} if Path(arguments.adapter).is_dir() else {"token": arguments.token}
+def _folder(arguments: ModelArguments) -> str:
+    """Where the adapter's files lie on this machine, after fetching them if need be."""
+    repository = Repository(arguments.adapter, token=arguments.token)
+    if _FILES[0] not in repository.files:
+        raise ValueError(f"it has no {_FILES[0]}. Name a folder or repo that PEFT has written.")
+    return str(Path([repository.fetch(file) for file in _FILES if file in repository.files][0]).parent)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,4 +1,5 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +50,16 @@ def match_heads(plans: Iterable[HeadPlan], heads: SaeHeads) -> list[Match]:
         `InputError`: if one has no such head, or a type or shape differs.
     """
     plans = list(plans)
+    with _of_init_from():
+        return _matches(plans, heads)
+
+
+def _matches(plans: list[HeadPlan], heads: SaeHeads) -> list[Match]:
     names = {plan.name: _same_name(plan, plans, heads) for plan in plans}
     if missing := [name for name, found in names.items() if found is None]:
         there = ", ".join(repr(name) for name in heads)
         raise InputError(
-            f"training.init_from: {heads.origin!r} has no head for {', '.join(map(repr, missing))}. It holds {there}. "
+            f"{heads.origin!r} has no head for {', '.join(map(repr, missing))}. It holds {there}. "
             "Name the same hookpoints, or remove the entry."
         )
     matches = [Match(plan, names[plan.name], heads.config(names[plan.name])) for plan in plans]
@@ -94,7 +100,8 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
     """
     by_name = dict(bank.named_heads())
     for plan, name, _ in matches:
-        pretrained = heads.load(name)
+        with _of_init_from():
+            pretrained = heads.load(name)
         head = by_name[plan.name]
         if pretrained.W_dec is None:
             raise InputError(
@@ -130,7 +137,7 @@ def _same_name(plan: HeadPlan, plans: list[HeadPlan], heads: SaeHeads) -> str | 
 
 def _check_same(match: Match, heads: SaeHeads) -> None:
     plan, name, config = match
-    ours, where = plan.config, f"training.init_from: head {name!r} of {heads.origin!r}"
+    ours, where = plan.config, f"head {name!r} of {heads.origin!r}"
     if ours.model_type != config.model_type:
         kinds = [one.model_type.removeprefix("sae_accel_") for one in (config, ours)]
         raise InputError(
@@ -149,7 +156,13 @@ def open_pretrained(init_from: str, **options: Any) -> SaeHeads:
     Raises:
         `InputError`: if there is no such folder or repo, or no head in it.
     """
-    try:
+    with _of_init_from():
         return AutoSae.open(init_from, dtype=torch.float32, **options)
+
+
+@contextmanager
+def _of_init_from() -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
         raise InputError(f"training.init_from: {error}") from error

@@ -89,6 +89,9 @@ def _run(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
 
 def _inputs(base_model: PreTrainedModel, rows: int, ctx_len: int) -> dict[str, Any]:
     device = next(base_model.parameters()).device
+    if device.type == "meta" and any(hasattr(module, "_hf_hook") for module in base_model.modules()):
+        # Accelerate reads in what lies on disk as it runs, and brings the inputs there.
+        device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     if base_model.main_input_name == "pixel_values":
         config = base_model.config

@@ -88,7 +88,8 @@ def test_a_peft_model_is_taken_as_the_lm_that_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "cannot be loaded"),
+        (lambda folder: None, "There is no folder"),
+        (lambda folder: tiny_llama().save_pretrained(folder), "it has no adapter_config.json"),
         (
             lambda folder: get_peft_model(
                 tiny_llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

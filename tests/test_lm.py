@@ -97,6 +97,11 @@ def test_an_lm_that_lies_in_part_on_disk_gives_the_same_heads(place, tmp_path, l
             assert torch.equal(first, second)
 
 
+def test_an_lm_all_of_which_lies_on_disk_is_read_from(place, tmp_path):
+    words = {"model.device_map": "auto", "model.max_memory": "{cpu: 1KiB}", "training.loss": "ce"}
+    assert train.main(command_words(place, tmp_path, **words)) == 0
+
+
 def test_device_map_and_max_memory_reach_transformers(place, monkeypatch):
     def stop(name, **kwargs):
         raise OSError(f"{kwargs['device_map']} {kwargs['max_memory']}")
@@ -136,6 +141,7 @@ def test_weights_of_the_head_that_are_not_in_the_files_are_an_error(tmp_path):
     [
         ({"model.max_memory": "{cpu: 8GiB, 0: 1GiB}"}, "model.max_memory: it goes with model.device_map"),
         ({"model.device_map": "somewhere"}, "cannot be loaded"),
+        ({"model.device_map": "cuda"}, "cannot be loaded"),
         ({"model.quantization": "3bit"}, "expected one of 8bit, 4bit"),
         ({"training.fvu_weight": 1}, "training.fvu_weight"),
         ({"training.save_best": "true"}, "training.save_best: it needs evaluations"),
