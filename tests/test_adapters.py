@@ -1,7 +1,11 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_server import HubServer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
@@ -23,7 +27,7 @@ from sae_accel.arguments import HeadArguments, LoraArguments, ModelArguments
 from sae_accel.errors import InputError
 from sae_accel.hookpoints import hookpoint_names, plan_heads
 from sae_accel.lm import load_architecture, load_lm
-from sae_accel.models import AutoSae
+from sae_accel.models import AutoSae, SaeConfig, SaeModel
 from sae_accel.splicing import splice
 
 
@@ -111,6 +115,28 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
     assert train.main(command_words(place, tmp_path, **{"model.adapter": tmp_path / "adapter"})) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("sae_accel: model.adapter: ") and message in error
+
+
+def test_an_adapter_and_heads_to_start_from_come_from_the_hub(place, tmp_path):
+    _save_adapter(tiny_llama(), tmp_path / "hub" / "user" / "adapter")
+    head = SaeModel(SaeConfig(d_in=24, num_latents=96, k=4, hookpoint="layers.1"))
+    head.save_pretrained(tmp_path / "hub" / "user" / "saes" / "layers.1")
+    changes = {"model.adapter": "user/adapter", "training.init_from": "user/saes", "heads.hookpoints": "layers.1"}
+    command = [sys.executable, "-m", "sae_accel.train", *command_words(place, tmp_path, **changes)]
+    kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with HubServer(tmp_path / "hub") as hub:
+        fixed = {
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": root,
+        }
+        done = subprocess.run(command, env=kept | fixed, capture_output=True, text=True)
+        fetched = {line.split("/resolve/")[-1].split("/", 1)[-1] for line in hub.requests}
+    assert done.returncode == 0, done.stderr
+    assert "Heads start from user/saes:" in done.stdout
+    assert {"adapter_config.json", "adapter_model.safetensors", "layers.1/model.safetensors"} <= fetched
 
 
 def _lora_run(tmp_path, lora, init_from=None, **options):
