@@ -1,5 +1,5 @@
 from .activations import Activations, RunningLM
-from .arguments import DataArguments, HeadArguments, ModelArguments, SaeTrainingArguments
+from .arguments import DataArguments, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .data import chunk_and_tokenize, load_tokens
 from .errors import InputError
 from .models import (
@@ -27,6 +27,7 @@ __all__ = [
     "HeadOutput",
     "InputError",
     "Latents",
+    "LoraArguments",
     "ModelArguments",
     "Recipe",
     "RunningLM",

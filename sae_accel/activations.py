@@ -58,7 +58,9 @@ class RunningLM:
         exclude_tokens: list[int],
         widths: Mapping[Site, int] = MappingProxyType({}),
     ):
-        freeze(model)
+        model.requires_grad_(False)
+        # Dropout would make a noise of the activations.
+        model.eval()
         self.base_model = model.base_model
         self.sites = sites
         self.exclude_tokens = exclude_tokens
@@ -79,17 +81,12 @@ class RunningLM:
         by_site = {
             site: by_site[site].to(device) if site in by_site else self._none(site, device) for site in self.sites
         }
-        count = max(map(len, by_site.values())) if mask is None else int(mask.sum())
-        return Activations(by_site, count)
+        if mask is None:
+            return Activations(by_site, max(map(len, by_site.values())))
+        return Activations(by_site, mask.numel() if part is None else int(mask.sum()))
 
     def _none(self, site: Site, device: torch.device) -> Tensor:
         return torch.empty(0, self.widths[site], dtype=self.base_model.dtype, device=device)
-
-
-def freeze(model: PreTrainedModel) -> None:
-    """Takes an LM's gradients away, and its dropout, which would make a noise of its activations."""
-    model.requires_grad_(False)
-    model.eval()
 
 
 def without_cache(module: nn.Module) -> dict[str, bool]:

@@ -2,7 +2,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -29,52 +28,78 @@ _PREFIX = "base_model.model."
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def auto_class_of_adapter(config: PreTrainedConfig, arguments: ModelArguments) -> type:
-    """The class with whose names an adapter's files were written: with or without the LM's head."""
-    prefixes = {key.removeprefix(_PREFIX).split(".")[0] for key in _weights(arguments)}
-    for mapping, auto_class in (
-        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
-        (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
-    ):
-        if type(config) in mapping and mapping[type(config)].base_model_prefix in prefixes:
-            return auto_class
-    return AutoModel
-
-
-def check_adapter(architecture: PreTrainedModel, arguments: ModelArguments) -> None:
+class Adapter:
     """
-    Puts an adapter's layers, without weights, onto an LM without weights.
+    A PEFT adapter in a folder or repo.
+
+    Args:
+        arguments ([`ModelArguments`]): Which adapter, and which LM it is for.
 
     Raises:
-        `InputError`: if it cannot be found, works by other means than layers, or does not fit the LM.
+        `InputError`: if it cannot be found, or works by other means than layers.
     """
-    config = _config(arguments)
-    if isinstance(config, PromptLearningConfig):
-        raise InputError(
-            f"model.adapter: {arguments.adapter!r} is of type {config.peft_type.value}, which changes what the LM "
-            "reads and not its modules. Use an adapter such as LoRA."
-        )
-    adapted = _adapted(lambda: get_peft_model(architecture, config), arguments)
-    expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
-    found = {name: tuple(value.shape) for name, value in _weights(arguments).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+
+    def __init__(self, arguments: ModelArguments):
+        self.arguments = arguments
+        with self._reading():
+            self.folder = _fetch(arguments)
+            self.config = PeftConfig.from_pretrained(self.folder)
+            weights = load_peft_weights(self.folder, device="cpu")
+        self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        if isinstance(self.config, PromptLearningConfig):
             raise InputError(
-                f"model.adapter: {arguments.adapter!r} does not fit {arguments.name_or_path!r}: for {name!r} the LM "
-                f"has {expected.get(name, 'nothing')}, the adapter {found.get(name, 'nothing')}. Use the LM that "
-                f"it was trained on ({config.base_model_name_or_path})."
+                f"model.adapter: {arguments.adapter!r} is of type {self.config.peft_type.value}, which changes what the "
+                "LM reads and not its modules. Use an adapter such as LoRA."
             )
 
+    def auto_class(self, config: PreTrainedConfig) -> type:
+        """The class of an LM with whose names its files were written: with or without the LM's head."""
+        prefixes = {name.removeprefix(_PREFIX).split(".")[0] for name in self.shapes}
+        for mapping, auto_class in (
+            (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+            (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+        ):
+            if type(config) in mapping and mapping[type(config)].base_model_prefix in prefixes:
+                return auto_class
+        return AutoModel
 
-def load_adapter(model: PreTrainedModel, arguments: ModelArguments) -> None:
-    """
-    Puts an adapter onto an LM, in place.
+    def check(self, architecture: PreTrainedModel) -> None:
+        """
+        Puts its layers, without weights, onto an LM without weights.
 
-    Raises:
-        `InputError`: if it cannot be found, or does not fit the LM.
-    """
-    # The kinds of error that reading it may give are those that putting its layers on does.
-    _adapted(lambda: PeftModel.from_pretrained(model, _folder(arguments)), arguments)
+        Raises:
+            `InputError`: if it does not fit the LM.
+        """
+        with self._reading():
+            adapted = get_peft_model(architecture, self.config)
+        expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
+        for name in sorted(expected.keys() | self.shapes.keys()):
+            if expected.get(name) != self.shapes.get(name):
+                raise InputError(
+                    f"model.adapter: {self.arguments.adapter!r} does not fit {self.arguments.name_or_path!r}: for "
+                    f"{name!r} the LM has {expected.get(name, 'nothing')}, the adapter "
+                    f"{self.shapes.get(name, 'nothing')}. Use the LM that it was trained on "
+                    f"({self.config.base_model_name_or_path})."
+                )
+
+    def put_onto(self, model: PreTrainedModel) -> None:
+        """
+        Puts it onto an LM, in place.
+
+        Raises:
+            `InputError`: if it does not fit the LM.
+        """
+        with self._reading():
+            PeftModel.from_pretrained(model, self.folder)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with _quiet():
+                yield
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
 
 
 def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
@@ -137,23 +162,6 @@ def save_lora(adapted: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def _config(arguments: ModelArguments) -> PeftConfig:
-    return _adapted(lambda: PeftConfig.from_pretrained(_folder(arguments)), arguments)
-
-
-def _weights(arguments: ModelArguments) -> dict[str, Any]:
-    return _adapted(lambda: load_peft_weights(_folder(arguments), device="cpu"), arguments)
-
-
-def _adapted(work: Any, arguments: ModelArguments) -> Any:
-    try:
-        with _quiet():
-            return work()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model.adapter: {arguments.adapter!r} cannot be loaded: {reason}") from error
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """PEFT reads a property that transformers has renamed, and would have each user told so."""
@@ -162,7 +170,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _folder(arguments: ModelArguments) -> str:
+def _fetch(arguments: ModelArguments) -> str:
     """Where the adapter's files lie on this machine, after fetching them if need be."""
     repository = Repository(arguments.adapter, token=arguments.token)
     if _FILES[0] not in repository.files:

@@ -41,16 +41,12 @@ class EndToEndObjective:
         Leaves in the bank's parameters the gradient of the loss on an accumulation window.
 
         The loss is a mean over the tokens of the whole window and all processes. A local loss is divided by the clean
-        activations' variance over as many, and its gradient stays with its own head.
-
-        Args:
-            bank (`SaeBank`, prepared): The heads.
-            window (`list[dict]`): Batches of tokens.
-            k (`dict[str, int]`): By head, latents that are active for each token.
-            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents; heads without AuxK are left out.
+        activations' variance over as many, and its gradient stays with its own head. The arguments are those of
+        [`LocalObjective`].
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}
+        divisors = {loss: count.clamp_min(1) for loss, count in counts.items()}
         variances = self._variances(heads, window) if self.fvu_weight else {}
         sums, logit_sums = StepSums(), StepSums()
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
@@ -58,18 +54,16 @@ class EndToEndObjective:
             clean = self.lm.clean(part) if self.loss == "kl" else None
             with synchronized(self.accelerator, bank, i == len(parts) - 1):
                 output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
-                loss = output["logits"][self.loss] / counts[self.loss] + self.fvu_weight * output["local_loss"]
+                loss = output["logits"][self.loss] / divisors[self.loss] + self.fvu_weight * output["local_loss"]
                 # DDP takes the mean over processes, where the loss is a sum over all their tokens.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             sums.add(output["heads"])
             logit_sums.add({"lm": {name: value.detach() for name, value in output["logits"].items()}})
         head_tokens = {name: counts["kl"] for name, _ in heads.named_heads()}
-        unit = {name: torch.ones((), device=counts["kl"].device) for name in head_tokens}
-        local_tokens = sum(self.lm.counts(batch, "kl") for batch in window)
-        result = step_result(self.accelerator, sums, local_tokens, head_tokens, unit)
+        result = step_result(self.accelerator, sums, counts["kl"], head_tokens)
         logit_sums.reduce(self.accelerator)
         for name, value in logit_sums.by_head["lm"].items():
-            result.values[f"train/{name}"] = value / counts["kl" if name == "kl" else "ce"]
+            result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
         return result
 
     @torch.no_grad()
@@ -118,9 +112,9 @@ class EndToEndObjective:
         return {name: positive(m.variance) for name, m in self.local.target_moments(moments, bank).items()}
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
-        """Tokens whose loss is counted, over the window and all processes; at least 1, to divide by."""
+        """Tokens whose loss is counted, over the window and all processes."""
         count = torch.stack([self.lm.counts(batch, loss) for batch in window]).sum()
-        return self.accelerator.reduce(count, "sum").clamp_min(1).float()
+        return self.accelerator.reduce(count, "sum").float()
 
 
 def check_end_to_end(plans: Iterable[HeadPlan]) -> None:

@@ -38,16 +38,15 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         if predicts:
             _check_predicts(config, arguments)
+        adapter = _adapter(arguments)
         # An expert that is run only on its own tokens cannot be without values.
         experts = {"experts_implementation": "batched_mm"} if hasattr(config, "_experts_implementation") else {}
         with torch.device("meta"):
-            model = _auto_class(config, arguments, predicts).from_config(
+            model = _auto_class(config, adapter, predicts).from_config(
                 config, trust_remote_code=arguments.trust_remote_code, **_attention(arguments), **experts
             )
-    if arguments.adapter is not None:
-        from .adapters import check_adapter
-
-        check_adapter(model, arguments)
+    if adapter is not None:
+        adapter.check(model)
     return model
 
 
@@ -69,7 +68,8 @@ def load_lm(
         require_bitsandbytes("model.quantization", arguments.quantization)
     with reading(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
-        model, report = _auto_class(config, arguments, predicts).from_pretrained(
+        adapter = _adapter(arguments)
+        model, report = _auto_class(config, adapter, predicts).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
@@ -82,10 +82,8 @@ def load_lm(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
             "predict tokens. Use files with its head, or loss: fvu."
         )
-    if arguments.adapter is not None:
-        from .adapters import load_adapter
-
-        load_adapter(model, arguments)
+    if adapter is not None:
+        adapter.put_onto(model)
     return model.requires_grad_(False).eval()
 
 
@@ -113,7 +111,7 @@ class reading:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         transformers_logging.set_verbosity(self.verbosity)
         # A device that this build of torch does not know ends in an AssertionError.
-        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError, AssertionError)
+        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
         if isinstance(error, expected) and not isinstance(error, InputError):
             reason = " ".join(str(error).split())
             raise InputError(
@@ -121,15 +119,20 @@ class reading:
             ) from error
 
 
-def _auto_class(config: PreTrainedConfig, arguments: ModelArguments, predicts: bool) -> type:
+def _adapter(arguments: ModelArguments) -> Any:
+    """The adapter that an LM is to carry. Only those who ask for one wait for PEFT to be imported."""
+    if arguments.adapter is None:
+        return None
+    from .adapters import Adapter
+
+    return Adapter(arguments)
+
+
+def _auto_class(config: PreTrainedConfig, adapter: Any, predicts: bool) -> type:
     """Without its head, which is never run, unless the head or the names that an adapter's files use need it."""
     if predicts:
         return AutoModelForCausalLM
-    if arguments.adapter is not None:
-        from .adapters import auto_class_of_adapter
-
-        return auto_class_of_adapter(config, arguments)
-    return AutoModel
+    return AutoModel if adapter is None else adapter.auto_class(config)
 
 
 def _check_predicts(config: PreTrainedConfig, arguments: ModelArguments) -> None:

@@ -1,6 +1,7 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class LocalObjective:
         scale = {name: reference[name] / positive(m.variance) for name, m in totals.items()}
         if len(window) > 1:
             _scale_gradients(heads, scale)
+        num_tokens = self.accelerator.reduce(num_tokens, "sum")
         return step_result(self.accelerator, sums, num_tokens, {name: m.count for name, m in totals.items()}, scale)
 
     @torch.no_grad()
@@ -146,7 +148,7 @@ def step_result(
     sums: StepSums,
     num_tokens: Tensor,
     head_tokens: dict[str, Tensor],
-    scale: dict[str, Tensor],
+    scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StepResult:
     """
     What heads measured in a step, over all processes.
@@ -154,19 +156,19 @@ def step_result(
     Args:
         accelerator (`Accelerator`): Reduces.
         sums (`StepSums`): What heads measured on this process.
-        num_tokens (`torch.Tensor` of shape `()`): Tokens of this process.
+        num_tokens (`torch.Tensor` of shape `()`): Tokens of all processes.
         head_tokens (`dict[str, torch.Tensor]`): By head, tokens of all processes that reached it.
-        scale (`dict[str, torch.Tensor]`): By head, what its losses are multiplied by.
+        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, what its losses are multiplied by; 1 if not given.
     """
     sums.reduce(accelerator)
     values: dict[str, Tensor] = {}
     for name, measured in sums.by_head.items():
         for part in ("fvu", "auxk_loss", "multi_topk_fvu"):
             if part in measured:
-                values[f"train/{part}/{name}"] = measured[part] * scale[name]
+                values[f"train/{part}/{name}"] = measured[part] * scale.get(name, 1.0)
         values[f"train/l0/{name}"] = measured["active"] / head_tokens[name].clamp_min(1)
     uses = {name: measured["uses"] for name, measured in sums.by_head.items()}
-    return StepResult(accelerator.reduce(num_tokens, "sum"), head_tokens, uses, values)
+    return StepResult(num_tokens, head_tokens, uses, values)
 
 
 def positive(variance: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +9,7 @@ from .errors import InputError
 from .hookpoints import HeadPlan
 from .models import AutoSae, HeadConfig, HeadModel, SaeHeads
 from .optim import normalize_rows_
+from .tables import aligned
 
 
 # Fields of a config that must agree for a head to be loaded into another, with what to do where they do not.
@@ -83,12 +84,10 @@ def matches_table(matches: list[Match], heads: SaeHeads) -> str:
                 config.base_model_name_or_path or "-",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     used = {match.name for match in matches}
     unused = [name for name in heads if name not in used]
     last = [f"Not used: {', '.join(unused)}."] if unused else []
-    return "\n".join([f"Heads start from {heads.origin}:", *lines, *last])
+    return "\n".join([f"Heads start from {heads.origin}:", *aligned(rows), *last])
 
 
 def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
@@ -149,7 +148,7 @@ def _check_same(match: Match, heads: SaeHeads) -> None:
             raise InputError(f"{where} has {field} {found}, but the recipe's {plan.name!r} has {wanted}. {advice}")
 
 
-def open_pretrained(init_from: str, **options: Any) -> SaeHeads:
+def open_pretrained(init_from: str) -> SaeHeads:
     """
     The heads of a folder or repo, in float32 as they are trained.
 
@@ -157,7 +156,7 @@ def open_pretrained(init_from: str, **options: Any) -> SaeHeads:
         `InputError`: if there is no such folder or repo, or no head in it.
     """
     with _of_init_from():
-        return AutoSae.open(init_from, dtype=torch.float32, **options)
+        return AutoSae.open(init_from, dtype=torch.float32)
 
 
 @contextmanager

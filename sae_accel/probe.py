@@ -82,7 +82,7 @@ def _run(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
         token_model(base_model)(**_inputs(base_model, rows, ctx_len))
     except InputError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ProbeFailed(f"{type(base_model).__name__} cannot be run to find its hookpoints: {reason}") from error
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from .checkpoint import ADAPTER
 from .models import HeadModel
+from .tables import aligned
 
 
 def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:
@@ -29,9 +30,8 @@ def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) 
                 _number(metrics.get(f"train/dead/{name}"), ".1%"),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    title, *lines = aligned(rows)
+    return "\n".join([title, "-" * max(map(len, [title, *lines])), *lines])
 
 
 def losses_table(metrics: Mapping[str, float]) -> str:
@@ -47,8 +47,7 @@ def losses_table(metrics: Mapping[str, float]) -> str:
         *((head, head.replace("fvu/", "FVU of ")) for head in heads),
     ):
         rows.append((words, *(_number(metrics.get(f"{when}/{name}"), ".4f") for when in ("initial", "eval"))))
-    width = max(len(row[0]) for row in rows)
-    return "\n" + "\n".join(f"{row[0]:{width}}  {row[1]:>7}  {row[2]:>7}" for row in rows) + "\n"
+    return "\n" + "\n".join(aligned(rows)) + "\n"
 
 
 def closing_message(trainer, metrics: Mapping[str, float]) -> str:

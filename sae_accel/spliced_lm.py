@@ -119,11 +119,10 @@ class SplicedHeads:
     def _reconstruct(self, name: str, activations: Tensor, original: Tensor | None) -> Tensor:
         head, entry = dict(self.bank.named_heads())[name], self.bank.plans[name].arguments
         read = self._tokens(activations).to(head.b_dec.device)
-        local = bool(self.variances)
         with self.autocast():
-            if not local or read.requires_grad:
+            if not self.variances:
                 output = own = head(read, k=self.k[name], return_loss=False)
-            if local:
+            else:
                 # A head's local loss must not reach the heads before it, which shaped what it reads.
                 own = head(
                     read.detach(),
@@ -135,7 +134,7 @@ class SplicedHeads:
                     multi_topk=entry.multi_topk,
                 )
                 self.local_losses.append(own.loss)
-                output = output if read.requires_grad else own
+                output = head(read, k=self.k[name], return_loss=False) if read.requires_grad else own
         self.measured[name] = measured(own, head.num_latents)
         return self._placed(output.reconstruction, activations, original)
 

@@ -150,9 +150,7 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
         if caches or replacement.needs_output or not _gives_one_tensor(module, forward, args, kwargs):
             output = forward(*args, **kwargs)
             return _exchange(replacement, output, activations)
-        new = replacement.compute(activations, None)
-        like = _OUTPUTS[module]
-        return new.to(activations.dtype) if like is None else like(new.to(activations.dtype))
+        return _OUTPUTS[module](replacement.compute(activations, None).to(activations.dtype))
 
     module.forward = bypass
     try:
@@ -164,8 +162,8 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
             del module.forward
 
 
-# By module, how its output is made from the activation alone: None for the bare tensor, False if there is more in it.
-_OUTPUTS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# By module, how its output is made from the activation alone; None if there is more in it.
+_OUTPUTS: WeakKeyDictionary[nn.Module, Callable[[Tensor], Any] | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -173,16 +171,16 @@ def _gives_one_tensor(module: nn.Module, forward: Callable, args: tuple, kwargs:
     """Whether a module gives its activation and nothing else, which its first pass tells."""
     if module not in _OUTPUTS:
         _OUTPUTS[module] = _container(forward(*args, **kwargs))
-    return _OUTPUTS[module] is not False
+    return _OUTPUTS[module] is not None
 
 
-def _container(output: Any) -> Any:
+def _container(output: Any) -> Callable[[Tensor], Any] | None:
     if isinstance(output, Tensor):
-        return None
+        return lambda tensor: tensor
     if isinstance(output, tuple) and isinstance(output[0], Tensor) and all(item is None for item in output[1:]):
         rest = output[1:]
         return lambda tensor: (tensor, *rest)
-    return False
+    return None
 
 
 def _exchange(replacement: Replacement, output: Any, activations: Tensor | None = None) -> Any:

@@ -11,7 +11,7 @@ from .command_line import parse_command_line
 from .data import load_tokens
 from .end_to_end import check_end_to_end
 from .errors import InputError
-from .hookpoints import plan_heads
+from .hookpoints import HeadPlan, plan_heads
 from .lm import load_architecture, load_lm, load_tokenizer
 from .pretrained import match_heads, matches_table, open_pretrained
 from .probe import ProbeFailed
@@ -32,8 +32,12 @@ def run(recipe: Recipe) -> SaeTrainer:
             found before.
     """
     training = recipe.training
-    where_to_begin(Path(training.output_dir), training.resume_from_checkpoint, training.overwrite_output_dir)
-    _check_before_loading(recipe)
+    output_dir = Path(training.output_dir)
+    checkpoint = where_to_begin(output_dir, training.resume_from_checkpoint, training.overwrite_output_dir)
+    plans = _plans_before_loading(recipe)
+    starts_anew = training.init_from is not None and checkpoint is None
+    if plans is not None and starts_anew:
+        _show_matches(plans, training.init_from)
     tokenizer = load_tokenizer(recipe.model)
     lm = load_lm(recipe.model, predicts=training.loss != "fvu", device=_process().device)
     vocab_size = lm.get_input_embeddings().num_embeddings
@@ -49,14 +53,16 @@ def run(recipe: Recipe) -> SaeTrainer:
         lora=recipe.lora,
         recipe=recipe,
     )
+    if plans is None and starts_anew:
+        _show_matches(list(trainer.bank.plans.values()), training.init_from)
     result = trainer.train()
     if trainer.accelerator.is_main_process:
         print(closing_message(trainer, result.metrics))
     return trainer
 
 
-def _check_before_loading(recipe: Recipe) -> None:
-    """Finds, before the LM's weights are read, what would end the run after that, and says what heads start from."""
+def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
+    """Finds, before the LM's weights are read, what would end the run after that. None if it runs on values only."""
     training = recipe.training
     if training.optim == "adam8bit":
         require_bitsandbytes("training.optim", training.optim)
@@ -64,19 +70,22 @@ def _check_before_loading(recipe: Recipe) -> None:
     try:
         plans = plan_heads(architecture, recipe.heads)
     except ProbeFailed:
-        # Some LMs run on values only. Then the same checks come once it is loaded.
-        return
+        # The same checks come once the LM is loaded.
+        return None
     if training.loss != "fvu":
         check_end_to_end(plans)
     if recipe.lora is not None:
         from .adapters import lora_targets
 
         lora_targets(architecture.base_model, plans, recipe.lora)
-    if training.init_from is not None:
-        heads = open_pretrained(training.init_from)
-        matches = match_heads(plans, heads)
-        if _process().is_main_process:
-            print(matches_table(matches, heads))
+    return plans
+
+
+def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
+    heads = open_pretrained(init_from)
+    matches = match_heads(plans, heads)
+    if _process().is_main_process:
+        print(matches_table(matches, heads))
 
 
 def _process() -> PartialState:

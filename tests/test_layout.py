@@ -21,7 +21,7 @@ LAYERS = [
     {"text_sources", "token_file"},
     {"models", "formats"},
     {"ops", "metrics"},
-    {"arguments", "errors", "bitsandbytes_backend"},
+    {"arguments", "errors", "bitsandbytes_backend", "tables"},
 ]
 
 
