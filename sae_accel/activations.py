@@ -74,9 +74,11 @@ class RunningLM:
                 `pixel_values`.
         """
         mask = token_mask(batch, self.exclude_tokens)
+        device = next(iter(batch.values())).device
+        if not len(next(iter(batch.values()))):
+            return Activations({site: self._none(site, device) for site in self.sites}, 0)
         part = None if mask is None or mask.all() else mask
         by_site = capture(self.base_model, self.sites, {**batch, **self.options}, part)
-        device = next(iter(batch.values())).device
         # An LM may be spread over devices; its activations meet where the tokens are.
         by_site = {
             site: by_site[site].to(device) if site in by_site else self._none(site, device) for site in self.sites

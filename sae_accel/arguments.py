@@ -185,6 +185,15 @@ class SaeTrainingArguments:
     fvu_weight: float = _option(
         0.0, "With ce or kl: weight of the heads' own losses (FVU, AuxK, Multi-TopK) beside it.", minimum=0.0
     )
+    distribute_modules: bool = _option(
+        False,
+        "With several processes: each holds some of the heads, dealt by cost, and trains them on all tokens; else each "
+        "holds all.",
+    )
+    distribute_latents: bool = _option(
+        False,
+        "With several processes: each holds a part of the latents of every head, for heads that are larger than a device.",
+    )
     init_from: str | None = _option(
         None, "Folder or Hub repo from which each head starts, from the head of the same name; new heads if not set."
     )

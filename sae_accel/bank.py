@@ -53,24 +53,24 @@ class SaeBank(nn.Module):
     Args:
         plans (`list[HeadPlan]`): What the heads are; they start from their entries' seeds.
         adapter (`Iterable[nn.Parameter]`): Parameters of a LoRA in the LM that train beside them.
+        build (`Callable[[HeadPlan], HeadModel]`, *optional*): Makes a head; `build_head` if not given.
     """
 
-    def __init__(self, plans: list[HeadPlan], adapter: Iterable[nn.Parameter] = ()):
+    def __init__(
+        self,
+        plans: list[HeadPlan],
+        adapter: Iterable[nn.Parameter] = (),
+        build: Callable[[HeadPlan], HeadModel] | None = None,
+    ):
         super().__init__()
         self.adapter = nn.ParameterList(adapter)
         self.plans = {plan.name: plan for plan in plans}
-        self.heads = nn.ModuleDict({_key(plan.name): build_head(plan) for plan in plans})
+        self.heads = nn.ModuleDict({_key(plan.name): (build or build_head)(plan) for plan in plans})
 
     def named_heads(self) -> Iterator[tuple[str, HeadModel]]:
         """Name and head, in the order of the plans."""
         for name in self.plans:
             yield name, self.heads[_key(name)]
-
-    @property
-    def widths(self) -> dict[Site, int]:
-        """Every site that some head reads or predicts, once, with the width of its activations."""
-        reads = {plan.reads: plan.config.d_in for plan in self.plans.values()}
-        return reads | {plan.predicts: plan.config.d_out for plan in self.plans.values()}
 
     def forward(self, work: Callable[["SaeBank"], Any]) -> Any:
         """
@@ -115,20 +115,21 @@ class SaeBank(nn.Module):
                 multi_topk=plan.arguments.multi_topk,
             )
             losses.append(output.loss)
-            heads[name] = measured(output, head.num_latents)
+            heads[name] = measured(output, head)
         return {"loss": torch.stack(losses).sum(), "heads": heads}
 
 
-def measured(output: HeadOutput, num_latents: int) -> dict[str, Tensor]:
+def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
     """
-    What is counted of a forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`, the
+    What is counted of a head's forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`, the
     number of activations above zero, and `uses`, that number by latent.
     """
     indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
-    uses = Selection(indices, num_latents).scatter((output.top_acts > 0).float())
+    uses = Selection(indices, head.num_latents).scatter((output.top_acts > 0).float())
     parts = ("fvu", "auxk_loss", "multi_topk_fvu")
     values = {part: output[part].detach() for part in parts if output.get(part) is not None}
-    return values | {"active": uses.sum(), "uses": uses}
+    active = uses.sum() if head.latent_slice is None else head.latent_slice.sum(uses.sum())
+    return values | {"active": active, "uses": uses}
 
 
 def build_head(plan: HeadPlan) -> HeadModel:

@@ -5,13 +5,17 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from .arguments import SaeTrainingArguments
 from .data import collate
 from .errors import InputError
+from .processes import gathered
 
 
 class Position(NamedTuple):
@@ -20,7 +24,7 @@ class Position(NamedTuple):
 
     Args:
         epoch (`int`): Passes over the data that are complete.
-        batches (`int`): Batches of this process that are done in the present one.
+        batches (`int`): Batches of each process that are done in the present one.
     """
 
     epoch: int = 0
@@ -31,10 +35,13 @@ class Batches:
     """
     The batches of tokens that this process reads, in an order that any process can start from anywhere.
 
+    Of data with a length, process `r` of `n` reads batches `r`, `r + n`, ... Of a stream it reads its own part. Every
+    process gives as many batches as every other; one whose part of a stream has ended gives batches of no sequence.
+
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or alike): Rows with `input_ids`.
         args (`SaeTrainingArguments`): Batch size, accumulation and seed.
-        accelerator (`Accelerator`): Deals batches to processes and moves them to their device.
+        accelerator (`Accelerator`): Which process this is, and its device.
         pad_token_id (`int`): Fills up rows that are shorter than others.
     """
 
@@ -49,8 +56,7 @@ class Batches:
         """The batches of each optimizer step, without end, with the position that comes after them."""
         epoch, done = position
         while True:
-            loader = self.one_pass(epoch)
-            batches = iter(skip_first_batches(loader, done) if done else loader)
+            batches = self.one_pass(epoch, skip=done)
             while window := list(islice(batches, self.args.gradient_accumulation_steps)):
                 done += len(window)
                 yield window, Position(epoch, done)
@@ -60,20 +66,14 @@ class Batches:
                 )
             epoch, done = epoch + 1, 0
 
-    def one_pass(self, epoch: int = 0, drop_last: bool = True) -> DataLoader:
-        """One pass over the data: the first keeps the dataset's order, each later one has an order of its own."""
-        dataset, size = self.dataset, self.args.per_device_train_batch_size
-        if self.has_length:
-            if drop_last:
-                self._check_size(len(dataset))
-            if epoch:
-                generator = torch.Generator().manual_seed(self.args.seed + epoch)
-                dataset = Subset(dataset, torch.randperm(len(dataset), generator=generator).tolist())
-        elif epoch:
-            dataset.set_epoch(epoch)
-        return self.accelerator.prepare_data_loader(
-            DataLoader(dataset, size, drop_last=drop_last, collate_fn=self.collate)
-        )
+    def one_pass(self, epoch: int = 0, skip: int = 0, drop_last: bool = True) -> Iterator[dict[str, Tensor]]:
+        """
+        One pass over the data, from the batch after `skip`: the first keeps the dataset's order, each later one has an
+        order of its own. What fills no batch is left out with `drop_last`.
+        """
+        read = self._from_places if self.has_length else self._from_stream
+        for batch in read(epoch, skip, drop_last):
+            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
     def max_steps(self) -> int:
         """
@@ -85,10 +85,10 @@ class Batches:
         window = self.args.gradient_accumulation_steps
         limits = [] if self.args.max_steps is None else [self.args.max_steps]
         if self.args.max_tokens is not None:
-            batch = next(iter(self.one_pass()))
+            batch = next(self.one_pass())
             if "input_ids" not in batch:
                 raise InputError("training.max_tokens counts tokens of text, and the data has none. Set max_steps.")
-            tokens = batch["input_ids"].numel() * self.accelerator.num_processes * window
+            tokens = max(gathered(batch["input_ids"].numel())) * self.accelerator.num_processes * window
             limits.append(math.ceil(self.args.max_tokens / tokens))
         if limits:
             return min(limits)
@@ -96,7 +96,57 @@ class Batches:
             raise InputError(
                 "The length of streamed data is not known. Set training.max_steps or training.max_tokens."
             )
-        return math.ceil(len(self.one_pass()) / window)
+        return math.ceil(len(self._places(0, drop_last=True)) / window)
+
+    def _places(self, epoch: int, drop_last: bool) -> list[Tensor]:
+        """Where in the data each batch of this process lies; those that others read alone are empty."""
+        length, size, processes = (
+            len(self.dataset),
+            self.args.per_device_train_batch_size,
+            self.accelerator.num_processes,
+        )
+        if drop_last:
+            self._check_size(length)
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        order = torch.randperm(length, generator=generator) if epoch else torch.arange(length)
+        together = size * processes
+        rounds = length // together if drop_last else math.ceil(length / together)
+        start = self.accelerator.process_index * size
+        return [order[i * together + start :][:size] for i in range(rounds)]
+
+    def _from_places(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        places = self._places(epoch, drop_last)[skip:]
+        own = [batch for batch in places if len(batch)]
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=(batch.tolist() for batch in own),
+            collate_fn=self.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for _ in places[len(own) :]:
+            yield _without_rows(self.collate([self.dataset[0]]))
+
+    def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        size = self.args.per_device_train_batch_size
+        own = islice(DataLoader(self._own_part(epoch), size, drop_last=drop_last, collate_fn=self.collate), skip, None)
+        nothing = torch.zeros(0, 1, dtype=torch.long)
+        batch = {"input_ids": nothing, "attention_mask": nothing}
+        while True:
+            found = next(own, None)
+            if not any(gathered(found is not None)):
+                return
+            batch = _without_rows(batch) if found is None else found
+            yield batch
+
+    def _own_part(self, epoch: int) -> Any:
+        if epoch and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if processes == 1:
+            return self.dataset
+        if isinstance(self.dataset, IterableDataset):
+            return split_dataset_by_node(self.dataset, index, processes)
+        return _EveryNth(self.dataset, index, processes)
 
     def _check_size(self, sequences: int) -> None:
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
@@ -106,3 +156,17 @@ class Batches:
                 "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use "
                 "more data."
             )
+
+
+class _EveryNth(TorchIterableDataset):
+    """Rows `first`, `first + step`, ... of a stream that knows nothing of processes."""
+
+    def __init__(self, stream: Any, first: int, step: int):
+        self.stream, self.first, self.step = stream, first, step
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.stream, self.first, None, self.step)
+
+
+def _without_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:0] for name, value in batch.items()}

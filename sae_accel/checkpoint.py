@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from torch import Tensor
 
 from .errors import InputError
 from .models import HeadModel
@@ -18,50 +20,64 @@ from .models.quiet import quiet_files
 
 MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
+WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUN_FILES = ("recipe.yaml", "metrics.json", "logs", "best", ADAPTER)
 
 
-def save_heads(heads: Mapping[str, HeadModel], folder: Path) -> None:
+def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
     """
-    Writes heads as `<folder>/<head name>/config.json` and `model.safetensors`, each file complete or absent.
+    Writes `config.json` and `model.safetensors` of a head, each file complete or absent.
 
     Args:
-        heads (`Mapping[str, HeadModel]`): Heads by name.
+        head (`HeadModel`): What it is.
+        weights (`Mapping[str, torch.Tensor]`): Its parameters, whole.
         folder (`Path`): Where; made if it does not exist.
+        process_index (`int`, defaults to 0): Which process writes.
     """
-    staging = folder / ".saving"
+    staging = folder.parent / f".{folder.name}.saving-{process_index}"
     try:
-        for name, head in heads.items():
-            with quiet_files():
-                head.save_pretrained(staging / name)
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file in (staging / name).iterdir():
-                if file.is_file():
-                    os.replace(file, folder / name / file.name)
+        with quiet_files():
+            head.save_pretrained(staging, state_dict=dict(weights))
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in staging.iterdir():
+            os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, process: PartialState) -> Iterator[Path]:
     """
-    A folder to write into that takes the name `folder` once all is written, so that `folder` is complete or absent. A
-    manifest with the size of each file goes with it.
+    A folder for all processes to write into that takes the name `folder` once all is written, so that `folder` is
+    complete or absent. A manifest with the size of each file goes with it.
+
+    Args:
+        folder (`Path`): Where every process sees the same.
+        process (`PartialState`): This one.
     """
     staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    if process.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    process.wait_for_everyone()
     yield staging
+    process.wait_for_everyone()
+    if process.is_main_process:
+        _seal(staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)
+    process.wait_for_everyone()
+
+
+def _seal(staging: Path) -> None:
     sizes = {}
     for file in sorted(path for path in staging.rglob("*") if path.is_file()):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
         sizes[str(file.relative_to(staging))] = file.stat().st_size
     (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -127,7 +143,7 @@ def run_files(output_dir: Path) -> list[Path]:
     """What a run left in a folder: its checkpoints, logs, metrics, recipe and heads."""
     if not output_dir.is_dir():
         return []
-    heads = [path.parent for path in output_dir.rglob("config.json") if (path.parent / "model.safetensors").exists()]
+    heads = [path.parent for path in output_dir.rglob("config.json") if (path.parent / WEIGHTS).exists()]
     inside = [
         path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])
     ]
@@ -141,9 +157,9 @@ def delete_run(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+def load_state(checkpoint: Path) -> dict[str, Any]:
     """
-    The optimizer's and the run's state in a checkpoint.
+    The run's state in a checkpoint, without that of heads.
 
     Raises:
         `InputError`: if the checkpoint does not exist or is not whole.
@@ -155,7 +171,7 @@ def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
             f"Checkpoint {str(checkpoint)!r} is not whole: {wrong}. Resume from another one, or set "
             "training.resume_from_checkpoint: true for the newest that is whole."
         )
-    return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
+    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def check_fits(checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:

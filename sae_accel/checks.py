@@ -64,6 +64,14 @@ def check_objective(training: SaeTrainingArguments, heads: list[HeadArguments], 
         `InputError`: if they do not.
     """
     local = training.loss == "fvu"
+    ways = [name for name in ("distribute_modules", "distribute_latents") if getattr(training, name)]
+    if len(ways) > 1:
+        raise InputError("training.distribute_latents: it does not go with distribute_modules. Remove one of them.")
+    if ways and not local:
+        raise InputError(
+            f"training.{ways[0]}: with loss {training.loss} each process needs every head whole, in its own pass of the "
+            f"LM. Remove it, or set loss: fvu."
+        )
     if local and training.fvu_weight:
         raise InputError("training.fvu_weight: it goes with loss ce or kl. Remove it, or set training.loss.")
     for i, entry in enumerate(heads):

@@ -10,7 +10,7 @@ from .bank import Moments, SaeBank
 from .errors import InputError
 from .hookpoints import HeadPlan
 from .hooks import Site
-from .local import LocalObjective, StepResult, merge_moments, positive, step_result, synchronized
+from .local import LocalObjective, StepResult, merge_moments, positive, step_result
 from .running_means import StepSums
 from .spliced_lm import SplicedHeads, SplicedLM
 
@@ -31,6 +31,8 @@ class EndToEndObjective:
         self.lm = lm
         self.local = local
         self.accelerator: Accelerator = local.accelerator
+        self.spread = local.spread
+        self.scale = local.scale
         self.loss = loss
         self.fvu_weight = fvu_weight
 
@@ -52,38 +54,40 @@ class EndToEndObjective:
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
         for i, part in enumerate(parts):
             clean = self.lm.clean(part) if self.loss == "kl" else None
-            with synchronized(self.accelerator, bank, i == len(parts) - 1):
+            with self.spread.synchronized(bank, i == len(parts) - 1):
                 output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
                 loss = output["logits"][self.loss] / divisors[self.loss] + self.fvu_weight * output["local_loss"]
-                # DDP takes the mean over processes, where the loss is a sum over all their tokens.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                self.accelerator.backward(loss * self.spread.gradient_factor)
             sums.add(output["heads"])
             logit_sums.add({"lm": {name: value.detach() for name, value in output["logits"].items()}})
         head_tokens = {name: counts["kl"] for name, _ in heads.named_heads()}
-        result = step_result(self.accelerator, sums, counts["kl"], head_tokens)
-        logit_sums.reduce(self.accelerator)
+        own_tokens = torch.stack([self.lm.counts(batch, "kl") for batch in window]).sum()
+        result = step_result(self.spread, sums, own_tokens, head_tokens)
+        logit_sums.total(self.spread.sum)
         for name, value in logit_sums.by_head["lm"].items():
             result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
         return result
 
     @torch.no_grad()
-    def evaluate(self, bank: SaeBank, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate(self, bank: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """
         Mean CE of the clean LM and with all heads spliced in, KL between the two, and what [`LocalObjective`]
         measures.
         """
-        k = {name: head.config.k for name, head in bank.named_heads()}
+        heads: SaeBank = self.accelerator.unwrap_model(bank)
+        k = {name: head.config.k for name, head in heads.named_heads()}
         sums, counts = StepSums(), StepSums()
 
         def measure() -> Iterator[dict[str, Tensor]]:
             for batch in batches:
                 for part in _split(batch, self.local.micro_batches):
-                    sums.add({"lm": self._losses(part, self.lm.clean(part), k, {}, {}, bank)["logits"]})
+                    output = bank(partial(self._losses, part, self.lm.clean(part), k, {}, {}))
+                    sums.add({"lm": output["logits"]})
                 counts.add({"lm": {loss: self.lm.counts(batch, loss) for loss in ("ce", "kl")}})
                 yield batch
 
         metrics = self.local.evaluate(bank, measure())
-        sums.reduce(self.accelerator), counts.reduce(self.accelerator)
+        sums.total(self.spread.sum), counts.total(self.spread.sum)
         for name, value in sums.by_head["lm"].items():
             count = counts.by_head["lm"]["kl" if name == "kl" else "ce"]
             metrics[f"eval/{name}"] = (value / count.clamp_min(1)).item()
@@ -114,7 +118,7 @@ class EndToEndObjective:
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
         """Tokens whose loss is counted, over the window and all processes."""
         count = torch.stack([self.lm.counts(batch, loss) for batch in window]).sum()
-        return self.accelerator.reduce(count, "sum").float()
+        return self.spread.sum([count.float()])[0]
 
 
 def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
@@ -140,7 +144,6 @@ def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """A batch cut by sequences, without empty parts."""
+    """A batch cut by sequences; some parts may be empty, so that every process has as many."""
     pieces = {key: value.tensor_split(parts) for key, value in batch.items()}
-    cut = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
-    return [part for part in cut if len(part["input_ids"])]
+    return [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]

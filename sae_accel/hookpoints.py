@@ -1,6 +1,6 @@
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,6 +53,12 @@ def match_modules(pattern: str, names: list[str]) -> Iterator[tuple[str, list[st
     for name in names:
         if found := regex.fullmatch(name):
             yield name, list(found.groups())
+
+
+def site_widths(plans: Iterable[HeadPlan]) -> dict[Site, int]:
+    """Every site that some head reads or predicts, once, with the width of its activations."""
+    plans = list(plans)
+    return {plan.reads: plan.config.d_in for plan in plans} | {plan.predicts: plan.config.d_out for plan in plans}
 
 
 def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[HeadPlan]:

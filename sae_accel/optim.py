@@ -1,19 +1,19 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from .arguments import LoraArguments, SaeTrainingArguments
 from .bank import SaeBank
 from .bitsandbytes_backend import require_bitsandbytes
-
-
-# Rows of a weight are updated in slices that stay in a core's cache, since each is read and written several times.
-SLICE_ELEMENTS = 2**17
+from .models import BY_LATENT
+from .rows import local, normalize_rows_, remove_parallel_, row_slices
 
 
 def default_learning_rate(optim: str, num_latents: int) -> float:
@@ -24,29 +24,35 @@ def default_learning_rate(optim: str, num_latents: int) -> float:
 
 
 def build_optimizer(
-    bank: SaeBank, arguments: SaeTrainingArguments, lora: LoraArguments | None = None
+    bank: SaeBank,
+    arguments: SaeTrainingArguments,
+    lora: LoraArguments | None = None,
+    scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """
-    One optimizer for all heads and a LoRA, with parameter groups by head so that each has its own learning rate.
+    One optimizer for all heads and a LoRA. Each parameter is a group of its own, which names it and its head: so each
+    head has its own learning rate, and state is found by name wherever DeepSpeed puts it.
+
+    What happens to gradients happens within its step, because DeepSpeed shows them nowhere else.
 
     Args:
         bank (`SaeBank`): The heads.
         arguments (`SaeTrainingArguments`): Which optimizer, and the learning rate of heads that set none.
         lora ([`LoraArguments`], *optional*): Learning rate of a LoRA that the bank holds.
+        scale (`Mapping[str, torch.Tensor]`, *optional*): Looked at in each step: by head, what gradients are
+            multiplied by first.
 
     Raises:
         `InputError`: if bitsandbytes cannot be used for `adam8bit`.
     """
-    groups = list(_parameter_groups(bank, arguments))
-    if lora is not None:
-        groups.append({"params": list(bank.adapter), "lr": lora.learning_rate, "unit_norm": False, "head": "lora"})
-    if arguments.optim == "signum":
-        return Signum(groups)
-    if arguments.optim == "muon":
-        return keep_unit_norm(MuonWithAdam(groups))
-    if arguments.optim == "adam8bit":
-        return keep_unit_norm(_adam8bit(groups))
-    return keep_unit_norm(torch.optim.Adam(groups))
+    kinds = {"signum": Signum, "muon": MuonWithAdam, "adam8bit": _adam8bit, "adam": torch.optim.Adam}
+    optimizer = kinds[arguments.optim](list(_parameter_groups(bank, arguments, lora)))
+    _scale_gradients(optimizer, scale)
+    if arguments.max_grad_norm is not None:
+        _clip_gradients(optimizer, arguments.max_grad_norm)
+    if arguments.optim != "signum":
+        keep_unit_norm(optimizer)
+    return optimizer
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, arguments: SaeTrainingArguments, max_steps: int) -> LRScheduler:
@@ -81,64 +87,73 @@ class Signum(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95):
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "unit_norm": False, "weight_sum": 0.0, "lr_max": 0.0}
-        )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "unit_norm": False, "cut": None})
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients that the parameters hold."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            group["lr_max"] = max(group["lr_max"], float(group["lr"]))
-            weight = group["lr_max"] ** 2
-            group["weight_sum"] += weight
-            average = weight / group["weight_sum"] if weight else 0.0
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, average)
+                    self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict, average: float) -> None:
+    def _update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
-        if "z" not in state:
-            state["z"] = parameter.clone(memory_format=torch.preserve_format)
-        rows = (
-            parameter.shape[0]
-            if not parameter.is_cpu
-            else max(1, SLICE_ELEMENTS * len(parameter) // parameter.numel())
-        )
-        for y, z, grad in zip(parameter.split(rows), state["z"].split(rows), parameter.grad.split(rows), strict=True):
-            _signum_rows(y, z, grad, group["lr"], group["momentum"], average, group["unit_norm"])
+        if not state:
+            state.update(z=parameter.clone(memory_format=torch.preserve_format), weight_sum=0.0, lr_max=0.0)
+        state["lr_max"] = max(state["lr_max"], float(group["lr"]))
+        weight = state["lr_max"] ** 2
+        state["weight_sum"] += weight
+        average = weight / state["weight_sum"] if weight else 0.0
+        tensors = (local(tensor) for tensor in (parameter, state["z"], parameter.grad))
+        for y, z, grad in row_slices(*tensors, cut=group["cut"]):
+            _signum_rows(y, z, grad, group, average)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """While open, parameters hold the average `x`; afterwards they hold, bit for bit, what they held before."""
+    def averaged(self, optimized: Iterable[tuple[dict, Tensor]] | None = None) -> Iterator[None]:
+        """
+        While open, parameters hold the average `x`; afterwards they hold, bit for bit, what they held before.
+
+        Args:
+            optimized (`Iterable[tuple[dict, torch.Tensor]]`, *optional*): Groups and their parameters; those that are
+                in the groups if not given.
+        """
+        if optimized is None:
+            optimized = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         kept = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if "z" in self.state[parameter]:
-                    kept.append((parameter, parameter.data))
-                    average = torch.lerp(parameter.data, self.state[parameter]["z"], 1 - 1 / group["momentum"])
-                    parameter.data = normalize_rows_(average) if group["unit_norm"] else average
         try:
+            for group, parameter in optimized:
+                if "z" in self.state[parameter]:
+                    kept.append((local(parameter), self._average(parameter, group)))
             yield
         finally:
-            for parameter, data in kept:
-                parameter.data = data
+            with torch.no_grad():
+                for held, before in kept:
+                    held.copy_(before)
+
+    @torch.no_grad()
+    def _average(self, parameter: Tensor, group: dict) -> Tensor:
+        """Puts the average into a parameter, in place as FSDP asks, and returns what it held."""
+        held = local(parameter)
+        before = held.clone()
+        held.lerp_(local(self.state[parameter]["z"]), 1 - 1 / group["momentum"])
+        if group["unit_norm"]:
+            normalize_rows_(held, group["cut"])
+        return before
 
 
-def _signum_rows(
-    y: Tensor, z: Tensor, grad: Tensor, lr: float, momentum: float, average: float, unit_norm: bool
-) -> None:
+def _signum_rows(y: Tensor, z: Tensor, grad: Tensor, group: dict, average: float) -> None:
     """Updates rows of `y` and `z` in place; the average `x` is implied by the two and takes no memory."""
+    momentum = group["momentum"]
     x = torch.lerp(y, z, 1 - 1 / momentum)
-    z.add_(grad.sign(), alpha=-lr)
-    if unit_norm:
-        normalize_rows_(z)
+    z.add_(grad.sign(), alpha=-group["lr"])
+    if group["unit_norm"]:
+        normalize_rows_(z, group["cut"])
     x.lerp_(z, average)
-    if unit_norm:
-        normalize_rows_(x)
+    if group["unit_norm"]:
+        normalize_rows_(x, group["cut"])
     torch.lerp(x, z, 1 - momentum, out=y)
 
 
@@ -187,48 +202,73 @@ def keep_unit_norm(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
     @torch.no_grad()
     def project(optimizer, args, kwargs) -> None:
-        for parameter in _unit_norm_parameters(optimizer):
-            if parameter.grad is not None:
-                parameter.grad = remove_parallel(parameter.grad, parameter)
+        for group, parameter in _with_gradients(optimizer):
+            if group["unit_norm"]:
+                remove_parallel_(local(parameter.grad), local(parameter), group["cut"])
 
     @torch.no_grad()
     def normalize(optimizer, args, kwargs) -> None:
-        for parameter in _unit_norm_parameters(optimizer):
-            normalize_rows_(parameter)
+        for group, parameter in _with_gradients(optimizer):
+            if group["unit_norm"]:
+                normalize_rows_(local(parameter), group["cut"])
 
     optimizer.register_step_pre_hook(project)
     optimizer.register_step_post_hook(normalize)
     return optimizer
 
 
-def remove_parallel(grad: Tensor, rows: Tensor) -> Tensor:
-    """`grad` without its part along each of `rows`, both `(num_latents, d_out)`; rows of norm near 1 are assumed."""
-    return torch.addcmul(grad, (grad * rows).sum(-1, keepdim=True), rows, value=-1)
+def _scale_gradients(optimizer: torch.optim.Optimizer, scale: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def multiply(optimizer, args, kwargs) -> None:
+        for group, parameter in _with_gradients(optimizer):
+            if group["head"] in scale:
+                local(parameter.grad).mul_(scale[group["head"]])
+
+    optimizer.register_step_pre_hook(multiply)
 
 
-def normalize_rows_(rows: Tensor) -> Tensor:
-    """Brings each row of `(num_latents, d_out)` to norm 1, in place."""
-    return rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
+def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Head by head, so that one head's update never depends on another's."""
+
+    @torch.no_grad()
+    def clip(optimizer, args, kwargs) -> None:
+        squares: dict[str, Tensor] = {}
+        for group, parameter in _with_gradients(optimizer):
+            square = local(parameter.grad).float().pow(2).sum()
+            if group["is_part"]:
+                dist.all_reduce(square)
+            squares[group["head"]] = squares.get(group["head"], 0.0) + square
+        for group, parameter in _with_gradients(optimizer):
+            factor = max_norm / (squares[group["head"]].sqrt() + 1e-6)
+            local(parameter.grad).mul_(factor.clamp(max=1.0))
+
+    optimizer.register_step_pre_hook(clip)
 
 
-def _unit_norm_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def _with_gradients(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
     for group in optimizer.param_groups:
-        if group.get("unit_norm"):
-            yield from group["params"]
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield group, parameter
 
 
-def _parameter_groups(bank: SaeBank, arguments: SaeTrainingArguments) -> Iterator[dict]:
-    """For each head its decoder if that is kept at unit norm, its other matrices and its vectors, in a fixed order."""
+def _parameter_groups(bank: SaeBank, arguments: SaeTrainingArguments, lora: LoraArguments | None) -> Iterator[dict]:
     for name, head in bank.named_heads():
-        if not head.W_dec.requires_grad:
-            continue
         lr = bank.plans[name].arguments.learning_rate or arguments.learning_rate
-        lr = lr or default_learning_rate(arguments.optim, head.num_latents)
-        decoder = [head.W_dec] if head.config.normalize_decoder else []
-        others: list[nn.Parameter] = [p for p in head.parameters() if not decoder or p is not head.W_dec]
-        for params in (decoder, [p for p in others if p.ndim == 2], [p for p in others if p.ndim != 2]):
-            if params:
-                yield {"params": params, "lr": lr, "unit_norm": params is decoder, "head": name}
+        lr = lr or default_learning_rate(arguments.optim, head.config.num_latents)
+        for key, parameter in head.named_parameters():
+            if parameter.requires_grad:
+                rows = (head.config.num_latents,) if key in BY_LATENT else parameter.shape[:1]
+                unit_norm = key == "W_dec" and head.config.normalize_decoder
+                yield _group(parameter, (*rows, *parameter.shape[1:]), lr, name, key, unit_norm)
+    for i, parameter in enumerate(bank.adapter):
+        yield _group(parameter, parameter.shape, lora.learning_rate, "lora", str(i))
+
+
+def _group(parameter: Tensor, whole_shape: tuple, lr: float, head: str, key: str, unit_norm: bool = False) -> dict:
+    """`is_part` and `cut` are for a parameter of which this process holds a part only, set where that is arranged."""
+    names = {"head": head, "parameter": key, "whole_shape": tuple(whole_shape)}
+    return {"params": [parameter], "lr": lr, "unit_norm": unit_norm, "is_part": False, "cut": None, **names}
 
 
 def _adam8bit(groups: list[dict]) -> torch.optim.Optimizer:

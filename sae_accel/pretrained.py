@@ -8,7 +8,7 @@ from .bank import SaeBank
 from .errors import InputError
 from .hookpoints import HeadPlan
 from .models import AutoSae, HeadConfig, HeadModel, SaeHeads
-from .optim import normalize_rows_
+from .rows import normalize_rows_
 from .tables import aligned
 
 
@@ -99,17 +99,19 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
     """
     by_name = dict(bank.named_heads())
     for plan, name, _ in matches:
+        head = by_name.get(plan.name)
+        if head is None:
+            continue  # Another process holds it.
         with _of_init_from():
             pretrained = heads.load(name)
-        head = by_name[plan.name]
         if pretrained.W_dec is None:
             raise InputError(
                 f"training.init_from: head {name!r} of {heads.origin!r} holds no decoder, so it cannot train."
             )
-        head.load_state_dict(pretrained.state_dict())
-        head.config.apply_b_dec_to_input = pretrained.config.apply_b_dec_to_input
         if head.config.normalize_decoder and head.W_dec.requires_grad:
-            _fold_norms(head)
+            _fold_norms(pretrained)
+        head.load_whole(pretrained.state_dict())
+        head.config.apply_b_dec_to_input = pretrained.config.apply_b_dec_to_input
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ class StepSums:
             for quantity, value in values.items():
                 sums[quantity] = sums[quantity] + value if quantity in sums else value
 
-    def reduce(self, accelerator) -> None:
-        """Sums over all processes."""
-        if accelerator.num_processes > 1:
-            self.by_head = {name: accelerator.reduce(sums, "sum") for name, sums in self.by_head.items()}
+    def total(self, sum_over_processes: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Puts the sums over all processes in the place of this one's."""
+        places = [(name, quantity) for name, sums in self.by_head.items() for quantity in sums]
+        totals = sum_over_processes([self.by_head[name][quantity] for name, quantity in places])
+        for (name, quantity), value in zip(places, totals, strict=True):
+            self.by_head[name][quantity] = value
 
 
 class RunningMeans:

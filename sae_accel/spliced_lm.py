@@ -49,6 +49,8 @@ class SplicedLM:
     @torch.no_grad()
     def clean(self, batch: dict[str, Tensor]) -> Tensor:
         """Hidden states before the LM's head, `(batch, ctx_len, d_model)`, of the LM as it was."""
+        if not len(batch["input_ids"]):
+            return torch.zeros(*batch["input_ids"].shape, 1, device=batch["input_ids"].device)
         with self.adapter.disable_adapter() if self.adapter is not None else nullcontext(), _full_precision(batch):
             return self.losses.hidden_states(**batch, **self.options).to(batch["input_ids"].device)
 
@@ -66,6 +68,9 @@ class SplicedLM:
         """
         mask = token_mask(batch, self.exclude_tokens)
         with _full_precision(batch):
+            if not len(mask):
+                nothing = torch.zeros(0, 1, device=mask.device) + heads.without_tokens()
+                return self.losses(nothing, batch["input_ids"].flatten(), None if clean is None else nothing.detach())
             with replaced(self.model.base_model, heads.replacements()):
                 # An LM may be spread over devices; its hidden states come back to where the tokens are.
                 hidden = self.losses.hidden_states(**batch, **self.options).to(mask.device)
@@ -100,7 +105,7 @@ class SplicedHeads:
         dead_masks: dict[str, Tensor] | None = None,
     ):
         mask = token_mask(batch, exclude_tokens)
-        self.bank, self.k = bank, k
+        self.bank, self.k, self.device = bank, k, mask.device
         self.variances, self.dead_masks = variances or {}, dead_masks or {}
         self.rows = None if mask.all() else mask.flatten().nonzero().squeeze(-1)
         # What stands at padding is never read; what stands at an excluded token must be the LM's own.
@@ -115,6 +120,19 @@ class SplicedHeads:
         needs_output = self.keeps_some or bool(self.variances)
         for name, plan in self.bank.plans.items():
             yield Replacement(name, plan.hookpoint, plan.reads, partial(self._reconstruct, name), needs_output)
+
+    def without_tokens(self) -> Tensor:
+        """
+        Zero, `()`, by way of every parameter: a process whose data has ended must still take part where gradients, or
+        pieces of heads, meet those of others.
+        """
+        total = sum((parameter.sum() * 0 for parameter in self.bank.adapter), torch.zeros((), device=self.device))
+        for name, plan in self.bank.plans.items():
+            read, original = (
+                torch.zeros(0, width, device=self.device) for width in (plan.config.d_in, plan.config.d_out)
+            )
+            total = total + self._reconstruct(name, read, original).sum()
+        return total
 
     def _reconstruct(self, name: str, activations: Tensor, original: Tensor | None) -> Tensor:
         head, entry = dict(self.bank.named_heads())[name], self.bank.plans[name].arguments
@@ -135,7 +153,7 @@ class SplicedHeads:
                 )
                 self.local_losses.append(own.loss)
                 output = head(read, k=self.k[name], return_loss=False) if read.requires_grad else own
-        self.measured[name] = measured(own, head.num_latents)
+        self.measured[name] = measured(own, head)
         return self._placed(output.reconstruction, activations, original)
 
     def _tokens(self, activations: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
+import atexit
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers.utils import logging as transformers_logging
 
 from .bitsandbytes_backend import require_bitsandbytes
-from .checkpoint import where_to_begin
+from .checkpoint import newest_complete, where_to_begin
 from .command_line import parse_command_line
 from .data import load_tokens
 from .end_to_end import check_end_to_end
@@ -15,6 +14,16 @@ from .hookpoints import HeadPlan, plan_heads
 from .lm import load_architecture, load_lm, load_tokenizer
 from .pretrained import match_heads, matches_table, open_pretrained
 from .probe import ProbeFailed
+from .processes import (
+    ProcessDied,
+    Watch,
+    agreed,
+    check_alike,
+    check_launched,
+    end_processes,
+    first_on_node,
+    this_process,
+)
 from .recipe import Recipe
 from .report import closing_message
 from .trainer import SaeTrainer
@@ -29,35 +38,52 @@ def run(recipe: Recipe) -> SaeTrainer:
 
     Raises:
         `InputError`: if something in the recipe cannot be used; what can be known before the LM's weights are read is
-            found before.
+            found before. On several processes it is raised on all, if it is on one.
     """
     training = recipe.training
-    output_dir = Path(training.output_dir)
-    checkpoint = where_to_begin(output_dir, training.resume_from_checkpoint, training.overwrite_output_dir)
-    plans = _plans_before_loading(recipe)
-    starts_anew = training.init_from is not None and checkpoint is None
-    if plans is not None and starts_anew:
-        _show_matches(plans, training.init_from)
-    tokenizer = load_tokenizer(recipe.model)
-    lm = load_lm(recipe.model, predicts=training.loss != "fvu", device=_process().device)
-    vocab_size = lm.get_input_embeddings().num_embeddings
-    train_dataset, eval_dataset = load_tokens(recipe.data, tokenizer, vocab_size=vocab_size)
-    trainer = SaeTrainer(
-        lm,
-        recipe.training,
-        recipe.heads,
-        train_dataset,
-        eval_dataset,
-        exclude_tokens=recipe.data.exclude_tokens,
-        processing_class=tokenizer,
-        lora=recipe.lora,
-        recipe=recipe,
-    )
-    if plans is None and starts_anew:
-        _show_matches(list(trainer.bank.plans.values()), training.init_from)
-    result = trainer.train()
+    check_launched()
+    check_alike(recipe.to_dict())
+    with Watch(lambda: _what_is_left(Path(training.output_dir))):
+        trainer = _trainer(recipe)
+        result = trainer.train()
     if trainer.accelerator.is_main_process:
         print(closing_message(trainer, result.metrics))
+    return trainer
+
+
+def _trainer(recipe: Recipe) -> SaeTrainer:
+    training = recipe.training
+    output_dir = Path(training.output_dir)
+    checkpoint = agreed(
+        lambda: where_to_begin(output_dir, training.resume_from_checkpoint, training.overwrite_output_dir)
+    )
+    plans = agreed(lambda: _plans_before_loading(recipe))
+    starts_anew = training.init_from is not None and checkpoint is None
+    if plans is not None and starts_anew:
+        agreed(lambda: _show_matches(plans, training.init_from))
+    tokenizer = agreed(lambda: load_tokenizer(recipe.model))
+    lm = agreed(lambda: load_lm(recipe.model, predicts=training.loss != "fvu", device=this_process().device))
+    vocab_size = lm.get_input_embeddings().num_embeddings
+    train_dataset, eval_dataset = first_on_node(
+        lambda: load_tokens(recipe.data, tokenizer, vocab_size=vocab_size), "the data to be tokenised"
+    )
+    trainer = agreed(
+        lambda: SaeTrainer(
+            lm,
+            recipe.training,
+            recipe.heads,
+            train_dataset,
+            eval_dataset,
+            exclude_tokens=recipe.data.exclude_tokens,
+            processing_class=tokenizer,
+            lora=recipe.lora,
+            recipe=recipe,
+        )
+    )
+    if plans is None and starts_anew:
+        agreed(lambda: _show_matches(list(trainer.plans.values()), training.init_from))
+    if trainer.spread.description and trainer.accelerator.is_main_process:
+        print(trainer.spread.description)
     return trainer
 
 
@@ -84,29 +110,35 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
 def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
     heads = open_pretrained(init_from)
     matches = match_heads(plans, heads)
-    if _process().is_main_process:
+    if this_process().is_main_process:
         print(matches_table(matches, heads))
 
 
-def _process() -> PartialState:
-    """This process among others. Made without the flag, it would be alone wherever Accelerate is told to use CPUs."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+def _what_is_left(output_dir: Path) -> str:
+    newest = newest_complete(output_dir)
+    return f"The newest whole checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m sae_accel.train`: 0 if all went well, 2 for bad input, 130 after Ctrl-C."""
     transformers_logging.disable_progress_bar()
+    words = sys.argv[1:] if argv is None else argv
+    atexit.register(end_processes)
     try:
-        run(parse_command_line(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"sae_accel: {error}", file=sys.stderr)
-        return 2
+        run(agreed(lambda: parse_command_line(words)))
+    except (InputError, ProcessDied) as error:
+        _say(error)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        print(
-            f"sae_accel: {interrupt or 'Stopped.'} Go on with --training.resume_from_checkpoint true.", file=sys.stderr
-        )
+        _say(f"{interrupt or 'Stopped.'} Go on with --training.resume_from_checkpoint true.")
         return 130
     return 0
+
+
+def _say(message: object) -> None:
+    """One line for all processes."""
+    if this_process().is_main_process:
+        print(f"sae_accel: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
-from safetensors.torch import load_file
+from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
@@ -24,16 +22,19 @@ from .callbacks import FlowCallback, ProgressBar, k_at
 from .checks import check_objective
 from .end_to_end import EndToEndObjective, check_end_to_end
 from .errors import InputError
-from .hookpoints import HeadPlan, plan_heads
+from .hookpoints import HeadPlan, plan_heads, site_widths
 from .hooks import Site
 from .interruption import Interruption
-from .local import LocalObjective, StepResult, reduced
+from .local import LocalObjective, StepResult, over_processes
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .pretrained import load_into, match_heads, open_pretrained
+from .processes import agreed, gathered
 from .running_means import RunningMeans
+from .saving import Saver
 from .spliced_lm import SplicedLM
-from .trackers import shown_settings, wanted_trackers
+from .spread import make_accelerator, spread_heads
+from .trackers import shown_settings
 
 
 class SaeTrainer:
@@ -87,14 +88,7 @@ class SaeTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.recipe = recipe
         self.output_dir = Path(args.output_dir)
-        self.accelerator = Accelerator(
-            log_with=wanted_trackers(args.report_to),
-            project_config=ProjectConfiguration(
-                project_dir=args.output_dir, logging_dir=str(self.output_dir / "logs")
-            ),
-            dataloader_config=DataLoaderConfiguration(even_batches=False),
-            step_scheduler_with_optimizer=False,
-        )
+        self.accelerator = make_accelerator(args)
         set_seed(args.seed)
         model = _without_wrapper(model)
         plans = plan_heads(model, heads)
@@ -105,12 +99,16 @@ class SaeTrainer:
             plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
-        self.bank = SaeBank(plans).to(self.accelerator.device)
-        self.activations = RunningLM(model, list(self.bank.widths), list(exclude_tokens), self.bank.widths)
+        self.plans = {plan.name: plan for plan in plans}
+        self.spread = spread_heads(args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset))
+        self.bank = SaeBank(self.spread.plans, build=self.spread.build).to(self.accelerator.device)
+        widths = site_widths(plans)
+        self.activations = self.spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))
         self.lora, self.adapter = lora, None if lora is None else self._add_lora(model, plans, lora)
         self.objective = self._objective(model, list(exclude_tokens))
+        self.saver = Saver(self)
         self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
-        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.own_optimizer = self.lr_scheduler = None
         self.state = TrainerState(
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
@@ -134,15 +132,21 @@ class SaeTrainer:
 
     @property
     def heads(self) -> dict[str, HeadModel]:
-        """The heads by name."""
+        """The heads of this process by name; under FSDP, DeepSpeed and `distribute_latents` what it holds of them."""
         return dict(self.accelerator.unwrap_model(self.bank).named_heads())
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
         """While open, heads hold the weights that are evaluated and saved: with signum the averaged ones."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        with optimizer.averaged() if isinstance(optimizer, Signum) else nullcontext():
+        if not isinstance(self.own_optimizer, Signum):
             yield
+            return
+        try:
+            with self.own_optimizer.averaged(self.spread.optimized(self.own_optimizer)):
+                self.spread.renew()
+                yield
+        finally:
+            self.spread.renew()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """
@@ -195,7 +199,6 @@ class SaeTrainer:
             for name, head in bank.named_heads()
         }
         result = self.objective.gradients(self.bank, window, k, self._dead_masks())
-        self._clip_gradients()
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -232,17 +235,16 @@ class SaeTrainer:
         is one, into `output_dir`, by default that of the arguments.
         """
         with self.evaluated_weights():
-            if self.accelerator.is_main_process:
-                self._save_into(Path(output_dir or self.args.output_dir), self.heads)
+            self.saver.save_into(Path(output_dir or self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
-        plans = self.accelerator.unwrap_model(self.bank).plans
-        return {
-            name: (count > plans[name].arguments.dead_after_tokens).float().mean().item()
+        dead = {
+            name: self.spread.over_latents((count > self.plans[name].arguments.dead_after_tokens).sum()).item()
             for name, count in self.tokens_since_fired.items()
         }
+        return self.spread.merged({name: count / self.plans[name].config.num_latents for name, count in dead.items()})
 
     def _add_lora(self, model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> Any:
         from .adapters import add_lora, lora_targets
@@ -254,7 +256,7 @@ class SaeTrainer:
         return adapter
 
     def _objective(self, model: PreTrainedModel, exclude_tokens: list[int]) -> LocalObjective | EndToEndObjective:
-        local = LocalObjective(self.activations, self.accelerator, self.args.micro_batches)
+        local = LocalObjective(self.activations, self.accelerator, self.spread, self.args.micro_batches)
         if self.args.loss == "fvu":
             return local
         lm = SplicedLM(model, exclude_tokens, self.adapter)
@@ -262,25 +264,22 @@ class SaeTrainer:
 
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
-        state = None if checkpoint is None else files.load_state(checkpoint, self.accelerator.device)
         self.state.max_steps = batches.max_steps()
-        if state is not None:
-            files.check_fits(checkpoint, state, self._identity())
+        state = None
+        if checkpoint is not None:
+            state = agreed(lambda: self.saver.load_weights(checkpoint))
         elif self.args.init_from is not None:
-            heads = open_pretrained(self.args.init_from)
-            load_into(self.bank, match_heads(self.bank.plans.values(), heads), heads)
+            heads = agreed(lambda: open_pretrained(self.args.init_from))
+            load_into(self.bank, match_heads(self.plans.values(), heads), heads)
         else:
             self._initialize_biases(batches)
         if checkpoint is None and self.accelerator.is_main_process:
             files.delete_run(self.output_dir)
-        self.optimizer = build_optimizer(self.bank, self.args, self.lora)
-        self.lr_scheduler = build_scheduler(self.optimizer, self.args, self.state.max_steps)
-        # A LoRA's parameters stay where the LM lies, which may be on several devices.
-        self.bank, self.optimizer = self.accelerator.prepare(
-            self.bank, self.optimizer, device_placement=[self.adapter is None, True]
-        )
+        self.own_optimizer = build_optimizer(self.bank, self.args, self.lora, self.objective.scale)
+        self.lr_scheduler = build_scheduler(self.own_optimizer, self.args, self.state.max_steps)
+        self.bank, self.optimizer = self.spread.prepare(self.bank, self.own_optimizer)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        position = Position() if state is None else self._restore(checkpoint, state)
+        position = Position() if state is None else self.saver.restore(checkpoint, state)
         name = self.args.run_name or self.output_dir.resolve().name
         self.accelerator.init_trackers(name, config=shown_settings(self.args))
         return position
@@ -295,31 +294,24 @@ class SaeTrainer:
             if position.epoch:
                 raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
             for batch in window:
-                for site, rows in self.activations(batch).by_site.items():
-                    new = reduced(self.accelerator, Moments.of(rows))
-                    moments[site] = moments[site].merge(new) if site in moments else new
+                new = {site: Moments.of(rows) for site, rows in self.activations(batch).by_site.items()}
+                for site, one in over_processes(self.spread, new).items():
+                    moments[site] = moments[site].merge(one) if site in moments else one
             # An expert that no token reaches starts where it is.
-            if any(m.count > 0 for m in moments.values()):
+            if any(gathered(any(m.count > 0 for m in moments.values()))):
                 break
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
             head.initialize_biases(moments[plan.reads].mean, moments[plan.predicts].mean)
 
     def _dead_masks(self) -> dict[str, Tensor]:
-        """Dead latents of the heads that have AuxK and some of them dead."""
-        plans = self.accelerator.unwrap_model(self.bank).plans
+        """Dead latents of the heads that have AuxK and some of them dead, on this process or another."""
         masks = {
-            name: count > plans[name].arguments.dead_after_tokens
+            name: count > self.plans[name].arguments.dead_after_tokens
             for name, count in self.tokens_since_fired.items()
-            if plans[name].arguments.auxk_alpha
+            if self.plans[name].arguments.auxk_alpha
         }
-        return {name: mask for name, mask in masks.items() if mask.any()}
-
-    def _clip_gradients(self) -> None:
-        """Head by head, so that one head's update never depends on another's."""
-        if self.args.max_grad_norm is not None:
-            for part in (*self.heads.values(), self.accelerator.unwrap_model(self.bank).adapter):
-                self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+        return {name: mask for name, mask in masks.items() if self.spread.over_latents(mask.sum()) > 0}
 
     def _count(self, result: StepResult, k: dict[str, int]) -> None:
         """Counts steps, tokens and silent latents, and keeps what will be logged."""
@@ -331,21 +323,24 @@ class SaeTrainer:
         self._k = k
 
     def _act_on_control(self, position: Position) -> None:
-        """Logs, evaluates and saves where callbacks asked for it; after a signal, saves and stops."""
+        """Logs, evaluates and saves where callbacks asked for it; after a signal to any process, saves and stops."""
+        stops = any(gathered(self._interruption.requested))
         if self.control.should_log:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:
             self._evaluate_and_keep_best()
-        if self.control.should_save or self._interruption.requested:
-            folder = self._save_checkpoint(position)
-        if self._interruption.requested:
+        if self.control.should_save or stops:
+            folder = self.saver.save_checkpoint(position)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if stops:
             raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
 
     def _write_log(self) -> None:
         values = self._log.flush()
-        values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
-        values |= {f"learning_rate/{group['head']}": float(group["lr"]) for group in self.optimizer.param_groups}
+        values |= {f"learning_rate/{group['head']}": float(group["lr"]) for group in self.own_optimizer.param_groups}
+        values = self.spread.merged(values)
+        values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         values["train/tokens"] = self.state.num_input_tokens_seen
         self.accelerator.log(values, step=self.state.global_step)
         self.state.log_history.append({**values, "step": self.state.global_step})
@@ -353,7 +348,7 @@ class SaeTrainer:
 
     def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         with self.evaluated_weights():
-            return self.objective.evaluate(self.accelerator.unwrap_model(self.bank), batches)
+            return self.objective.evaluate(self.bank, batches)
 
     def _measure_start(self, batches: Batches) -> None:
         """The LM's losses before the first step, on held-out rows, or else on those of that step."""
@@ -373,26 +368,24 @@ class SaeTrainer:
             return metrics
         local = self.args.loss == "fvu"
         losses = (
-            {name: f"eval/fvu/{name}" for name in self.heads} if local else {self.args.loss: f"eval/{self.args.loss}"}
+            {name: f"eval/fvu/{name}" for name in self.plans} if local else {self.args.loss: f"eval/{self.args.loss}"}
         )
         for name, key in losses.items():
             value = metrics[key]
             if value < self.best.get(name, math.inf):
                 self.best[name] = value
-                self._save_best([name] if local else list(self.heads))
+                self._save_best([name] if local else list(self.plans))
         return metrics
 
     def _save_best(self, names: list[str]) -> None:
         folder = self.output_dir / "best"
-        heads = {name: self.heads[name] for name in names}
         with self.evaluated_weights():
-            if self.accelerator.is_main_process and self.args.loss == "fvu":
-                self._save_into(folder, heads)
-            elif self.accelerator.is_main_process:
+            if self.args.loss == "fvu":
+                self.saver.save_into(folder, names)
+            else:
                 # Heads that were trained together are of use only together.
-                with files.staged(folder) as staging:
-                    self._save_into(staging, heads)
-        self.accelerator.wait_for_everyone()
+                with files.staged(folder, self.accelerator) as staging:
+                    self.saver.save_into(staging, names)
 
     def _last_loss(self) -> float:
         """In the latest log, the LM's loss, or the mean FVU over the heads."""
@@ -405,75 +398,16 @@ class SaeTrainer:
         if self.accelerator.is_main_process:
             (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
-    def _save_checkpoint(self, position: Position) -> Path:
-        """Everything that going on needs, complete or absent."""
-        folder = self.output_dir / f"checkpoint-{self.state.global_step}"
-        everyone = gather_object([files.random_state()])
-        if self.accelerator.is_main_process:
-            state = {
-                "identity": self._identity(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.lr_scheduler.state_dict(),
-                "weights": None,
-                "adapter": [parameter.detach() for parameter in self.accelerator.unwrap_model(self.bank).adapter],
-                "tokens_since_fired": self.tokens_since_fired,
-                "initial_metrics": self.initial_metrics,
-                "best": self.best,
-                "position": list(position),
-                "random": everyone,
-            }
-            with files.staged(folder) as staging:
-                self.state.save_to_json(str(staging / "trainer_state.json"))
-                with self.evaluated_weights():
-                    self._save_into(staging, self.heads)
-                if self.args.optim == "signum":
-                    # The heads on disk hold the average; training goes on from where the gradient is taken.
-                    state["weights"] = {name: head.state_dict() for name, head in self.heads.items()}
-                torch.save(state, staging / files.STATE_FILE)
-            files.drop_old(self.output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        return folder
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with a run that goes on from it."""
-        bank = self.accelerator.unwrap_model(self.bank)
-        return {
-            "heads and latents": {name: head.num_latents for name, head in bank.named_heads()},
-            "training.optim": self.args.optim,
-            "heads that train": [name for name, head in bank.named_heads() if head.W_dec.requires_grad],
-            "shapes of a LoRA": [list(parameter.shape) for parameter in bank.adapter],
-        }
-
-    def _save_into(self, folder: Path, heads: dict[str, HeadModel]) -> None:
-        files.save_heads(heads, folder)
-        if self.adapter is not None:
-            from .adapters import save_lora
-
-            save_lora(self.adapter, folder / files.ADAPTER)
-        if self.recipe is not None:
-            self.recipe.save(folder / "recipe.yaml")
-
-    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> Position:
-        for name, head in self.heads.items():
-            weights = state["weights"]
-            head.load_state_dict(weights[name] if weights else load_file(checkpoint / name / "model.safetensors"))
-        for parameter, weights in zip(self.accelerator.unwrap_model(self.bank).adapter, state["adapter"], strict=True):
-            parameter.data.copy_(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.tokens_since_fired = state["tokens_since_fired"]
-        self.initial_metrics, self.best = state["initial_metrics"], state["best"]
-        saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self.state.global_step, self.state.num_input_tokens_seen = saved.global_step, saved.num_input_tokens_seen
-        self.state.log_history = saved.log_history
-        if self.accelerator.process_index < len(state["random"]):
-            files.restore_random_state(state["random"][self.accelerator.process_index])
-        return Position(*state["position"])
-
 
 def _without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
     """An adapter lies in the LM's own modules; what PEFT wraps around the LM is not needed."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _sequence_length(dataset: Any) -> int:
+    """Tokens of a row, to weigh heads by; a usual number where rows have none, or are those of a stream."""
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return 2048
+    return len(dataset[0].get("input_ids", [0]))

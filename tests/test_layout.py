@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "sae_accel"
 LAYERS = [
     {"train"},
     {"report", "trainer"},
-    {"end_to_end"},
+    {"saving", "end_to_end"},
     {"local", "pretrained", "spliced_lm"},
-    {"optim", "batches", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
+    {"spread", "batches"},
+    {"optim", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},
     {"adapters"},
@@ -21,7 +22,8 @@ LAYERS = [
     {"text_sources", "token_file"},
     {"models", "formats"},
     {"ops", "metrics"},
-    {"arguments", "errors", "bitsandbytes_backend", "tables"},
+    {"processes"},
+    {"arguments", "errors", "bitsandbytes_backend", "tables", "rows"},
 ]
 
 

@@ -5,7 +5,8 @@ from sparsify.sign_sgd import SignSGD
 from tiny import tiny_trainer
 
 from sae_accel.arguments import HeadArguments
-from sae_accel.optim import Signum, build_optimizer, default_learning_rate, remove_parallel
+from sae_accel.optim import Signum, build_optimizer, default_learning_rate
+from sae_accel.rows import remove_parallel_
 
 
 def _train(parameter, optimizer, steps):
@@ -49,7 +50,8 @@ def test_decoder_rows_move_and_stay_at_unit_norm(optim):
 
 def test_what_is_left_of_a_gradient_is_orthogonal_to_the_rows():
     rows = torch.nn.functional.normalize(torch.randn(9, 5), dim=-1)
-    left = remove_parallel(torch.randn(9, 5), rows)
+    left = torch.randn(9, 5)
+    remove_parallel_(left, rows)
     torch.testing.assert_close((left * rows).sum(-1), torch.zeros(9), atol=1e-6, rtol=0)
 
 

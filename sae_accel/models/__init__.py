@@ -4,7 +4,8 @@ from .auto import AutoSae, HeadNotFound, SaeHeads
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
-from .modeling_head import HeadModel, HeadOutput, Latents
+from .latent_slice import LatentSlice
+from .modeling_head import BY_LATENT, HeadModel, HeadOutput, Latents
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
 
@@ -14,11 +15,13 @@ for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderMode
     AutoModel.register(_config, _model, exist_ok=True)
 
 __all__ = [
+    "BY_LATENT",
     "AutoSae",
     "HeadConfig",
     "HeadModel",
     "HeadNotFound",
     "HeadOutput",
+    "LatentSlice",
     "Latents",
     "SaeConfig",
     "SaeHeads",

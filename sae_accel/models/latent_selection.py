@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,8 +22,15 @@ class LatentSelection(NamedTuple):
 
 
 def topk(pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, in descending order. See arXiv:2406.04093, section 2.3."""
-    return tuple(pre_activations.topk(k, dim=-1))
+    """
+    The k largest, in descending order. See arXiv:2406.04093, section 2.3. Of fewer latents than k, as a process may hold
+    of a head, each is given, and then -inf.
+    """
+    missing = max(0, k - pre_activations.shape[-1])
+    values, indices = pre_activations.topk(k - missing, dim=-1)
+    return (
+        (F.pad(values, (0, missing), value=-math.inf), F.pad(indices, (0, missing))) if missing else (values, indices)
+    )
 
 
 def groupmax(pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:

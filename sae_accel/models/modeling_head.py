@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +13,15 @@ from ..metrics import squared_error
 from ..metrics import total_variance as variance_of
 from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
-from .latent_selection import SELECTIONS
+from .latent_selection import SELECTIONS, topk
+from .latent_slice import LatentSlice
 
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
 MULTI_TOPK_FACTOR = 4
 MULTI_TOPK_WEIGHT = 1 / 8
+# Parameters with a row for each latent.
+BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec")
 
 
 class Latents(NamedTuple):
@@ -73,6 +77,7 @@ class HeadModel(PreTrainedModel):
         has_skip = getattr(config, "skip_connection", False) and not config.encoder_only
         self.W_dec = None if config.encoder_only else nn.Parameter(torch.empty(config.num_latents, config.d_out))
         self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in)) if has_skip else None
+        self.latent_slice: LatentSlice | None = None
         self.post_init()
 
     @classmethod
@@ -93,6 +98,10 @@ class HeadModel(PreTrainedModel):
             kwargs["subfolder"] = hookpoint
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """Whether `save_pretrained` writes files: wherever it is called so, as another process may hold other heads."""
+        return is_main_process
+
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
         """Two tokens' worth of zeros, `(2, d_in)`."""
@@ -100,8 +109,31 @@ class HeadModel(PreTrainedModel):
 
     @property
     def num_latents(self) -> int:
-        """Latents of the head."""
-        return self.config.num_latents
+        """Latents that are here: those of the config, but for a head whose latents lie on several processes."""
+        return self.encoder.out_features
+
+    def keep_latents(self, latent_slice: LatentSlice) -> None:
+        """
+        Lets go of all latents but those of a slice. From then on `forward` needs every process, takes the same tokens
+        on each, and gives the reconstruction by all latents, with indices that count from the slice's start.
+        """
+        for name, parameter in list(self.named_parameters()):
+            if name in BY_LATENT:
+                module, _, key = name.rpartition(".")
+                own = nn.Parameter(latent_slice.of(parameter.detach()).clone(), parameter.requires_grad)
+                setattr(self.get_submodule(module), key, own)
+        self.encoder.out_features = len(self.encoder.weight)
+        self.latent_slice = latent_slice
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """Of rows for all latents of the head, those for the latents that are here."""
+        return rows if self.latent_slice is None else self.latent_slice.of(rows)
+
+    @torch.no_grad()
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over the parameters of a whole head, by name."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.own_rows(weights[name]) if name in BY_LATENT else weights[name])
 
     def encode(self, activations: Tensor) -> Latents:
         """
@@ -182,6 +214,7 @@ class HeadModel(PreTrainedModel):
         k = self.config.k if k is None else k
         widest = self._multi_topk_width(k) if multi_topk else k
         values, selection = self._encode(tokens, widest, dead_mask)
+        k, widest = self._here(k), self._here(widest)
         acts, chosen = self._activate(values[:, :k]), selection.columns(0, k)
         reconstruction = self._decode(acts, chosen, tokens)
         losses: dict[str, Tensor] = {}
@@ -223,26 +256,45 @@ class HeadModel(PreTrainedModel):
         self.encoder.bias.copy_(-(self.encoder.weight @ centre))
 
     def _activate(self, values: Tensor) -> Tensor:
-        return SELECTIONS[self.config.activation].activate(values)
+        return SELECTIONS[self.config.activation].activate(self._largest(values))
+
+    def _here(self, k: int) -> int:
+        """Of k latents of the head, as many as are selected here."""
+        # Of a slice any may be among the k largest, but of each of its groups one is the largest.
+        if self.latent_slice is None or self.config.activation != "groupmax":
+            return k
+        return k * self.num_latents // self.config.num_latents
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """Values of selected latents, without those that do not stand against other processes'."""
+        if self.latent_slice is None or self.config.activation == "groupmax":
+            return values
+        return self.latent_slice.largest(values)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """What the latents here give, with what those of other processes do."""
+        return part if self.latent_slice is None else self.latent_slice.sum(part)
 
     def _encode(self, tokens: Tensor, k: int, dead_mask: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Pre-activations of the k selected latents and, behind them, of the `d_out / 2` foremost dead ones."""
         choose = SELECTIONS[self.config.activation].select
 
         def select(pre_activations: Tensor) -> tuple[Tensor, Tensor]:
-            values, indices = choose(pre_activations, k)
+            values, indices = choose(pre_activations, self._here(k))
             if dead_mask is None:
                 return values, indices
-            dead = pre_activations.masked_fill_(~dead_mask, -torch.inf).topk(self._k_aux)
-            return torch.cat([values, dead.values], -1), torch.cat([indices, dead.indices], -1)
+            dead = topk(pre_activations.masked_fill_(~dead_mask, -torch.inf), self._k_aux)
+            return torch.cat([values, dead[0]], -1), torch.cat([indices, dead[1]], -1)
 
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        if shift is not None and self.latent_slice is not None:
+            shift = self.latent_slice.shared(shift)
         return sparse_encode(tokens, self.encoder.weight, self.encoder.bias, shift, select)
 
     def _decode(self, acts: Tensor, selection: Selection, tokens: Tensor | None) -> Tensor:
         if self.W_dec is None:
             raise ValueError("The head was loaded with encoder_only=True and cannot decode. Load it without.")
-        reconstruction = sparse_decode(acts, selection, self.W_dec) + self.b_dec
+        reconstruction = self._summed(sparse_decode(acts, selection, self.W_dec)) + self.b_dec
         if self.W_skip is None:
             return reconstruction
         if tokens is None:
@@ -252,19 +304,25 @@ class HeadModel(PreTrainedModel):
     def _auxk_error(self, values: Tensor, selection: Selection, dead_mask: Tensor, residual: Tensor) -> Tensor:
         # Living latents fill up the selection where few are dead; their pre-activation is -inf, and ReLU makes it 0.
         dead = selection.columns(selection.indices.shape[1] - self._k_aux, None)
-        estimate = sparse_decode(nn.functional.relu(values), dead, self.W_dec)
-        return squared_error(residual, estimate) * (dead_mask.sum() / self._k_aux).clamp(max=1.0)
+        estimate = self._summed(
+            sparse_decode(
+                nn.functional.relu(values if self.latent_slice is None else self.latent_slice.largest(values)),
+                dead,
+                self.W_dec,
+            )
+        )
+        return squared_error(residual, estimate) * (self._summed(dead_mask.sum()) / self._k_aux).clamp(max=1.0)
 
     @property
     def _k_aux(self) -> int:
-        return min(max(self.config.d_out // 2, 1), self.num_latents)
+        return min(max(self.config.d_out // 2, 1), self.config.num_latents)
 
     def _multi_topk_width(self, k: int) -> int:
         width = MULTI_TOPK_FACTOR * k
-        if not SELECTIONS[self.config.activation].nests or width > self.num_latents:
+        if not SELECTIONS[self.config.activation].nests or width > self.config.num_latents:
             raise ValueError(
                 f"Multi-TopK selects {width} latents by topk, but the head has activation {self.config.activation!r} "
-                f"and {self.num_latents} latents."
+                f"and {self.config.num_latents} latents."
             )
         return width
 

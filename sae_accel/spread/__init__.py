@@ -1,0 +1,108 @@
+"""How the heads of a run are spread over its processes."""
+
+import os
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ProjectConfiguration
+
+from ..arguments import SaeTrainingArguments
+from ..errors import InputError
+from ..hookpoints import HeadPlan
+from ..trackers import wanted_trackers
+from .exchange import ExchangedActivations
+from .fsdp import FullyShardedHeads
+from .latents import SpreadLatents
+from .modules import SpreadModules
+from .replicated import Replicated
+
+
+__all__ = ["ExchangedActivations", "Replicated", "make_accelerator", "spread_heads"]
+
+
+def make_accelerator(args: SaeTrainingArguments) -> Accelerator:
+    """
+    The Accelerator of a run, as the user's `accelerate config` or environment says.
+
+    Raises:
+        `InputError`: if it asks for FSDP of version 1.
+    """
+    accelerator = Accelerator(
+        log_with=wanted_trackers(args.report_to),
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+        ),
+        step_scheduler_with_optimizer=False,
+        # Gradients would else be held twice.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise InputError(
+            "The Accelerate configuration asks for DeepSpeed, which Accelerate does not use where it is told to use CPUs. "
+            "Unset ACCELERATE_USE_CPU (use_cpu in a file) and set DS_ACCELERATOR=cpu, or do without DeepSpeed."
+        )
+    if _is_set("ACCELERATE_USE_FSDP"):
+        plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise InputError("The Accelerate configuration has FSDP of version 1. Set fsdp_version: 2 in it.")
+        # Accelerate does not shard on CPUs of itself, though FSDP works there.
+        if accelerator.distributed_type == DistributedType.MULTI_CPU:
+            accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
+    return accelerator
+
+
+def spread_heads(
+    args: SaeTrainingArguments, accelerator: Accelerator, plans: list[HeadPlan], ctx_len: int
+) -> Replicated:
+    """
+    The way that the recipe and the Accelerate configuration ask for.
+
+    Args:
+        args (`SaeTrainingArguments`): Whether to distribute modules or latents.
+        accelerator (`Accelerator`): Whether to use FSDP or DeepSpeed.
+        plans (`list[HeadPlan]`): All heads of the run.
+        ctx_len (`int`): Tokens in a sequence.
+
+    Raises:
+        `InputError`: if they do not go together.
+    """
+    kind = accelerator.distributed_type
+    own_way = next((name for name in ("distribute_modules", "distribute_latents") if getattr(args, name)), None)
+    by_accelerate = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind)
+    if own_way and by_accelerate:
+        raise InputError(
+            f"training.{own_way}: the Accelerate configuration asks for {by_accelerate}. Use a plain one of several "
+            f"processes, or remove {own_way}."
+        )
+    _check_optimizer(args, by_accelerate or own_way)
+    if accelerator.num_processes == 1 and not by_accelerate:
+        return Replicated(accelerator, plans)
+    if args.distribute_modules:
+        return SpreadModules(
+            accelerator, plans, args.per_device_train_batch_size * ctx_len * accelerator.num_processes
+        )
+    if args.distribute_latents:
+        return SpreadLatents(accelerator, plans)
+    if kind == DistributedType.FSDP:
+        return FullyShardedHeads(accelerator, plans)
+    if kind == DistributedType.DEEPSPEED:
+        from .zero import ZeroHeads
+
+        return ZeroHeads(accelerator, plans, args.per_device_train_batch_size)
+    return Replicated(accelerator, plans)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _check_optimizer(args: SaeTrainingArguments, way: str | None) -> None:
+    if way in ("FSDP", "DeepSpeed", "distribute_latents") and args.optim in ("muon", "adam8bit"):
+        raise InputError(
+            f"training.optim: {args.optim} works on whole matrices, of which {way} gives each process a part. Use signum or "
+            "adam, or DDP or distribute_modules."
+        )
+    if way == "DeepSpeed" and args.max_grad_norm is not None:
+        raise InputError(
+            "training.max_grad_norm: DeepSpeed updates a head's parameters one by one, so that its gradient's norm is not "
+            "known. Remove it, or use FSDP, DDP or distribute_modules."
+        )

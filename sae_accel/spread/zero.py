@@ -1,0 +1,115 @@
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..bank import SaeBank
+from ..errors import InputError
+from ..hookpoints import HeadPlan
+from ..models import HeadModel, SaeModel, TranscoderModel
+from ..rows import Cut
+from .replicated import Replicated
+
+
+class ZeroHeads(Replicated):
+    """
+    DeepSpeed's ZeRO, stages 1 to 3: every process holds an equal piece of the optimizer's state, and in stage 3 of the
+    parameters. The pieces are flat, with no regard to rows.
+
+    Args:
+        accelerator (`Accelerator`): With a DeepSpeed configuration, whose batch sizes are set here.
+        plans (`list[HeadPlan]`): All heads of the run.
+        batch_size (`int`): Sequences in a batch.
+
+    Raises:
+        `InputError`: if something in the configuration cannot be had.
+    """
+
+    def __init__(self, accelerator: Accelerator, plans: list[HeadPlan], batch_size: int):
+        super().__init__(accelerator, plans)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config.get("zero_optimization", {})
+        self.stage = zero.get("stage", 0)
+        if self.stage == 0:
+            raise InputError(
+                "The DeepSpeed configuration has ZeRO stage 0, which is plain DDP. Use stage 1, 2 or 3, or DDP."
+            )
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            raise InputError(
+                "The DeepSpeed configuration has offload_optimizer, which puts DeepSpeed's own Adam in the place of the "
+                "optimizers here. Remove it, or use distribute_modules or distribute_latents to spend less memory."
+            )
+        if config.get("gradient_clipping", 0) not in (0, "auto"):
+            raise InputError(
+                "The DeepSpeed configuration has gradient_clipping, which would clip all heads as one. Remove it."
+            )
+        if config.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+            raise InputError(
+                "The DeepSpeed configuration has gradient_accumulation_steps. Set them in the recipe, and there 1 or auto."
+            )
+        # Accumulation and clipping are the run's own; DeepSpeed is told of single batches.
+        config |= {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "train_batch_size": batch_size * accelerator.num_processes,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+        }
+
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Heads and optimizer, ready to train."""
+        if self.stage == 3:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # A head uses its encoder's weight without running the module that holds it.
+            set_z3_leaf_modules(bank, [SaeModel, TranscoderModel])
+        engine, prepared = self.accelerator.prepare(bank, optimizer)
+        self.zero = engine.optimizer
+        for group, flat in self.optimized(optimizer):
+            group["is_part"] = True
+            if group["unit_norm"]:
+                group["cut"] = Cut(self.accelerator.process_index * flat.numel(), *group["whole_shape"])
+        return engine, prepared
+
+    def optimized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
+        """Each group, and the flat piece that is optimized here. Stage 3 puts it there for the time of a step only."""
+        if self.stage < 3:
+            yield from super().optimized(optimizer)
+            return
+        for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            yield optimizer.param_groups[self.zero.sub_group_to_group_id[index]], flat
+
+    def weights(self, head: HeadModel) -> dict[str, Tensor]:
+        """The parameters of a whole head by name."""
+        if self.stage < 3:
+            return super().weights(head)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+
+    def renew(self) -> None:
+        """Takes what was changed in the optimizer's pieces over into the parameters."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            self.zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+            self.zero._unflatten_partitioned_parameters(index)
+
+    def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
+        """All pieces, in the parameter's shape."""
+        pieces = [torch.empty_like(part) for _ in range(self.accelerator.num_processes)]
+        dist.all_gather(pieces, part.contiguous())
+        shape = torch.Size(group["whole_shape"])
+        return torch.cat(pieces)[: shape.numel()].view(shape)
+
+    def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
+        """The piece of this process, filled up with zeros."""
+        start = self.accelerator.process_index * parameter.numel()
+        own = torch.zeros_like(parameter)
+        piece = whole.flatten()[start : start + parameter.numel()]
+        own[: piece.numel()] = piece
+        return own
