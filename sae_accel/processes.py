@@ -117,12 +117,18 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_launched() -> None:
     """
-    Checks that as many processes were started as `accelerate launch` was asked for: on CPUs it starts one a machine.
+    Checks that as many processes train together as were started, and as many were started as `accelerate launch` was
+    asked for: on CPUs it starts one a machine.
 
     Raises:
-        `InputError`: if fewer are here.
+        `InputError`: if there are fewer.
     """
     here, asked = int(os.environ.get("WORLD_SIZE", 1)), _asked_processes()
+    if this_process().num_processes < here:
+        raise InputError(
+            f"{here} processes were started, but there is no device for each, so that Accelerate takes each for alone. "
+            "Set ACCELERATE_USE_CPU=true to train on CPUs."
+        )
     if asked is not None and here < asked:
         raise InputError(
             f"accelerate launch was asked for {asked} processes, but started {here}, as it does on CPUs. Start them with "

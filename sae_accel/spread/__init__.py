@@ -1,13 +1,20 @@
 """How the heads of a run are spread over its processes."""
 
 import os
+from contextlib import nullcontext
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    patch_environment,
+)
 
 from ..arguments import SaeTrainingArguments
 from ..errors import InputError
 from ..hookpoints import HeadPlan
+from ..processes import this_process
 from ..trackers import wanted_trackers
 from .exchange import ExchangedActivations
 from .fsdp import FullyShardedHeads
@@ -26,26 +33,23 @@ def make_accelerator(args: SaeTrainingArguments) -> Accelerator:
     Raises:
         `InputError`: if it asks for FSDP of version 1.
     """
-    accelerator = Accelerator(
-        log_with=wanted_trackers(args.report_to),
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
-        ),
-        step_scheduler_with_optimizer=False,
-        # Gradients would else be held twice.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise InputError(
-            "The Accelerate configuration asks for DeepSpeed, which Accelerate does not use where it is told to use CPUs. "
-            "Unset ACCELERATE_USE_CPU (use_cpu in a file) and set DS_ACCELERATOR=cpu, or do without DeepSpeed."
+    # Of itself Accelerate uses neither DeepSpeed nor FSDP where it is told to use CPUs, though both work there.
+    on_cpus = this_process().distributed_type == DistributedType.MULTI_CPU
+    with patch_environment(ACCELERATE_USE_CPU=not _is_set("ACCELERATE_USE_DEEPSPEED")) if on_cpus else nullcontext():
+        accelerator = Accelerator(
+            log_with=wanted_trackers(args.report_to),
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+            ),
+            step_scheduler_with_optimizer=False,
+            # Gradients would else be held twice.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if _is_set("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
         plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
         if plugin.fsdp_version != 2:
             raise InputError("The Accelerate configuration has FSDP of version 1. Set fsdp_version: 2 in it.")
-        # Accelerate does not shard on CPUs of itself, though FSDP works there.
-        if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        if on_cpus:
             accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
     return accelerator
 

@@ -67,6 +67,8 @@ class ZeroHeads(Replicated):
             set_z3_leaf_modules(bank, [SaeModel, TranscoderModel])
         engine, prepared = self.accelerator.prepare(bank, optimizer)
         self.zero = engine.optimizer
+        if self.stage == 3 and self.accelerator.device.type == "cpu":
+            _let_go_of_gradients(self.zero, bank)
         for group, flat in self.optimized(optimizer):
             group["is_part"] = True
             if group["unit_norm"]:
@@ -113,3 +115,14 @@ class ZeroHeads(Replicated):
         piece = whole.flatten()[start : start + parameter.numel()]
         own[: piece.numel()] = piece
         return own
+
+
+def _let_go_of_gradients(zero: Any, bank: SaeBank) -> None:
+    """DeepSpeed would ask a CPU's tensors for their stream before it lets go of them."""
+    zero_grad = zero.zero_grad
+
+    def without_streams(set_to_none: bool = True) -> None:
+        bank.zero_grad(set_to_none=True)
+        zero_grad(set_to_none=set_to_none)
+
+    zero.zero_grad = without_streams
