@@ -9,7 +9,7 @@ from torch import Tensor
 from ..bank import SaeBank
 from ..errors import InputError
 from ..hookpoints import HeadPlan
-from ..models import HeadModel, SaeModel, TranscoderModel
+from ..models import HeadModel
 from ..rows import Cut
 from .replicated import Replicated
 
@@ -60,15 +60,10 @@ class ZeroHeads(Replicated):
 
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Heads and optimizer, ready to train."""
-        if self.stage == 3:
-            from deepspeed.utils import set_z3_leaf_modules
-
-            # A head uses its encoder's weight without running the module that holds it.
-            set_z3_leaf_modules(bank, [SaeModel, TranscoderModel])
         engine, prepared = self.accelerator.prepare(bank, optimizer)
         self.zero = engine.optimizer
-        if self.stage == 3 and self.accelerator.device.type == "cpu":
-            _let_go_of_gradients(self.zero, bank)
+        if self.stage == 3:
+            _gather_encoders_with_heads(bank)
         for group, flat in self.optimized(optimizer):
             group["is_part"] = True
             if group["unit_norm"]:
@@ -117,12 +112,10 @@ class ZeroHeads(Replicated):
         return own
 
 
-def _let_go_of_gradients(zero: Any, bank: SaeBank) -> None:
-    """DeepSpeed would ask a CPU's tensors for their stream before it lets go of them."""
-    zero_grad = zero.zero_grad
+def _gather_encoders_with_heads(bank: SaeBank) -> None:
+    """A head uses its encoder's parameters without running the module that holds them, which is when stage 3 gathers."""
+    import deepspeed
 
-    def without_streams(set_to_none: bool = True) -> None:
-        bank.zero_grad(set_to_none=True)
-        zero_grad(set_to_none=set_to_none)
-
-    zero.zero_grad = without_streams
+    for _, head in bank.named_heads():
+        for parameter in head.encoder.parameters():
+            deepspeed.zero.register_external_parameter(head, parameter)
