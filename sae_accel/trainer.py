@@ -101,7 +101,7 @@ class SaeTrainer:
             model.to(self.accelerator.device)
         self.plans = {plan.name: plan for plan in plans}
         self.spread = spread_heads(args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset))
-        self.bank = SaeBank(self.spread.plans, build=self.spread.build).to(self.accelerator.device)
+        self.bank = SaeBank(self.spread.plans, build=self.spread.build).to(self.spread.starting_device)
         widths = site_widths(plans)
         self.activations = self.spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))
         self.lora, self.adapter = lora, None if lora is None else self._add_lora(model, plans, lora)
@@ -188,7 +188,9 @@ class SaeTrainer:
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         self.save_model()
         self._save_metrics(metrics)
-        self.accelerator.end_training()
+        # Not end_training, which would part the processes, so that nothing could be evaluated after.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return TrainOutput(self.state.global_step, self._last_loss(), metrics)
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:

@@ -8,7 +8,7 @@ from sae_accel.hookpoints import plan_heads
 from sae_accel.recipe import load_recipe
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,
@@ -16,6 +16,14 @@ SMOLLM2 = LlamaConfig(
     num_hidden_layers=30,
     num_attention_heads=9,
     num_key_value_heads=3,
+)
+LLAMA3 = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
 )
 ARCHITECTURES = {
     "quickstart": SMOLLM2,
@@ -26,14 +34,8 @@ ARCHITECTURES = {
         vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
     ),
     "gpt2": GPT2Config(),
-    "llama3": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
+    "llama3": LLAMA3,
+    "llama3-all": LLAMA3,
 }
 HEADS = {
     "quickstart": ["layers.1", "layers.3", "layers.3.mlp"],
@@ -43,6 +45,7 @@ HEADS = {
     "pythia-160m": [f"layers.{i}.mlp" for i in range(12)] + ["layers.6/k32", "layers.6/k64", "layers.6/k128"],
     "gpt2": [f"h.{i}.attn" for i in range(12)] + [f"h.{i}.mlp.act" for i in range(12)],
     "llama3": ["layers.16", "layers.24"],
+    "llama3-all": [f"layers.{i}" for i in range(0, 32, 2)],
 }
 
 

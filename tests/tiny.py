@@ -1,5 +1,10 @@
 """Language models, data and runs small enough to be made on the spot."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -106,6 +111,20 @@ def command_words(place, tmp_path, **changes) -> list[str]:
         "training.report_to": "none",
     } | changes
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.CompletedProcess:
+    """Processes on CPUs, started as users start them, with the package of this checkout."""
+    root = Path(__file__).parent.parent
+    variables = {"PYTHONPATH": f"{root}:{root / 'tests'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(processes), *map(str, words)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | variables | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 class Stop(TrainerCallback):

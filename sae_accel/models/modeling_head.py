@@ -252,7 +252,7 @@ class HeadModel(PreTrainedModel):
             target_mean (`torch.Tensor` of shape `(d_out,)`): Mean of what it should reproduce.
         """
         self.b_dec.copy_(target_mean)
-        centre = input_mean.to(self.dtype) - (self.b_dec if self.config.apply_b_dec_to_input else 0)
+        centre = input_mean.to(self.b_dec) - (self.b_dec if self.config.apply_b_dec_to_input else 0)
         self.encoder.bias.copy_(-(self.encoder.weight @ centre))
 
     def _activate(self, values: Tensor) -> Tensor:

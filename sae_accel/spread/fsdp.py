@@ -1,5 +1,6 @@
 import torch
 from torch import Tensor
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..bank import SaeBank
@@ -10,8 +11,16 @@ from .replicated import Replicated
 class FullyShardedHeads(Replicated):
     """FSDP, version 2: every process holds some rows of each parameter, which meet while a head is at work."""
 
+    @property
+    def starting_device(self) -> torch.device:
+        """The CPU: no device has to hold all heads whole, for they go to it one after the other, in parts."""
+        return torch.device("cpu")
+
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[SaeBank, torch.optim.Optimizer]:
         """Heads and optimizer, ready to train."""
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted({type(head).__name__ for _, head in bank.named_heads()})
         bank, prepared = self.accelerator.prepare(bank, optimizer)
         for group in optimizer.param_groups:
             group["is_part"] = True

@@ -37,6 +37,11 @@ class Replicated:
         """The plan in words, for the user; empty if there is nothing to say."""
         return ""
 
+    @property
+    def starting_device(self) -> torch.device:
+        """Where heads lie until they are prepared."""
+        return self.accelerator.device
+
     def build(self, plan: HeadPlan) -> HeadModel:
         """A fresh head, or what this process holds of it."""
         return build_head(plan)

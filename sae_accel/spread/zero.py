@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..bank import SaeBank
 from ..errors import InputError
@@ -30,6 +31,8 @@ class ZeroHeads(Replicated):
 
     def __init__(self, accelerator: Accelerator, plans: list[HeadPlan], batch_size: int):
         super().__init__(accelerator, plans)
+        # For stage 3 Accelerate has transformers cut up whatever it loads; here DeepSpeed is for the heads that train.
+        unset_hf_deepspeed_config()
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         zero = config.get("zero_optimization", {})
         self.stage = zero.get("stage", 0)

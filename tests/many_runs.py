@@ -1,0 +1,38 @@
+"""Several runs one after the other on the processes of one launch, which takes far longer than they do: torchrun starts it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+
+from sae_accel.command_line import parse_command_line
+from sae_accel.errors import InputError
+from sae_accel.processes import this_process
+from sae_accel.spread import ExchangedActivations
+from sae_accel.train import run
+
+
+def main(folder: Path) -> None:
+    for name, one in json.loads((folder / "runs.json").read_text()).items():
+        kind = this_process().distributed_type
+        os.environ.update(one["environment"])
+        found = {}
+        try:
+            trainer = run(parse_command_line(one["words"]))
+            found = {"spread": type(trainer.spread).__name__, "heads": list(trainer.heads)}
+            if isinstance(trainer.activations, ExchangedActivations):
+                found["bytes_sent"] = trainer.activations.bytes_sent
+        except InputError as error:
+            found = {"refused": str(error)}
+        (folder / f"{name}.{this_process().process_index}.json").write_text(json.dumps(found))
+        for variable in one["environment"]:
+            del os.environ[variable]
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        this_process().distributed_type = kind
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
