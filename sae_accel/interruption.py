@@ -12,8 +12,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interruption:
     """
-    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; the
-    second stops at once. Outside the main thread, which alone receives signals, it does nothing.
+    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; a second
+    Ctrl-C stops at once, but not a second SIGTERM, since launchers send several. Outside the main thread, which alone
+    receives signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,5 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         logger.warning("Stopping after this step, and saving a checkpoint. Once more to stop at once.")

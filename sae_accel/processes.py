@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import os
+import signal
 import sys
 import threading
 import time
@@ -209,6 +210,9 @@ class Watch:
 
     def _explain(self, error: BaseException) -> None:
         """Says why this process ends; if it ends because another did, that is the reason that counts."""
+        if threading.current_thread() is threading.main_thread():
+            # The launcher, which ends all once one has ended, must leave time to say so.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
         if not self.process.is_main_process:
             if not lost:

@@ -26,6 +26,7 @@ from .processes import (
 )
 from .recipe import Recipe
 from .report import closing_message
+from .spread import place_heads
 from .trainer import SaeTrainer
 
 
@@ -100,6 +101,8 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
         return None
     if training.loss != "fvu":
         check_end_to_end(plans)
+    if training.distribute_modules:
+        place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
     if recipe.lora is not None:
         from .adapters import lora_targets
 

@@ -16,12 +16,15 @@ from sae_accel.train import run
 
 def main(folder: Path) -> None:
     for name, one in json.loads((folder / "runs.json").read_text()).items():
+        one = {"environment": {}} | one
         kind = this_process().distributed_type
         os.environ.update(one["environment"])
         found = {}
         try:
-            trainer = run(parse_command_line(one["words"]))
+            words = [word.replace("{process}", str(this_process().process_index)) for word in one["words"]]
+            trainer = run(parse_command_line(words))
             found = {"spread": type(trainer.spread).__name__, "heads": list(trainer.heads)}
+            found["tokens"] = trainer.state.num_input_tokens_seen
             if isinstance(trainer.activations, ExchangedActivations):
                 found["bytes_sent"] = trainer.activations.bytes_sent
         except InputError as error:

@@ -1,13 +1,12 @@
 """The same run on one process and on several, in every way in which heads can be spread over them."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import command_words, torchrun
+from tiny import command_words, run_together
 
 from sae_accel.models import AutoSae
 from sae_accel.train import main
@@ -45,6 +44,7 @@ NAMES = [*SAES, "layers.1.mlp"]
 # Adam and signum make whole steps of that. So adam starts anew and its transcoder is not compared; signum goes on from heads.
 COMPARED = {"adam": SAES, "signum": NAMES}
 HELD_OUT = 12
+BIT_EXACT = ("ddp", "modules")
 
 
 def _words(place, folder, processes, **changes):
@@ -106,14 +106,13 @@ def together(request, place, alone, tmp_path_factory):
             "words": _words(place, folder, processes, **more, **changes),
             "environment": environment,
         }
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(processes, [os.path.join(os.path.dirname(__file__), "many_runs.py"), folder], folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return SimpleNamespace(processes=processes, folder=folder)
-
-
-def _found(together, name):
-    return [json.loads((together.folder / f"{name}.{i}.json").read_text()) for i in range(together.processes)]
+        if way in BIT_EXACT:
+            again = {
+                "training.output_dir": folder / f"{way}-again",
+                "training.resume_from_checkpoint": folder / f"{way}-signum" / "checkpoint-2",
+            }
+            runs[f"{way}-again"] = {"words": _words(place, folder, processes, **more | again, **changes)}
+    return SimpleNamespace(processes=processes, folder=folder, found=run_together(processes, runs, folder)[0])
 
 
 def _state(folder, name):
@@ -133,7 +132,7 @@ def _assert_same_heads(one, other, names=NAMES):
 @pytest.mark.parametrize("optim", COMPARED)
 def test_weights_metrics_and_state_are_those_of_one_process(alone, together, way, optim):
     name = f"{way}-{optim}"
-    assert {one["spread"] for one in _found(together, name)} == {WAYS[way][0]}
+    assert {one["spread"] for one in together.found[name]} == {WAYS[way][0]}
     _assert_same_heads(alone / optim, together.folder / name, COMPARED[optim])
     left_out = {name for name in NAMES if name not in COMPARED[optim]}
     expected, found = (json.loads((f / "metrics.json").read_text()) for f in (alone / optim, together.folder / name))
@@ -163,8 +162,17 @@ def test_a_run_goes_on_from_the_checkpoint_of_one_process(alone, together, way):
     _assert_same_heads(alone / "signum", together.folder / f"{way}-resumed")
 
 
+@pytest.mark.parametrize("way", BIT_EXACT)
+def test_a_run_that_goes_on_on_as_many_processes_ends_bit_for_bit_like_one_that_never_stopped(together, way):
+    assert (together.folder / f"{way}-again" / "checkpoint-4").is_dir()
+    for name in NAMES:
+        whole, again = (_state(together.folder / f"{way}-{run}", name) for run in ("signum", "again"))
+        assert all(torch.equal(value, again["weights"][key]) for key, value in whole["weights"].items())
+        assert torch.equal(whole["tokens_since_fired"], again["tokens_since_fired"])
+
+
 def test_modules_are_dealt_out_whole_and_activations_go_to_their_owners_alone(together):
-    found = _found(together, "modules-adam")
+    found = together.found["modules-adam"]
     assert sorted(name for one in found for name in one["heads"]) == sorted(NAMES)
     assert all(one["heads"] for one in found)
     # Besides training, activations were exchanged to start from and for evaluation: 4 steps of 2 batches, the first of

@@ -1,5 +1,6 @@
 """Language models, data and runs small enough to be made on the spot."""
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.Comp
         capture_output=True,
         text=True,
     )
+
+
+def run_together(processes: int, runs: dict[str, dict], folder, **environment) -> tuple[dict[str, list[dict]], str]:
+    """
+    Runs by name, each with its `words` and `environment`, on the processes of one launch.
+
+    Returns:
+        `tuple`: by run what each process found, and what was printed on standard error.
+    """
+    (folder / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(processes, [Path(__file__).with_name("many_runs.py"), folder], folder, **environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = {name: [json.loads((folder / f"{name}.{i}.json").read_text()) for i in range(processes)] for name in runs}
+    return found, done.stderr
 
 
 class Stop(TrainerCallback):

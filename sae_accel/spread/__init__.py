@@ -20,10 +20,11 @@ from .exchange import ExchangedActivations
 from .fsdp import FullyShardedHeads
 from .latents import SpreadLatents
 from .modules import SpreadModules
+from .placement import place_heads
 from .replicated import Replicated
 
 
-__all__ = ["ExchangedActivations", "Replicated", "make_accelerator", "spread_heads"]
+__all__ = ["ExchangedActivations", "Replicated", "make_accelerator", "place_heads", "spread_heads"]
 
 
 def make_accelerator(args: SaeTrainingArguments) -> Accelerator:
