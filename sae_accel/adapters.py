@@ -48,8 +48,8 @@ class Adapter:
         self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
         if isinstance(self.config, PromptLearningConfig):
             raise InputError(
-                f"model.adapter: {arguments.adapter!r} is of type {self.config.peft_type.value}, which changes what the "
-                "LM reads and not its modules. Use an adapter such as LoRA."
+                f"model.adapter: {arguments.adapter!r} is of type {self.config.peft_type.value}, which changes what "
+                "the LM reads and not its modules. Use an adapter such as LoRA."
             )
 
     def auto_class(self, config: PreTrainedConfig) -> type:

@@ -187,12 +187,12 @@ class SaeTrainingArguments:
     )
     distribute_modules: bool = _option(
         False,
-        "With several processes: each holds some of the heads, dealt by cost, and trains them on all tokens; else each "
-        "holds all.",
+        "With several processes: each holds some of the heads, dealt by cost, and trains them on all tokens; else "
+        "each holds all.",
     )
     distribute_latents: bool = _option(
         False,
-        "With several processes: each holds a part of the latents of every head, for heads that are larger than a device.",
+        "With several processes: each holds a part of the latents of every head, for heads larger than a device.",
     )
     init_from: str | None = _option(
         None, "Folder or Hub repo from which each head starts, from the head of the same name; new heads if not set."

@@ -121,8 +121,8 @@ class SaeBank(nn.Module):
 
 def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
     """
-    What is counted of a head's forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`, the
-    number of activations above zero, and `uses`, that number by latent.
+    What is counted of a head's forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`,
+    the number of activations above zero, and `uses`, that number by latent.
     """
     indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
     uses = Selection(indices, head.num_latents).scatter((output.top_acts > 0).float())

@@ -69,8 +69,8 @@ def check_objective(training: SaeTrainingArguments, heads: list[HeadArguments], 
         raise InputError("training.distribute_latents: it does not go with distribute_modules. Remove one of them.")
     if ways and not local:
         raise InputError(
-            f"training.{ways[0]}: with loss {training.loss} each process needs every head whole, in its own pass of the "
-            f"LM. Remove it, or set loss: fvu."
+            f"training.{ways[0]}: with loss {training.loss} each process needs every head whole, in its own pass of "
+            f"the LM. Remove it, or set loss: fvu."
         )
     if local and training.fvu_weight:
         raise InputError("training.fvu_weight: it goes with loss ce or kl. Remove it, or set training.loss.")

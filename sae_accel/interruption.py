@@ -12,9 +12,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interruption:
     """
-    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; a second
-    Ctrl-C stops at once, but not a second SIGTERM, since launchers send several. Outside the main thread, which alone
-    receives signals, it does nothing.
+    While open, the first Ctrl-C or SIGTERM sets `requested`, so that a step can end and a checkpoint be saved; a
+    second Ctrl-C stops at once, but not a second SIGTERM, since launchers send several. Outside the main thread,
+    which alone receives signals, it does nothing.
     """
 
     def __init__(self) -> None:

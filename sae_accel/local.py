@@ -64,7 +64,8 @@ class LocalObjective:
         self, bank: Any, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
     ) -> StepResult:
         """
-        Leaves in the bank's parameters the gradient of the loss on an accumulation window, but for the factors `scale`.
+        Leaves in the bank's parameters the gradient of the loss on an accumulation window, but for the factors
+        `scale`.
 
         Every squared error is divided by the target's variance over the whole window and all processes. That is known
         only at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.

@@ -22,8 +22,8 @@ from .errors import InputError
 
 T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
-# Seconds between two signs of life, and without one after which a process counts as dead: below a minute, but longer than
-# any call that keeps other threads of its process from running.
+# Seconds between two signs of life, and without one after which a process counts as dead: below a minute, but longer
+# than any call that keeps other threads of its process from running.
 BEAT, SILENCE = 1.0, 45.0
 # In what gloo and NCCL say when the process at the other end is no more.
 _LOST = ("Connection", "connection", "closed by peer", "NCCL", "Broken pipe", "timed out", "Timed out")
@@ -100,8 +100,8 @@ def check_alike(settings: dict[str, Any]) -> None:
         for key in everyone[0] | other:
             if everyone[0].get(key) != other.get(key):
                 raise InputError(
-                    f"{key}: process 0 has {everyone[0].get(key)!r}, but process {index} has {other.get(key)!r}. Start "
-                    "all processes with one recipe and one installation."
+                    f"{key}: process 0 has {everyone[0].get(key)!r}, but process {index} has {other.get(key)!r}. "
+                    "Start all processes with one recipe and one installation."
                 )
 
 
@@ -127,13 +127,13 @@ def check_launched() -> None:
     here, asked = int(os.environ.get("WORLD_SIZE", 1)), _asked_processes()
     if this_process().num_processes < here:
         raise InputError(
-            f"{here} processes were started, but there is no device for each, so that Accelerate takes each for alone. "
-            "Set ACCELERATE_USE_CPU=true to train on CPUs."
+            f"{here} processes were started, but there is no device for each, so that Accelerate takes each for "
+            "alone. Set ACCELERATE_USE_CPU=true to train on CPUs."
         )
     if asked is not None and here < asked:
         raise InputError(
-            f"accelerate launch was asked for {asked} processes, but started {here}, as it does on CPUs. Start them with "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} -m sae_accel.train ..., or ask for 1."
+            f"accelerate launch was asked for {asked} processes, but started {here}, as it does on CPUs. Start them "
+            f"with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} -m sae_accel.train ..., or ask for 1."
         )
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-# Rows are worked on in slices, since each is read and written several times: on a CPU such as stay in a core's cache, on
-# a GPU such as bound the memory of what is computed on the way.
+# Rows are worked on in slices, since each is read and written several times: on a CPU such as stay in a core's cache,
+# on a GPU such as bound the memory of what is computed on the way.
 SLICE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
 
 
@@ -79,7 +79,7 @@ def remove_parallel_(grad: Tensor, rows: Tensor, cut: Cut | None = None) -> None
 
 
 def normalize_rows_(rows: Tensor, cut: Cut | None = None) -> Tensor:
-    """Brings each row of `(num_latents, d_out)` to norm 1, in place; `cut` says which piece of them a flat tensor is."""
+    """Brings each row of `(num_latents, d_out)` to norm 1, in place; `cut` says which piece a flat tensor is."""
     tiny = torch.finfo(rows.dtype).tiny
     if cut is None:
         return rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(tiny))

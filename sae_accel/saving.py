@@ -14,8 +14,8 @@ from .errors import InputError
 
 class Saver:
     """
-    Writes a run's heads and checkpoints, and goes on from these. A checkpoint holds each head whole, with the optimizer's
-    state for it, so that a run may go on from it on another number of processes or spread in another way.
+    Writes a run's heads and checkpoints, and goes on from these. A checkpoint holds each head whole, with the
+    optimizer's state for it, so that a run may go on from it on another number of processes or spread in another way.
 
     Args:
         trainer ([`SaeTrainer`]): The run.

@@ -1,4 +1,4 @@
-"""Several runs one after the other on the processes of one launch, which takes far longer than they do: torchrun starts it."""
+"""Several runs one after the other on the processes of one launch, which takes longer than they do. By torchrun."""
 
 import json
 import os

@@ -41,7 +41,8 @@ HEADS = [
 SAES = ["layers.1", "layers.2", "layers.0/wide", "layers.0"]
 NAMES = [*SAES, "layers.1.mlp"]
 # The gradient of a new transcoder's b_dec, which starts as the mean of what it predicts, is zero but for rounding, and
-# Adam and signum make whole steps of that. So adam starts anew and its transcoder is not compared; signum goes on from heads.
+# Adam and signum make whole steps of that. So adam starts anew and its transcoder is not compared; signum goes on
+# from heads.
 COMPARED = {"adam": SAES, "signum": NAMES}
 HELD_OUT = 12
 BIT_EXACT = ("ddp", "modules")

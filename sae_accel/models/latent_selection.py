@@ -23,8 +23,8 @@ class LatentSelection(NamedTuple):
 
 def topk(pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
-    The k largest, in descending order. See arXiv:2406.04093, section 2.3. Of fewer latents than k, as a process may hold
-    of a head, each is given, and then -inf.
+    The k largest, in descending order. See arXiv:2406.04093, section 2.3. Of fewer latents than k, as a process may
+    hold of a head, each is given, and then -inf.
     """
     missing = max(0, k - pre_activations.shape[-1])
     values, indices = pre_activations.topk(k - missing, dim=-1)

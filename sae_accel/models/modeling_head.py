@@ -99,7 +99,7 @@ class HeadModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """Whether `save_pretrained` writes files: wherever it is called so, as another process may hold other heads."""
+        """Whether `save_pretrained` writes files: wherever it is called, as each process may hold its own heads."""
         return is_main_process
 
     @property

@@ -103,11 +103,11 @@ def _is_set(variable: str) -> bool:
 def _check_optimizer(args: SaeTrainingArguments, way: str | None) -> None:
     if way in ("FSDP", "DeepSpeed", "distribute_latents") and args.optim in ("muon", "adam8bit"):
         raise InputError(
-            f"training.optim: {args.optim} works on whole matrices, of which {way} gives each process a part. Use signum or "
-            "adam, or DDP or distribute_modules."
+            f"training.optim: {args.optim} works on whole matrices, of which {way} gives each process a part. Use "
+            "signum or adam, or DDP or distribute_modules."
         )
     if way == "DeepSpeed" and args.max_grad_norm is not None:
         raise InputError(
-            "training.max_grad_norm: DeepSpeed updates a head's parameters one by one, so that its gradient's norm is not "
-            "known. Remove it, or use FSDP, DDP or distribute_modules."
+            "training.max_grad_norm: DeepSpeed updates a head's parameters one by one, so that its gradient's norm is "
+            "not known. Remove it, or use FSDP, DDP or distribute_modules."
         )

@@ -12,11 +12,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 class ExchangedActivations:
     """
-    Activations of the tokens of all processes, at the sites that each process asks for: every process runs the LM on its
-    own tokens and sends each activation to those processes alone that need it, in the precision that it has.
+    Activations of the tokens of all processes, at the sites that each process asks for: every process runs the LM on
+    its own tokens and sends each activation to those processes alone that need it, in the precision that it has.
 
-    For a site of width `d` that one process of `n` needs, `d * (n - 1) / n` values a token are sent, where gathering all
-    on every process would send `d * (n - 1)`. Beside that go 8 bytes a site and 8 more, from each process to each other.
+    For a site of width `d` that one process of `n` needs, `d * (n - 1) / n` values a token are sent, where gathering
+    all on every process would send `d * (n - 1)`. Beside that go 8 bytes a site and 8 more, from each process to each
+    other.
 
     Args:
         activations ([`RunningLM`]): Those of this process's tokens.

@@ -16,9 +16,9 @@ from .replicated import Replicated
 
 class SpreadLatents(Replicated):
     """
-    Every process holds some latents of each head, and all work on the tokens of all processes (`distribute_latents`), for
-    heads that are larger than a device. Each token's latents are chosen among those of all processes, exactly, and the
-    parts of its reconstruction are added up.
+    Every process holds some latents of each head, and all work on the tokens of all processes (`distribute_latents`),
+    for heads that are larger than a device. Each token's latents are chosen among those of all processes, exactly,
+    and the parts of its reconstruction are added up.
 
     Args:
         accelerator (`Accelerator`): Which process this is.
@@ -79,14 +79,14 @@ def _bounds(plan: HeadPlan, processes: int) -> list[int]:
     groups = config.k if config.activation == "groupmax" else config.num_latents
     if config.activation == "groupmax" and entry.k_decay_steps:
         raise InputError(
-            f"training.distribute_latents: head {plan.name!r} has groupmax with k_decay_steps, whose groups change and "
-            "would not stay on one process. Remove one of the three."
+            f"training.distribute_latents: head {plan.name!r} has groupmax with k_decay_steps, whose groups change "
+            "and would not stay on one process. Remove one of the three."
         )
     if groups < processes:
         what = "groups" if config.activation == "groupmax" else "latents"
         raise InputError(
-            f"training.distribute_latents: head {plan.name!r} has {groups} {what}, fewer than the {processes} processes. "
-            "Start fewer, or use a wider head."
+            f"training.distribute_latents: head {plan.name!r} has {groups} {what}, fewer than the {processes} "
+            "processes. Start fewer, or use a wider head."
         )
     size = config.num_latents // groups
     return [index * groups // processes * size for index in range(processes + 1)]

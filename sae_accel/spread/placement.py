@@ -5,15 +5,15 @@ from ..hookpoints import HeadPlan
 from ..tables import aligned
 
 
-# What a parameter costs in a step beside its part in the products with tokens: gradients, optimizer and norms pass over
-# it some dozen times, which takes as long as this many tokens' products.
+# What a parameter costs in a step beside its part in the products with tokens: gradients, optimizer and norms pass
+# over it some dozen times, which takes as long as this many tokens' products.
 TOKENS_A_PARAMETER = 1000
 
 
 def place_heads(plans: list[HeadPlan], processes: int, tokens: int) -> list[list[HeadPlan]]:
     """
-    Deals heads to processes so that each has about as much to do as every other: the costliest first, each to the process
-    with the least so far, or of several such the one that reads the same activations already.
+    Deals heads to processes so that each has about as much to do as every other: the costliest first, each to the
+    process with the least so far, or of several such the one that reads the same activations already.
 
     Args:
         plans (`list[HeadPlan]`): All heads of the run.
@@ -28,8 +28,8 @@ def place_heads(plans: list[HeadPlan], processes: int, tokens: int) -> list[list
     """
     if len(plans) < processes:
         raise InputError(
-            f"training.distribute_modules: there are {len(plans)} heads for {processes} processes, so that some would hold "
-            f"none. Start at most {len(plans)} processes, train more heads, or use distribute_latents or plain DDP."
+            f"training.distribute_modules: there are {len(plans)} heads for {processes} processes, so that some would "
+            f"hold none. Start at most {len(plans)}, train more heads, or use distribute_latents or plain DDP."
         )
     loads = [0] * processes
     sites: list[set] = [set() for _ in range(processes)]

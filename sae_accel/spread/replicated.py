@@ -14,8 +14,8 @@ from ..models import HeadModel
 
 class Replicated:
     """
-    Every process holds every head, and trains it on tokens of its own: one process alone, or DDP. The other ways in which
-    heads may be spread over processes differ from it in what they override.
+    Every process holds every head, and trains it on tokens of its own: one process alone, or DDP. The other ways in
+    which heads may be spread over processes differ from it in what they override.
 
     Args:
         accelerator (`Accelerator`): Prepares heads and optimizer, and reduces over processes.

@@ -42,8 +42,8 @@ class ZeroHeads(Replicated):
             )
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             raise InputError(
-                "The DeepSpeed configuration has offload_optimizer, which puts DeepSpeed's own Adam in the place of the "
-                "optimizers here. Remove it, or use distribute_modules or distribute_latents to spend less memory."
+                "The DeepSpeed configuration has offload_optimizer, which puts DeepSpeed's own Adam in the place of "
+                "the optimizers here. Remove it, or use distribute_modules or distribute_latents to spend less memory."
             )
         if config.get("gradient_clipping", 0) not in (0, "auto"):
             raise InputError(
@@ -51,7 +51,7 @@ class ZeroHeads(Replicated):
             )
         if config.get("gradient_accumulation_steps", 1) not in (1, "auto"):
             raise InputError(
-                "The DeepSpeed configuration has gradient_accumulation_steps. Set them in the recipe, and there 1 or auto."
+                "The DeepSpeed configuration has gradient_accumulation_steps. Set them in the recipe; here, 1 or auto"
             )
         # Accumulation and clipping are the run's own; DeepSpeed is told of single batches.
         config |= {
@@ -116,7 +116,7 @@ class ZeroHeads(Replicated):
 
 
 def _gather_encoders_with_heads(bank: SaeBank) -> None:
-    """A head uses its encoder's parameters without running the module that holds them, which is when stage 3 gathers."""
+    """A head uses its encoder's parameters without running that module, and stage 3 gathers what a module runs on."""
     import deepspeed
 
     for _, head in bank.named_heads():
