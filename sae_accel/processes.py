@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 
 from .errors import InputError
 
@@ -62,6 +63,27 @@ def gathered(value: Any) -> list[Any]:
     if process.num_processes > 1:
         dist.all_gather_object(values, value, group=_patient_group())
     return values
+
+
+def collected(part: Tensor) -> list[Tensor] | None:
+    """
+    Each process's `part`, on the CPU of the main process; None on the others. No device holds more than its own.
+
+    Args:
+        part (`torch.Tensor`): Of one dtype on all processes, and of one size but in its first dimension.
+    """
+    process = this_process()
+    own = part.detach().cpu().contiguous()
+    lengths = gathered(len(own))
+    if not process.is_main_process:
+        if len(own):
+            dist.send(own, 0, group=_patient_group())
+        return None
+    pieces = [own, *(own.new_empty(length, *own.shape[1:]) for length in lengths[1:])]
+    for source, piece in enumerate(pieces):
+        if source and len(piece):
+            dist.recv(piece, source, group=_patient_group())
+    return pieces
 
 
 def first_on_node(work: Callable[[], T], task: str) -> T:

@@ -138,21 +138,18 @@ class Saver:
     def _save_states(self, staging: Path) -> None:
         """Beside each head, what training it needs and using it does not."""
         trainer = self.trainer
-        optimizer: dict[str, dict[str, dict]] = {}
-        for head, parameter, state in self.spread.states(trainer.heads, trainer.own_optimizer):
-            optimizer.setdefault(head, {})[parameter] = state
         for name, head in trainer.heads.items():
-            weights = None
-            if trainer.args.optim == "signum":
-                weights = self.spread.weights(head)
-            counts = self.spread.whole(head, "encoder.bias", trainer.tokens_since_fired[name])
-            part = {"weights": weights, "optimizer": optimizer.get(name, {}), "tokens_since_fired": counts}
+            part = {
+                "weights": self.spread.weights(head) if trainer.args.optim == "signum" else None,
+                "optimizer": self.spread.states(name, head, trainer.own_optimizer),
+                "tokens_since_fired": self.spread.whole(head, "encoder.bias", trainer.tokens_since_fired[name]),
+            }
             if self.spread.writes(name):
                 torch.save(part, staging / name / files.STATE_FILE)
         if trainer.adapter is not None and self.accelerator.is_main_process:
             adapter = self.accelerator.unwrap_model(trainer.bank).adapter
             weights = {str(i): parameter.detach() for i, parameter in enumerate(adapter)}
-            part = {"weights": weights, "optimizer": optimizer.get("lora", {})}
+            part = {"weights": weights, "optimizer": self.spread.states("lora", None, trainer.own_optimizer)}
             torch.save(part, staging / files.ADAPTER / files.STATE_FILE)
 
     def _load_part(self, checkpoint: Path, name: str) -> dict[str, Any]:
@@ -161,7 +158,8 @@ class Saver:
             raise InputError(
                 f"Checkpoint {str(checkpoint)!r} has no {name}/{files.STATE_FILE}. Resume from another one."
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: of a head that is cut up a process takes its own rows alone.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _bring_to(scheduler: Any, step: int) -> None:

@@ -100,7 +100,9 @@ class SaeTrainer:
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
         self.plans = {plan.name: plan for plan in plans}
-        self.spread = spread_heads(args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset))
+        self.spread = spread_heads(
+            args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset), with_lora=lora is not None
+        )
         self.bank = SaeBank(self.spread.plans, build=self.spread.build).to(self.spread.starting_device)
         widths = site_widths(plans)
         self.activations = self.spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))

@@ -19,16 +19,6 @@ class LatentSlice:
         """Of rows of all latents, those of the latents here."""
         return rows[self.bounds[self.index] : self.bounds[self.index + 1]]
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """With rows of the latents here, those of all latents, on every process."""
-        sizes = [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
-        # Of one size, as a gather asks.
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        pieces = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(pieces, padded)
-        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
-
     def sum(self, part: Tensor) -> Tensor:
         """The sum of every process's part, whose gradient each process has already."""
         return _Sum.apply(part)

@@ -56,7 +56,7 @@ def make_accelerator(args: SaeTrainingArguments) -> Accelerator:
 
 
 def spread_heads(
-    args: SaeTrainingArguments, accelerator: Accelerator, plans: list[HeadPlan], ctx_len: int
+    args: SaeTrainingArguments, accelerator: Accelerator, plans: list[HeadPlan], ctx_len: int, with_lora: bool = False
 ) -> Replicated:
     """
     The way that the recipe and the Accelerate configuration ask for.
@@ -66,6 +66,7 @@ def spread_heads(
         accelerator (`Accelerator`): Whether to use FSDP or DeepSpeed.
         plans (`list[HeadPlan]`): All heads of the run.
         ctx_len (`int`): Tokens in a sequence.
+        with_lora (`bool`, defaults to `False`): Whether a LoRA in the LM trains beside the heads.
 
     Raises:
         `InputError`: if they do not go together.
@@ -77,6 +78,11 @@ def spread_heads(
         raise InputError(
             f"training.{own_way}: the Accelerate configuration asks for {by_accelerate}. Use a plain one of several "
             f"processes, or remove {own_way}."
+        )
+    if with_lora and by_accelerate:
+        raise InputError(
+            f"lora: the Accelerate configuration asks for {by_accelerate}, which would cut up a LoRA that the whole LM "
+            "runs on. Use a plain one of several processes (DDP), or remove lora."
         )
     _check_optimizer(args, by_accelerate or own_way)
     if accelerator.num_processes == 1 and not by_accelerate:

@@ -5,6 +5,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..bank import SaeBank
 from ..models import HeadModel
+from ..processes import collected
 from .replicated import Replicated
 
 
@@ -27,8 +28,9 @@ class FullyShardedHeads(Replicated):
         return bank, prepared
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
-        """All rows of it."""
-        return part.full_tensor() if isinstance(part, DTensor) else part
+        """With the rows that other processes hold."""
+        pieces = collected(part.to_local()) if isinstance(part, DTensor) else None
+        return part if pieces is None else torch.cat(pieces)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The rows of this process."""

@@ -10,6 +10,7 @@ from ..bank import SaeBank, build_head
 from ..errors import InputError
 from ..hookpoints import HeadPlan
 from ..models import BY_LATENT, HeadModel, LatentSlice
+from ..processes import collected
 from .exchange import ExchangedActivations
 from .replicated import Replicated
 
@@ -65,12 +66,13 @@ class SpreadLatents(Replicated):
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """With the rows of the latents that other processes hold."""
-        return head.latent_slice.gathered(part) if name in BY_LATENT else part
+        pieces = collected(part) if name in BY_LATENT else None
+        return part if pieces is None else torch.cat(pieces)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The rows of this process's latents."""
         own = head.latent_slice.of(whole) if group["parameter"] in BY_LATENT else whole
-        return own.to(parameter.device)
+        return own.to(parameter.device, copy=True)
 
 
 def _bounds(plan: HeadPlan, processes: int) -> list[int]:

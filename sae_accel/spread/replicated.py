@@ -84,12 +84,13 @@ class Replicated:
         """Takes what was changed in what is optimized over into the parameters, where these are not the same."""
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
-        """The parameters of a whole head by name. Every process that holds some of it must ask."""
+        """The parameters of a whole head by name, for the process that writes it. Every one that holds some must ask."""
         return {name: self.whole(head, name, parameter.detach()) for name, parameter in head.named_parameters()}
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """
-        A parameter, or a tensor that has an element for each of its own or each of its rows.
+        A parameter, or a tensor that has an element for each of its own or each of its rows. The process that writes the
+        head gets all, on the CPU if it does not hold all of it; what others get is of no use.
 
         Args:
             head (`HeadModel`): The head, or what this process holds of it.
@@ -103,15 +104,18 @@ class Replicated:
         for group in optimizer.param_groups:
             yield group, group["params"][0]
 
-    def states(self, heads: dict[str, HeadModel], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, dict]]:
-        """The optimizer's state by head and parameter, whole. Every process must ask."""
-        for group, parameter in self.optimized(optimizer):
-            head = heads.get(group["head"])
-            state = {
+    def states(self, name: str, head: HeadModel | None, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+        """
+        The optimizer's state for a head, or for a LoRA, by parameter: whole for the process that writes it, as in `whole`.
+        """
+        return {
+            group["parameter"]: {
                 key: self.whole_state(head, group, value) if _belongs(value, parameter) else value
                 for key, value in optimizer.state[parameter].items()
             }
-            yield group["head"], group["parameter"], state
+            for group, parameter in self.optimized(optimizer)
+            if group["head"] == name
+        }
 
     def load_states(
         self, heads: dict[str, HeadModel], optimizer: torch.optim.Optimizer, states: dict[str, dict[str, dict]]
@@ -132,7 +136,7 @@ class Replicated:
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """Of a tensor of the optimizer's state, what this process holds."""
-        return whole.to(parameter.device)
+        return whole.to(parameter.device, copy=True)
 
 
 def _belongs(value: Any, parameter: Tensor) -> bool:

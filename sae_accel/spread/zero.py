@@ -2,7 +2,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -11,6 +10,7 @@ from ..bank import SaeBank
 from ..errors import InputError
 from ..hookpoints import HeadPlan
 from ..models import HeadModel
+from ..processes import collected
 from ..rows import Cut
 from .replicated import Replicated
 
@@ -82,13 +82,17 @@ class ZeroHeads(Replicated):
             yield optimizer.param_groups[self.zero.sub_group_to_group_id[index]], flat
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
-        """The parameters of a whole head by name."""
+        """The parameters of a whole head by name, for the main process; of one at a time a device holds all."""
         if self.stage < 3:
             return super().weights(head)
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(head.parameters())):
-            return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+        weights = {}
+        for name, parameter in head.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.accelerator.is_main_process:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights
 
     def renew(self) -> None:
         """Takes what was changed in the optimizer's pieces over into the parameters."""
@@ -101,10 +105,9 @@ class ZeroHeads(Replicated):
 
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
         """All pieces, in the parameter's shape."""
-        pieces = [torch.empty_like(part) for _ in range(self.accelerator.num_processes)]
-        dist.all_gather(pieces, part.contiguous())
+        pieces = collected(part)
         shape = torch.Size(group["whole_shape"])
-        return torch.cat(pieces)[: shape.numel()].view(shape)
+        return part if pieces is None else torch.cat(pieces)[: shape.numel()].view(shape)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The piece of this process, filled up with zeros."""
