@@ -1,3 +1,9 @@
+import logging
+
+
+# transformers imports bitsandbytes wherever it is installed, which on some CPUs says then that a kernel could be had.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 from .activations import Activations, RunningLM
 from .arguments import DataArguments, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .data import chunk_and_tokenize, load_tokens

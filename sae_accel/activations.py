@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data import token_mask
-from .hooks import Site, capture, token_model
+from .hooks import Site, capture, is_sharded, token_model
 
 
 @dataclass
@@ -66,6 +66,7 @@ class RunningLM:
         self.exclude_tokens = exclude_tokens
         self.widths = widths
         self.options = without_cache(token_model(self.base_model))
+        self.sharded = is_sharded(self.base_model)
 
     def __call__(self, batch: dict[str, Tensor]) -> Activations:
         """
@@ -76,6 +77,10 @@ class RunningLM:
         mask = token_mask(batch, self.exclude_tokens)
         device = next(iter(batch.values())).device
         if not len(next(iter(batch.values()))):
+            if self.sharded:
+                # Other processes, which have rows, cannot gather the layers without this one.
+                row = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}
+                capture(self.base_model, self.sites, {**row, **self.options})
             return Activations({site: self._none(site, device) for site in self.sites}, 0)
         part = None if mask is None or mask.all() else mask
         by_site = capture(self.base_model, self.sites, {**batch, **self.options}, part)

@@ -39,6 +39,11 @@ class ModelArguments:
     max_memory: dict[str, Any] | None = _option(
         None, "With device_map: memory to use by device, such as {0: 20GiB, cpu: 60GiB}.", device_keys=True
     )
+    shard: bool = _option(
+        False,
+        "With several processes and loss fvu: each holds a part of every layer of the LM, and gathers one layer at a "
+        "time as it runs; else each holds all of it.",
+    )
     attn_implementation: str | None = _option(
         None,
         "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set.",

@@ -1,6 +1,7 @@
 import logging
 
 import torch
+from torch import nn
 
 from .errors import InputError
 
@@ -36,3 +37,13 @@ def require_bitsandbytes(field: str, value: str) -> None:
             f"machine. Remove {field}, or install one that has."
         )
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """
+    Keeps an LM's 4-bit weights as they are on CPUs with AVX512-BF16, where bitsandbytes would pack them in its first
+    forward pass without gradients, for a product that has none and that takes no odd widths.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .errors import InputError
 from .models.auto import NOT_HEADS
+from .processes import this_process
 
 
 # The schedules that need nothing but a warm-up and a length.
@@ -134,6 +135,34 @@ def check_model(model: ModelArguments) -> None:
     if model.quantization is not None and model.gguf_file is not None:
         raise InputError(
             "model.quantization: the weights of a gguf_file are dequantised when they are read. Remove one of the two."
+        )
+    if model.shard and model.quantization is not None:
+        raise InputError("model.shard: quantised weights cannot be cut. Remove shard or model.quantization.")
+    if model.shard and model.device_map is not None:
+        raise InputError(
+            "model.shard: it puts a part of every layer on each process's device, and model.device_map whole modules "
+            "on devices of its own. Remove one of the two."
+        )
+
+
+def check_sharding(*, predicts: bool) -> None:
+    """
+    Checks whether this run can share an LM out over its processes.
+
+    Args:
+        predicts (`bool`): Whether the LM is to run with its head, for an end-to-end loss.
+
+    Raises:
+        `InputError`: if gradients are to flow through the LM, or there is one process.
+    """
+    if predicts:
+        raise InputError(
+            "model.shard: with loss ce or kl, and so with a lora, gradients flow through the LM, and a process needs "
+            "all of it. Remove shard, or set training.loss to fvu."
+        )
+    if this_process().num_processes == 1:
+        raise InputError(
+            "model.shard: there is one process, so there is nothing to share the LM with. Start several, or remove it."
         )
 
 

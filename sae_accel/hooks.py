@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from .errors import InputError
@@ -86,7 +87,7 @@ def capture(
     base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any], mask: Tensor | None = None
 ) -> dict[Site, Tensor]:
     """
-    Runs the LM up to the last of `sites`, and no further.
+    Runs the LM up to the last of `sites`, and no further, but for the rest of the layer if the LM is sharded.
 
     Args:
         base_model (`PreTrainedModel`): The LM without its head.
@@ -103,6 +104,7 @@ def capture(
         `InputError`: if a site was not reached, or it cannot be told which of its activations `mask` keeps.
     """
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    completed_by = {site: _completed_by(base_model, site) for site in sites}
     waiting = set(sites)
     tokens = None if mask is None else mask.flatten().nonzero().squeeze(-1)
 
@@ -116,7 +118,7 @@ def capture(
             )
         # A copy, because some modules go on to change their input or output in place.
         found[site].append(rows.clone() if tokens is None else rows[tokens.to(rows.device)])
-        if site.within is None:
+        if completed_by[site] is None:
             done(site)
 
     def done(site: Site) -> None:
@@ -126,10 +128,9 @@ def capture(
 
     with ExitStack() as stack:
         stack.enter_context(record(base_model, sites, keep))
-        for site in sites:
-            if site.within is not None:
-                around = base_model.get_submodule(site.within)
-                stack.callback(around.register_forward_hook(lambda *_, site=site: done(site)).remove)
+        for site, module in completed_by.items():
+            if module is not None:
+                stack.callback(module.register_forward_hook(lambda *_, site=site: done(site)).remove)
         try:
             token_model(base_model)(**inputs)
         except _AllRecorded:
@@ -137,3 +138,23 @@ def capture(
     if missing := [site for site in sites if not found[site] and site.within is None]:
         raise InputError(f"The forward pass of the LM did not reach the {missing[0].side} of {missing[0].module!r}.")
     return {site: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for site, pieces in found.items() if pieces}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some module's parameters lie in parts on several processes, which must then all run it together."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _completed_by(base_model: PreTrainedModel, site: Site) -> nn.Module | None:
+    """
+    The module at whose end a site has all that is to come, and a forward pass may be ended. None if one may be ended
+    as soon as the site is reached.
+
+    A pass that ended inside a sharded module would leave its parameters gathered, so it goes on to the end of the
+    outermost one around the site, where FSDP's own hook, which is older than any here, has let go of them.
+    """
+    last = site.module if site.within is None else site.within
+    parts = last.split(".")
+    around = [base_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    sharded = (module for module in around if isinstance(module, FSDPModule))
+    return next(sharded, None if site.within is None else around[-1])

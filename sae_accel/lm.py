@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .arguments import ModelArguments
-from .bitsandbytes_backend import require_bitsandbytes
+from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
+from .checks import check_sharding
 from .errors import InputError
+from .sharding import modules_to_shard, shard_in_turn
 
 
 def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> PreTrainedModel:
@@ -30,10 +33,12 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
 
     Raises:
         `InputError`: if there is no such model, it has no head that predicts the next token where one is needed, the
-            adapter does not fit it, or it cannot be quantised on this machine.
+            adapter does not fit it, or it cannot be quantised on this machine or sharded in this run.
     """
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
+    if arguments.shard:
+        check_sharding(predicts=predicts)
     with reading(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         if predicts:
@@ -47,6 +52,8 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
             )
     if adapter is not None:
         adapter.check(model)
+    if arguments.shard:
+        modules_to_shard(model)
     return model
 
 
@@ -57,13 +64,18 @@ def load_lm(
     The frozen LM in evaluation mode, with its adapter if it is to carry one.
 
     Args:
-        arguments ([`ModelArguments`]): Which LM, and in which precision.
+        arguments ([`ModelArguments`]): Which LM, and in which precision. With `shard`, every process must call this.
         predicts (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
         device (`torch.device`, *optional*): Where a quantised LM is loaded to, unless there is a `device_map`.
 
     Raises:
         `InputError`: if there is no such model, it cannot be read, or its files lack weights of a head that is needed.
+            With `shard` on all processes, if it is raised on one, and if it cannot be sharded in this run.
     """
+    if arguments.shard:
+        check_sharding(predicts=predicts)
+        whole = replace(arguments, shard=False)
+        return shard_in_turn(lambda: load_lm(whole, predicts=predicts, device=device))
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
     with reading(arguments):
@@ -82,6 +94,8 @@ def load_lm(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
             "predict tokens. Use files with its head, or loss: fvu."
         )
+    if arguments.quantization == "4bit":
+        keep_unpacked(model)
     if adapter is not None:
         adapter.put_onto(model)
     return model.requires_grad_(False).eval()

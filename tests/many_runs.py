@@ -25,6 +25,8 @@ def main(folder: Path) -> None:
             trainer = run(parse_command_line(words))
             found = {"spread": type(trainer.spread).__name__, "heads": list(trainer.heads)}
             found["tokens"] = trainer.state.num_input_tokens_seen
+            lm = getattr(trainer.activations, "activations", trainer.activations).base_model
+            found["lm_parameters"] = sum(getattr(p, "_local_tensor", p).numel() for p in lm.parameters())
             if isinstance(trainer.activations, ExchangedActivations):
                 found["bytes_sent"] = trainer.activations.bytes_sent
         except InputError as error:

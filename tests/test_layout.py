@@ -15,7 +15,7 @@ LAYERS = [
     {"optim", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},
-    {"adapters"},
+    {"adapters", "sharding"},
     {"hookpoints"},
     {"splicing", "probe", "recipe", "data"},
     {"hooks", "checks"},

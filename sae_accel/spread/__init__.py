@@ -81,8 +81,8 @@ def spread_heads(
         )
     if with_lora and by_accelerate:
         raise InputError(
-            f"lora: the Accelerate configuration asks for {by_accelerate}, which would cut up a LoRA that the whole LM "
-            "runs on. Use a plain one of several processes (DDP), or remove lora."
+            f"lora: the Accelerate configuration asks for {by_accelerate}, which would cut up a LoRA that the whole "
+            "LM runs on. Use a plain one of several processes (DDP), or remove lora."
         )
     _check_optimizer(args, by_accelerate or own_way)
     if accelerator.num_processes == 1 and not by_accelerate:

@@ -84,13 +84,13 @@ class Replicated:
         """Takes what was changed in what is optimized over into the parameters, where these are not the same."""
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
-        """The parameters of a whole head by name, for the process that writes it. Every one that holds some must ask."""
+        """Parameters of a whole head by name, for the process that writes it. Every one that holds some must ask."""
         return {name: self.whole(head, name, parameter.detach()) for name, parameter in head.named_parameters()}
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """
-        A parameter, or a tensor that has an element for each of its own or each of its rows. The process that writes the
-        head gets all, on the CPU if it does not hold all of it; what others get is of no use.
+        A parameter, or a tensor that has an element for each of its own or each of its rows. The process that writes
+        the head gets all, on the CPU if it does not hold all of it; what others get is of no use.
 
         Args:
             head (`HeadModel`): The head, or what this process holds of it.
@@ -106,7 +106,8 @@ class Replicated:
 
     def states(self, name: str, head: HeadModel | None, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
         """
-        The optimizer's state for a head, or for a LoRA, by parameter: whole for the process that writes it, as in `whole`.
+        The optimizer's state for a head, or for a LoRA, by parameter: whole for the process that writes it, as in
+        `whole`.
         """
         return {
             group["parameter"]: {
