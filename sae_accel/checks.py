@@ -8,7 +8,6 @@ from transformers import SchedulerType
 from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .errors import InputError
 from .models.auto import NOT_HEADS
-from .processes import this_process
 
 
 # The schedules that need nothing but a warm-up and a length.
@@ -145,12 +144,13 @@ def check_model(model: ModelArguments) -> None:
         )
 
 
-def check_sharding(*, predicts: bool) -> None:
+def check_sharding(*, predicts: bool, processes: int) -> None:
     """
     Checks whether this run can share an LM out over its processes.
 
     Args:
         predicts (`bool`): Whether the LM is to run with its head, for an end-to-end loss.
+        processes (`int`): How many there are.
 
     Raises:
         `InputError`: if gradients are to flow through the LM, or there is one process.
@@ -160,7 +160,7 @@ def check_sharding(*, predicts: bool) -> None:
             "model.shard: with loss ce or kl, and so with a lora, gradients flow through the LM, and a process needs "
             "all of it. Remove shard, or set training.loss to fvu."
         )
-    if this_process().num_processes == 1:
+    if processes == 1:
         raise InputError(
             "model.shard: there is one process, so there is nothing to share the LM with. Start several, or remove it."
         )

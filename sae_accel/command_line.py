@@ -26,6 +26,9 @@ USAGE = """\
 Trains SAEs and transcoders on the activations of a language model.
 
   accelerate launch -m sae_accel.train [RECIPE] [--section.field value ...]
+  python -m sae_accel.train [RECIPE] [--section.field value ...] --dry-run [PROCESSES]
+
+The second prints what each process of a run would hold and need of memory, and trains nothing.
 
 Examples:
 
@@ -65,6 +68,25 @@ def parse_command_line(argv: list[str]) -> Recipe:
     if has_recipe:
         return load_recipe(argv[0], overrides)
     return Recipe.from_dict(with_values({}, overrides), "command line")
+
+
+def split_dry_run(argv: list[str]) -> tuple[list[str], int | None]:
+    """
+    The words without `--dry-run [PROCESSES]`, and for how many processes it asks: 0 for as many as were started, None
+    if it is not there.
+
+    Raises:
+        `InputError`: if what follows it is no number of processes.
+    """
+    if "--dry-run" not in argv:
+        return argv, None
+    place = argv.index("--dry-run")
+    before, after = argv[:place], argv[place + 1 :]
+    if not after or after[0].startswith("--"):
+        return before + after, 0
+    if not (after[0].isdigit() and int(after[0])):
+        raise InputError(f"--dry-run: expected a number of processes, or none for as many as run, found {after[0]}.")
+    return before + after[1:], int(after[0])
 
 
 def help_text(width: int) -> str:

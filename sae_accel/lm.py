@@ -20,6 +20,7 @@ from .arguments import ModelArguments
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
 from .checks import check_sharding
 from .errors import InputError
+from .processes import this_process
 from .sharding import modules_to_shard, shard_in_turn
 
 
@@ -38,7 +39,7 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
     if arguments.shard:
-        check_sharding(predicts=predicts)
+        check_sharding(predicts=predicts, processes=this_process().num_processes)
     with reading(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         if predicts:
@@ -73,7 +74,7 @@ def load_lm(
             With `shard` on all processes, if it is raised on one, and if it cannot be sharded in this run.
     """
     if arguments.shard:
-        check_sharding(predicts=predicts)
+        check_sharding(predicts=predicts, processes=this_process().num_processes)
         whole = replace(arguments, shard=False)
         return shard_in_turn(lambda: load_lm(whole, predicts=predicts, device=device))
     if arguments.quantization is not None:

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,17 @@ def row_slices(*tensors: Tensor, cut: Cut | None = None) -> Iterator[tuple[Tenso
         return
     rows = max(1, SLICE_ELEMENTS.get(first.device.type, 2**26) * len(first) // first.numel())
     yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+@contextmanager
+def few_slices(elements: int) -> Iterator[None]:
+    """While open, slices have at least this many elements, for those whose time goes with the number of slices."""
+    before = dict(SLICE_ELEMENTS)
+    SLICE_ELEMENTS.update({device: max(size, elements) for device, size in before.items()})
+    try:
+        yield
+    finally:
+        SLICE_ELEMENTS.update(before)
 
 
 def remove_parallel_(grad: Tensor, rows: Tensor, cut: Cut | None = None) -> None:

@@ -1,4 +1,5 @@
 import atexit
+import os
 import sys
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from transformers.utils import logging as transformers_logging
 
 from .bitsandbytes_backend import require_bitsandbytes
 from .checkpoint import newest_complete, where_to_begin
-from .command_line import parse_command_line
+from .command_line import parse_command_line, split_dry_run
 from .data import load_tokens
 from .end_to_end import check_end_to_end
 from .errors import InputError
@@ -117,6 +118,26 @@ def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
         print(matches_table(matches, heads))
 
 
+def show_plan(recipe: Recipe, processes: int | None = None) -> None:
+    """
+    Prints what each process of a run would hold and need of memory.
+
+    Args:
+        recipe ([`Recipe`]): The run.
+        processes (`int`, *optional*): How many processes; as many as were started if not given.
+
+    Raises:
+        `InputError`: if the run would be refused for its LM, its heads or the number of processes.
+    """
+    # Nothing else would make use of this, and those who train need not wait for it to be imported.
+    from .memory import Launch, memory_table, plan_memory
+
+    launch = Launch.of(recipe.training, processes)
+    plan = plan_memory(recipe, launch)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(memory_table(plan, launch))
+
+
 def _what_is_left(output_dir: Path) -> str:
     newest = newest_complete(output_dir)
     return f"The newest whole checkpoint is {newest}." if newest else "There is no checkpoint yet."
@@ -128,6 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     atexit.register(end_processes)
     try:
+        words, planned = split_dry_run(words)
+        if planned is not None:
+            show_plan(parse_command_line(words), planned or None)
+            return 0
         run(agreed(lambda: parse_command_line(words)))
     except (InputError, ProcessDied) as error:
         _say(error)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main(folder: Path) -> None:
             words = [word.replace("{process}", str(this_process().process_index)) for word in one["words"]]
             trainer = run(parse_command_line(words))
             found = {"spread": type(trainer.spread).__name__, "heads": list(trainer.heads)}
+            found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             found["tokens"] = trainer.state.num_input_tokens_seen
             lm = getattr(trainer.activations, "activations", trainer.activations).base_model
             found["lm_parameters"] = sum(getattr(p, "_local_tensor", p).numel() for p in lm.parameters())

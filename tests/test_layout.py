@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "sae_accel"
 # Each line may import from itself and those below it.
 LAYERS = [
     {"train"},
+    {"memory"},
+    {"rehearsal"},
     {"report", "trainer"},
     {"saving", "end_to_end"},
     {"local", "pretrained", "spliced_lm"},
@@ -23,7 +25,7 @@ LAYERS = [
     {"models", "formats"},
     {"ops", "metrics"},
     {"processes"},
-    {"arguments", "errors", "bitsandbytes_backend", "tables", "rows"},
+    {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory"},
 ]
 
 

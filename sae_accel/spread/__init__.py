@@ -18,13 +18,13 @@ from ..processes import this_process
 from ..trackers import wanted_trackers
 from .exchange import ExchangedActivations
 from .fsdp import FullyShardedHeads
-from .latents import SpreadLatents
+from .latents import SpreadLatents, latent_bounds
 from .modules import SpreadModules
 from .placement import place_heads
 from .replicated import Replicated
 
 
-__all__ = ["ExchangedActivations", "Replicated", "make_accelerator", "place_heads", "spread_heads"]
+__all__ = ["ExchangedActivations", "Replicated", "latent_bounds", "make_accelerator", "place_heads", "spread_heads"]
 
 
 def make_accelerator(args: SaeTrainingArguments) -> Accelerator:

@@ -32,7 +32,7 @@ class SpreadLatents(Replicated):
     def __init__(self, accelerator: Accelerator, plans: list[HeadPlan]):
         super().__init__(accelerator, plans)
         self.gradient_factor = 1
-        self.bounds = {plan.name: _bounds(plan, accelerator.num_processes) for plan in plans}
+        self.bounds = {plan.name: latent_bounds(plan, accelerator.num_processes) for plan in plans}
 
     @property
     def description(self) -> str:
@@ -75,8 +75,13 @@ class SpreadLatents(Replicated):
         return own.to(parameter.device, copy=True)
 
 
-def _bounds(plan: HeadPlan, processes: int) -> list[int]:
-    """Where the latents of each process begin, and the end of the last."""
+def latent_bounds(plan: HeadPlan, processes: int) -> list[int]:
+    """
+    Where the latents of each process begin in a head, and the end of the last.
+
+    Raises:
+        `InputError`: if the head cannot be cut so.
+    """
     config, entry = plan.config, plan.arguments
     groups = config.k if config.activation == "groupmax" else config.num_latents
     if config.activation == "groupmax" and entry.k_decay_steps:

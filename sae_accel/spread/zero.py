@@ -17,7 +17,7 @@ from .replicated import Replicated
 
 # Elements that DeepSpeed may hold beside its parts, where the configuration does not say. Its own choices, made for
 # models of many small layers, are a bucket of 2 GB, and 4 GB of parameters that stay whole after use.
-_LEAN = {"reduce_bucket_size": 2**26, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+LEAN = {"reduce_bucket_size": 2**26, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 class ZeroHeads(Replicated):
@@ -58,7 +58,7 @@ class ZeroHeads(Replicated):
             raise InputError(
                 "The DeepSpeed configuration has gradient_accumulation_steps. Set them in the recipe; here, 1 or auto"
             )
-        zero |= _LEAN | zero
+        zero |= LEAN | zero
         # Accumulation and clipping are the run's own; DeepSpeed is told of single batches.
         config |= {
             "train_micro_batch_size_per_gpu": batch_size,
