@@ -1,0 +1,462 @@
+"""
+What several processes gain, and what they send each other, in every way in which sae_accel and sparsify (PyPI:
+eai-sparsify) spread heads over processes: each package through its own trainer, on the same LM, tokens, heads and
+optimizer.
+
+Each row of the table is started by torchrun, some steps at a time and in turns with the others, so that a busy minute
+of the machine falls on all. A step trains on the same number of tokens in every row, dealt out evenly to the
+processes. What counts is the time from the end of one optimizer step to the end of the next, without each turn's first
+steps; shown is the median over all turns. Where there are fewer GPUs than processes, all rows run on CPUs, with one
+thread a process, one process alone too.
+
+Bytes are counted on CPUs, where processes talk by gloo over TCP: the kernel keeps count for each connection.
+
+  python benchmarks/scaling.py                         # SmolLM2-135M-Instruct, SAEs on two layers, 2 processes
+  python benchmarks/scaling.py --turns 5 --save benchmarks/results/my-machine-scaling.json
+  python benchmarks/scaling.py --processes 4 --hookpoints layers.1 layers.3 layers.5 layers.7 --batch-size 32
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from throughput import tokens
+from transformers import AutoConfig, AutoModel, TrainerCallback
+
+from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "eai-sparsify")
+# Where the kernel's struct tcp_info has tcpi_bytes_acked, 64 bits.
+BYTES_ACKED = 120
+# Bytes a second that no row's figure would show.
+NEGLIGIBLE = 1000
+# Part of the cores that others may take in a turn.
+CALM = 0.1
+
+
+class Sizes(NamedTuple):
+    """What decides how much is sent: `width` and `itemsize` are those of an activation, `sites` are hookpoints."""
+
+    processes: int
+    tokens: int
+    parameters: int
+    sites: int
+    width: int
+    itemsize: int
+    k: int
+
+
+def parameters(times: int) -> Callable[[Sizes], float]:
+    """Parameters or gradients, in float32: `times` is 1 for each gathering or scattering, and 2 for an all-reduce."""
+    return lambda sizes: times * (sizes.processes - 1) * 4 * sizes.parameters / sizes.tokens
+
+
+def activations_to_all(sizes: Sizes) -> float:
+    return sizes.sites * sizes.width * sizes.itemsize * (sizes.processes - 1)
+
+
+def activations_to_one(sizes: Sizes) -> float:
+    """Of the processes, the one that holds the hookpoint's head has its own tokens already."""
+    return activations_to_all(sizes) / sizes.processes
+
+
+def latents(sizes: Sizes) -> float:
+    """Activations to all; k candidates of each process to all; and an all-reduce of the reconstruction's parts."""
+    others = sizes.processes - 1
+    candidates = sizes.processes * others * 4 * sizes.k
+    return activations_to_all(sizes) + sizes.sites * (candidates + 2 * others * 4 * sizes.width)
+
+
+class Row(NamedTuple):
+    """
+    A row of the table: how it is started, and how many bytes all processes must send for each token; None for one
+    process alone.
+    """
+
+    package: str
+    way: str
+    theory: Callable[[Sizes], float] | None = None
+    arguments: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+# FSDP gathers parameters for the forward and for the backward pass and scatters gradients; ZeRO-2 scatters gradients
+# and gathers what was updated.
+ROWS = {
+    "ours": Row("sae_accel", "alone"),
+    "ours-ddp": Row("sae_accel", "DDP", parameters(2)),
+    "ours-fsdp": Row("sae_accel", "FSDP", parameters(3), environment=FSDP),
+    "ours-zero2": Row("sae_accel", "ZeRO-2", parameters(2), environment=ZERO_2),
+    "ours-modules": Row("sae_accel", "distribute_modules", activations_to_one, {"distribute_modules": True}),
+    "ours-latents": Row("sae_accel", "distribute_latents", latents, {"distribute_latents": True}),
+    "sparsify": Row("sparsify", "alone"),
+    "sparsify-ddp": Row("sparsify", "DDP", parameters(2)),
+    "sparsify-modules": Row("sparsify", "distribute_modules", activations_to_all, {"distribute_modules": True}),
+}
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.worker:
+        work(options)
+        return
+    on_gpus = torch.cuda.device_count() >= options.processes
+    turns: dict[str, list[list[dict]]] = {name: [] for name in options.rows}
+    refusals: dict[str, str] = {}
+    others: list[float] = []
+    deadline = time.monotonic() + 60 * options.patience
+    for turn in range(options.turns):
+        for name in [name for name in options.rows if name not in refusals]:
+            found, share = calm_launch(name, options, on_gpus, deadline)
+            others.append(share)
+            if isinstance(found, str):
+                refusals[name] = found
+            else:
+                turns[name].append(found)
+        print(f"turn {turn + 1}/{options.turns} done", file=sys.stderr)
+    report(options, turns, refusals, others, on_gpus)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="quickstart/SmolLM2-135M-Instruct", help="Hub id or folder of the LM")
+    parser.add_argument(
+        "--hookpoints", nargs="+", default=["layers.1", "layers.3"], help="one SAE each, of the LM's width"
+    )
+    parser.add_argument("--expansion-factor", type=int, default=8)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step, over all processes")
+    parser.add_argument("--ctx-len", type=int, default=256)
+    parser.add_argument("--processes", type=int, default=2, help="how many to compare with one")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps in a turn")
+    parser.add_argument("--warmup", type=int, default=1, help="of which the first are not counted")
+    parser.add_argument(
+        "--patience", type=float, default=0, help="minutes in which a turn is done again if others use the cores too"
+    )
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="which to run; all by default")
+    parser.add_argument("--save", type=Path, help="file for the figures")
+    parser.add_argument("--worker", choices=ROWS, help="what torchrun starts: one turn of this row, on one process")
+    parser.add_argument("--folder", type=Path, help="where workers leave their figures")
+    options = parser.parse_args()
+    if options.batch_size % options.processes:
+        parser.error(f"--batch-size {options.batch_size} cannot be dealt out evenly to {options.processes} processes")
+    if not 1 <= options.warmup < options.steps:
+        parser.error("--warmup must be at least 1, and less than --steps")
+    return options
+
+
+def calm_launch(
+    name: str, options: argparse.Namespace, on_gpus: bool, deadline: float
+) -> tuple[list[dict] | str, float]:
+    """
+    One turn of a row, with the part of the cores that other programs took: done again until the deadline, if that is
+    too much.
+    """
+    while True:
+        before = core_seconds()
+        found = launch(name, options, on_gpus)
+        passed, not_ours = (after - start for after, start in zip(core_seconds(), before, strict=True))
+        share = not_ours / passed
+        if share <= CALM or isinstance(found, str) or time.monotonic() > deadline:
+            return found, share
+        time.sleep(10)
+
+
+def launch(name: str, options: argparse.Namespace, on_gpus: bool) -> list[dict] | str:
+    """One turn of a row: what each of its processes noted, or why it cannot run."""
+    row = ROWS[name]
+    processes = options.processes if row.theory else 1
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | row.environment
+    if not on_gpus:
+        environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += [__file__, *sys.argv[1:], "--worker", name, "--folder", folder]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode:
+            return reason(done.stderr)
+        return [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(processes)]
+
+
+def core_seconds() -> tuple[float, float]:
+    """Seconds of all cores that have passed, and those of them that something else than our processes took."""
+    times = psutil.cpu_times()._asdict()
+    passed, idle = time.monotonic() * os.cpu_count(), times["idle"] + times.get("iowait", 0.0)
+    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return passed, passed - idle - ours.ru_utime - ours.ru_stime
+
+
+def reason(stderr: str) -> str:
+    """The first error in what processes said, which is the one that the others follow from."""
+    found = re.search(r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception): .+)", stderr, re.MULTILINE)
+    return found[1] if found else stderr.strip()[-200:]
+
+
+class StepClock(TrainerCallback):
+    """Notes when each optimizer step has ended, what this process had sent by then, and FVUs of the first step."""
+
+    def __init__(self):
+        self.times, self.sent, self.fvus = [], [], []
+
+    def tick(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        self.sent.append(bytes_sent())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tick()
+        # The first step is logged, which does not count, and no checkpoint is written.
+        control.should_log, control.should_save = state.global_step == 1, False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.fvus += [value for key, value in logs.items() if key.startswith("train/fvu/")]
+
+
+def bytes_sent() -> int:
+    """
+    Bytes that have arrived from this process over the TCP connections that it has, without headers.
+
+    The counters of a network interface would do, but for whatever else goes over it at the same time.
+    """
+    total = 0
+    for descriptor in os.listdir("/proc/self/fd") if sys.platform == "linux" else []:
+        try:
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED + 8)
+                    total += struct.unpack_from("Q", info, BYTES_ACKED)[0]
+        except OSError:
+            pass  # Not a socket.
+    return total
+
+
+def work(options: argparse.Namespace) -> None:
+    """One turn of a row on this process; what it notes goes to a file."""
+    row, index = ROWS[options.worker], int(os.environ["RANK"])
+    on_gpu = torch.cuda.is_available()
+    lm = AutoModel.from_pretrained(options.model, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    clock = StepClock()
+    train = train_ours if row.package == "sae_accel" else train_sparsify
+    train(row, lm, tokens(options), options, clock)
+    figures = {"times": clock.times, "sent": clock.sent, "fvu": statistics.mean(clock.fvus)}
+    if dist.is_initialized():
+        dist.barrier()
+        before = bytes_sent()
+        time.sleep(1)
+        figures["idle"] = bytes_sent() - before
+        dist.destroy_process_group()
+    (options.folder / f"{index}.json").write_text(json.dumps(figures))
+
+
+def train_ours(row: Row, lm, data: Dataset, options: argparse.Namespace, clock: StepClock) -> None:
+    """One turn of ours; the environment says whether by FSDP or ZeRO."""
+    head = HeadArguments(hookpoints=options.hookpoints, k=options.k, expansion_factor=options.expansion_factor)
+    arguments = SaeTrainingArguments(
+        output_dir=str(options.folder / "run"),
+        per_device_train_batch_size=options.batch_size // int(os.environ["WORLD_SIZE"]),
+        optim="signum",
+        report_to="none",
+        **row.arguments,
+    )
+    SaeTrainer(lm, arguments, [head], data, callbacks=[clock]).train()
+
+
+def train_sparsify(row: Row, lm, data: Dataset, options: argparse.Namespace, clock: StepClock) -> None:
+    """One turn of sparsify's, begun as its command line begins, which asks for GPUs."""
+    import sparsify.trainer
+    from sparsify import SaeConfig, TrainConfig, Trainer
+
+    index, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(index)
+    if processes > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if not on_gpu:
+        wrapper = sparsify.trainer.DDP
+        # The trainer names the process's GPU to DDP, which refuses that for parameters on a CPU.
+        sparsify.trainer.DDP = lambda sae, device_ids: wrapper(sae)
+    size = options.batch_size // processes
+    # As in ours, each process reads its own part of each step's sequences.
+    own = [i for i in range(len(data)) if i % options.batch_size // size == index]
+    config = TrainConfig(
+        SaeConfig(expansion_factor=options.expansion_factor, k=options.k),
+        batch_size=size,
+        optimizer="signum",
+        hookpoints=options.hookpoints,
+        log_to_wandb=False,
+        save_dir=str(options.folder),
+        **row.arguments,
+    )
+    trainer = Trainer(config, data.select(own), lm.cuda() if on_gpu else lm)
+    watch(trainer, clock)
+    trainer.fit()
+
+
+def watch(trainer: Any, clock: StepClock) -> None:
+    """Has sparsify's trainer tell the clock of its steps and of its first FVUs, and write nothing."""
+    step = trainer.optimizers[0].step
+
+    def timed_step(*args, **kwargs):
+        step(*args, **kwargs)
+        clock.tick()
+
+    def noted(module, args, output):
+        if len(clock.fvus) < len(trainer.saes):
+            clock.fvus.append(float(output.fvu))
+
+    trainer.optimizers[0].step = timed_step
+    trainer.save = lambda: None
+    for sae in trainer.saes.values():
+        sae.register_forward_hook(noted)
+
+
+def report(
+    options: argparse.Namespace,
+    turns: dict[str, list[list[dict]]],
+    refusals: dict[str, str],
+    others: list[float],
+    on_gpus: bool,
+) -> None:
+    """Prints the table, and saves the figures if asked to."""
+    sizes = sizes_of(options, on_gpus)
+    rows = [
+        {"package": ROWS[name].package, "way": ROWS[name].way}
+        | ({"cannot_run": refusals[name]} if name in refusals else figures(ROWS[name], turns[name], options, sizes))
+        for name in options.rows
+    ]
+    compare(rows)
+    names = ("hookpoints", "expansion_factor", "k", "ctx_len", "batch_size", "turns", "steps", "warmup")
+    setting = {
+        "model": Path(options.model).name,
+        **{name: getattr(options, name) for name in names},
+        "optimizer": "signum",
+        "machine": machine(on_gpus),
+        "threads_per_process": 1,
+        "cores_taken_by_others": {"median": statistics.median(others), "most": max(others)},
+        "packages": {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES},
+    }
+    if on_gpus or sys.platform != "linux":
+        for row in rows:
+            row |= {"bytes_per_token": None} if "processes" in row else {}
+    print_setting(setting, sizes)
+    print_table(rows)
+    print_notes(setting, rows)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+
+
+def sizes_of(options: argparse.Namespace, on_gpus: bool) -> Sizes:
+    width, sites = AutoConfig.from_pretrained(options.model).hidden_size, len(options.hookpoints)
+    num_latents = width * options.expansion_factor
+    return Sizes(
+        processes=options.processes,
+        tokens=options.batch_size * options.ctx_len,
+        parameters=sites * (num_latents * (2 * width + 1) + width),
+        sites=sites,
+        width=width,
+        itemsize=2 if on_gpus else 4,
+        k=options.k,
+    )
+
+
+def figures(row: Row, turns: list[list[dict]], options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
+    """What a row's turns come to. Time is that of the first process; bytes are those of all."""
+    times = [turn[0]["times"][options.warmup - 1 :] for turn in turns]
+    seconds = [after - before for ends in times for before, after in zip(ends, ends[1:], strict=False)]
+    sent = [sum(process["sent"][-1] - process["sent"][options.warmup - 1] for process in turn) for turn in turns]
+    idle = [sum(process.get("idle", 0) for process in turn) for turn in turns]
+    steps = options.steps - options.warmup
+    return {
+        "processes": len(turns[0]),
+        "tokens_per_second": sizes.tokens / statistics.median(seconds),
+        "slowest": sizes.tokens / max(seconds),
+        "fastest": sizes.tokens / min(seconds),
+        "bytes_per_token": statistics.median(sent) / (steps * sizes.tokens),
+        "bytes_per_token_in_theory": row.theory(sizes) if row.theory else 0,
+        "idle_bytes_per_second": min(idle),
+        "first_fvu": statistics.mean(process["fvu"] for process in turns[0]),
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row what it gains over one process of the same package, if that was run."""
+    alone = {row["package"]: row["tokens_per_second"] for row in rows if row.get("processes") == 1}
+    for row in rows:
+        if row["package"] in alone and "processes" in row:
+            row["speed_up"] = row["tokens_per_second"] / alone[row["package"]]
+            row["efficiency"] = row["speed_up"] / row["processes"]
+
+
+def machine(on_gpus: bool) -> str:
+    if on_gpus:
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", information.read_text()) if information.exists() else None
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+
+
+def print_setting(setting: dict[str, Any], sizes: Sizes) -> None:
+    heads = f"SAEs on {', '.join(setting['hookpoints'])}, {setting['expansion_factor']}x, k {setting['k']}"
+    print(f"{setting['model']}, {heads}, {setting['optimizer']},")
+    print(f"{sizes.tokens:,} tokens a step over all processes, {setting['machine']}, one thread a process,")
+    print(", ".join(f"{name} {version}" for name, version in sorted(setting["packages"].items())) + "\n")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    names = ("tokens/s", "slowest", "fastest", "speed-up", "efficiency", "bytes/token", "in theory", "first FVU")
+    print(f"{'':29}{'processes':>9}" + "".join(f"{name:>{len(name) + 2}}" for name in names))
+    for row in rows:
+        print(f"{row['package']:10}{row['way']:19}", end="")
+        if "cannot_run" in row:
+            print(f"cannot run: {row['cannot_run']}")
+            continue
+        cells = [f"{row[name]:,.0f}" for name in ("tokens_per_second", "slowest", "fastest")]
+        cells += [f"{row['speed_up']:.2f}", f"{row['efficiency']:.0%}"] if "speed_up" in row else ["-", "-"]
+        cells += ["-" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:,.0f}"]
+        cells += [f"{row['bytes_per_token_in_theory']:,.0f}", f"{row['first_fvu']:.4f}"]
+        cells = [f"{cell:>{len(name) + 2}}" for name, cell in zip(names, cells, strict=True)]
+        print(f"{row['processes']:>9}" + "".join(cells))
+
+
+def print_notes(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    print(
+        "\nSpeed-up and efficiency are over the same package alone. Bytes are those that all processes together send"
+    )
+    print("for each token that trains: as counted, and as the way must send. First FVUs, of equal work, are alike.")
+    counted = [row for row in rows if row.get("bytes_per_token") is not None]
+    if any(row["way"] in ("FSDP", "ZeRO-2") for row in counted):
+        print("Gloo and DeepSpeed scatter by an all-reduce: once the parameters more than FSDP and ZeRO-2 must send.")
+    idle = max((row["idle_bytes_per_second"] for row in counted), default=0)
+    if idle > NEGLIGIBLE:
+        print(f"Bytes include up to {idle:,.0f} a second that are sent even when nothing trains.")
+    others = setting["cores_taken_by_others"]
+    print(f"Other programs took {others['median']:.0%} of the cores, at most {others['most']:.0%} in a turn of a row.")
+
+
+if __name__ == "__main__":
+    main()
