@@ -31,7 +31,9 @@ from .tables import aligned
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 # Copies of the largest head that FSDP and ZeRO-3 make of their parts: while they train and while they evaluate.
 # Measured with gloo, whose collectives copy; on GPUs it is less.
-_GATHERED = {"FSDP": (8.0, 3.0), "ZeRO-3": (7.5, 1.5)}
+_GATHERED = {"FSDP": (6.2, 3.0), "ZeRO-3": (7.5, 1.5)}
+# Bytes that data, trackers and threads of a run take of a CPU's memory after this.
+_YET_TO_LOAD = 80_000_000
 # Ways in which heads lie in parts, with the stage of those that are DeepSpeed's.
 _IN_PARTS = {"FSDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
@@ -123,7 +125,7 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     lm = lm.to(_dtype_of(recipe, lm))
     lm_bytes = _lm_bytes(lm, recipe, launch)
     adapter = None if recipe.lora is None else _with_lora(lm, plans, recipe)
-    libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss + _YET_TO_LOAD
     found: dict[tuple, Rehearsal] = {}
     rows = []
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -136,7 +138,8 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
             names = [plan.name for plan in share.plans]
             *held, work = _spread_out(found[size], plans, launch)
             one = ProcessMemory(names, *held, lm_bytes, work, libraries)
-            rows.append(_with_saving(one, found[size], plans, launch) if not rows and libraries else one)
+            writes = libraries and (not rows or launch.way == "distribute_modules")
+            rows.append(_with_saving(one, found[size], share.plans, launch) if writes else one)
     return rows
 
 
@@ -212,13 +215,16 @@ def _spread_out(rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> 
 
 
 def _with_saving(one: ProcessMemory, rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> ProcessMemory:
-    """The main process, whose own memory heads that lie in parts are gathered in, one after the other, to be saved."""
-    if launch.way not in ("distribute_latents", *_IN_PARTS):
-        return one
+    """
+    A process that writes heads, on a CPU, where what is written is copied: one head at a time, which if it lies in
+    parts is gathered in the same memory first.
+    """
+    in_parts = launch.way == "distribute_latents" or launch.way in _IN_PARTS
     largest = 4 * max(num_parameters([plan]) for plan in plans)
     copies = rehearsal.copies // (launch.processes if launch.way in _IN_PARTS else 1)
-    whole = largest * (1 + rehearsal.optimizer // rehearsal.parameters)
-    return replace(one, work=max(one.work, max(copies + largest, whole) - one.gradients))
+    kept = one.gradients if launch.way == "DDP" else 0
+    saving = kept + copies + (3 if in_parts else 1) * largest - one.gradients
+    return replace(one, work=max(one.work, saving))
 
 
 def _lm_bytes(lm: PreTrainedModel, recipe: Recipe, launch: Launch) -> int:
