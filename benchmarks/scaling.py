@@ -12,7 +12,7 @@ thread a process, one process alone too.
 Bytes are counted on CPUs, where processes talk by gloo over TCP: the kernel keeps count for each connection.
 
   python benchmarks/scaling.py                         # SmolLM2-135M-Instruct, SAEs on two layers, 2 processes
-  python benchmarks/scaling.py --turns 5 --save benchmarks/results/my-machine-scaling.json
+  python benchmarks/scaling.py --turns 5 --patience 20 --save benchmarks/results/my-machine-scaling.json
   python benchmarks/scaling.py --processes 4 --hookpoints layers.1 layers.3 layers.5 layers.7 --batch-size 32
 """
 
@@ -429,12 +429,12 @@ def print_setting(setting: dict[str, Any], sizes: Sizes) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    names = ("tokens/s", "slowest", "fastest", "speed-up", "efficiency", "bytes/token", "in theory", "first FVU")
+    names = ("tokens/s", "slowest", "fastest", "speed-up", "efficiency", "bytes/token", "theory", "   FVU")
     print(f"{'':29}{'processes':>9}" + "".join(f"{name:>{len(name) + 2}}" for name in names))
     for row in rows:
         print(f"{row['package']:10}{row['way']:19}", end="")
         if "cannot_run" in row:
-            print(f"cannot run: {row['cannot_run']}")
+            print(f"  cannot run: {row['cannot_run']}")
             continue
         cells = [f"{row[name]:,.0f}" for name in ("tokens_per_second", "slowest", "fastest")]
         cells += [f"{row['speed_up']:.2f}", f"{row['efficiency']:.0%}"] if "speed_up" in row else ["-", "-"]
@@ -445,10 +445,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def print_notes(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    print(
-        "\nSpeed-up and efficiency are over the same package alone. Bytes are those that all processes together send"
-    )
-    print("for each token that trains: as counted, and as the way must send. First FVUs, of equal work, are alike.")
+    print("\nSpeed-up and efficiency are over the same package alone. Bytes are what all processes together send for")
+    print("each token that trains: as counted, and by theory. FVU is the first step's, alike where the work is.")
     counted = [row for row in rows if row.get("bytes_per_token") is not None]
     if any(row["way"] in ("FSDP", "ZeRO-2") for row in counted):
         print("Gloo and DeepSpeed scatter by an all-reduce: once the parameters more than FSDP and ZeRO-2 must send.")

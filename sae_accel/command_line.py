@@ -26,9 +26,10 @@ USAGE = """\
 Trains SAEs and transcoders on the activations of a language model.
 
   accelerate launch -m sae_accel.train [RECIPE] [--section.field value ...]
-  python -m sae_accel.train [RECIPE] [--section.field value ...] --dry-run [PROCESSES]
+  python -m sae_accel.train RECIPE --dry-run [PROCESSES]
 
-The second prints what each process of a run would hold and need of memory, and trains nothing.
+The second trains nothing, but prints what each process would hold and need of
+memory. It takes the same values as the first.
 
 Examples:
 
