@@ -28,8 +28,8 @@ Trains SAEs and transcoders on the activations of a language model.
   accelerate launch -m sae_accel.train [RECIPE] [--section.field value ...]
   python -m sae_accel.train RECIPE --dry-run [PROCESSES]
 
-The second trains nothing, but prints what each process would hold and need of
-memory. It takes the same values as the first.
+The second trains nothing, but prints what each process would hold and need
+of memory. It takes the same values as the first.
 
 Examples:
 
