@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModel, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from sae_accel.hookpoints import plan_heads
@@ -59,6 +60,15 @@ def test_every_recipe_makes_its_heads_on_the_real_architecture(path):
         model = AutoModel.from_config(ARCHITECTURES[path.stem])
     recipe = load_recipe(path)
     assert [plan.name for plan in plan_heads(model, recipe.heads)] == HEADS[path.stem]
+
+
+def test_each_accelerate_configuration_is_one_of_a_way_to_spread_heads():
+    folder = Path(__file__).parent.parent / "recipes" / "accelerate"
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type for path in folder.glob("*.yaml")}
+    zero = dict.fromkeys(("zero1", "zero2", "zero3"), "DEEPSPEED")
+    assert kinds == {"ddp": "MULTI_GPU", "nodes": "MULTI_GPU", "fsdp": "FSDP"} | zero
+    for stage in (1, 2, 3):
+        assert load_config_from_file(str(folder / f"zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
 
 
 def test_llama_heads_are_as_wide_as_the_published_ones():
