@@ -115,8 +115,17 @@ class HeadArguments:
     )
     type: Literal["sae", "transcoder"] = _option("sae", "What the head is.")
     name: str | None = _option(None, "Name among the heads of one hookpoint: it is saved as `<hookpoint>/<name>`.")
-    activation: Literal["topk", "groupmax"] = _option("topk", "How latents are selected.")
-    k: int = _option(32, "Latents that are active for each token.", minimum=1)
+    activation: Literal["topk", "groupmax", "batchtopk", "jumprelu"] = _option(
+        "topk",
+        "How latents are selected: the k largest of each token; the largest of each of k groups; k a token, the "
+        "largest of a process's whole micro-batch; or all above a threshold that is learnt.",
+    )
+    k: int = _option(
+        32,
+        "Latents that are active for each token; with batchtopk on average, with jumprelu what L0 aims at.",
+        minimum=1,
+    )
+    sparsity_weight: float = _option(1.0, "With jumprelu: weight of (L0 / k - 1)^2 in the loss.", above=0.0)
     expansion_factor: int = _option(32, "Latents for each dimension of the input.", minimum=1)
     num_latents: int | None = _option(None, "Latents of the head; expansion_factor * d_in if not set.", minimum=1)
     skip_connection: bool = _option(False, "Transcoders only: add a linear map of the input to the output.")

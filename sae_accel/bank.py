@@ -13,6 +13,10 @@ from .models import HeadModel, HeadOutput, SaeConfig, SaeModel, TranscoderModel
 from .ops import Selection
 
 
+# What a head's loss is made of.
+LOSSES = ("fvu", "auxk_loss", "multi_topk_fvu", "sparsity_loss")
+
+
 @dataclass
 class Moments:
     """
@@ -113,6 +117,7 @@ class SaeBank(nn.Module):
                 dead_mask=dead_masks.get(name),
                 auxk_alpha=plan.arguments.auxk_alpha,
                 multi_topk=plan.arguments.multi_topk,
+                sparsity_weight=plan.arguments.sparsity_weight,
             )
             losses.append(output.loss)
             heads[name] = measured(output, head)
@@ -121,13 +126,14 @@ class SaeBank(nn.Module):
 
 def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
     """
-    What is counted of a head's forward pass: `fvu`, `auxk_loss` and `multi_topk_fvu` where there are such, `active`,
-    the number of activations above zero, and `uses`, that number by latent.
+    What is counted of a head's forward pass: the losses that there are, `active`, the number of activations above
+    zero, `uses`, that number by latent, and with `batchtopk` its smallest activation, once for each token.
     """
     indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
     uses = Selection(indices, head.num_latents).scatter((output.top_acts > 0).float())
-    parts = ("fvu", "auxk_loss", "multi_topk_fvu")
-    values = {part: output[part].detach() for part in parts if output.get(part) is not None}
+    values = {part: output[part].detach() for part in LOSSES if output.get(part) is not None}
+    if output.smallest_act is not None:
+        values["smallest_act"] = output.smallest_act * len(indices)
     active = uses.sum() if head.latent_slice is None else head.latent_slice.sum(uses.sum())
     return values | {"active": active, "uses": uses}
 

@@ -75,6 +75,11 @@ def check_objective(training: SaeTrainingArguments, heads: list[HeadArguments], 
     if local and training.fvu_weight:
         raise InputError("training.fvu_weight: it goes with loss ce or kl. Remove it, or set training.loss.")
     for i, entry in enumerate(heads):
+        if not local and entry.activation == "jumprelu" and not training.fvu_weight:
+            raise InputError(
+                f"heads[{i}].activation: jumprelu keeps L0 at k by a head's own loss, and training.loss is "
+                f"{training.loss} alone. Set training.fvu_weight, or use batchtopk."
+            )
         if not local and not training.fvu_weight and (entry.auxk_alpha or entry.multi_topk):
             raise InputError(
                 f"heads[{i}].{'auxk_alpha' if entry.auxk_alpha else 'multi_topk'}: it is a part of a head's own loss, "
@@ -119,6 +124,10 @@ def check_entry(entry: HeadArguments, where: str) -> None:
         )
     if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or NOT_HEADS.fullmatch(entry.name)):
         raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a head's folder.")
+    if entry.activation == "jumprelu" and entry.k_decay_steps:
+        raise InputError(f"{where}.k_decay_steps: jumprelu starts at L0 = k by its thresholds. Remove it.")
+    if entry.activation != "jumprelu" and entry.sparsity_weight != HeadArguments.sparsity_weight:
+        raise InputError(f"{where}.sparsity_weight: it goes with activation jumprelu. Set that, or remove it.")
     check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .activations import Activations
-from .bank import Moments, SaeBank
+from .bank import LOSSES, Moments, SaeBank
 from .hooks import Site
 from .running_means import StepSums
 from .spread import Replicated
@@ -24,12 +24,15 @@ class StepResult:
         num_tokens (`torch.Tensor` of shape `()`): Tokens that trained.
         head_tokens (`dict[str, torch.Tensor]`): By head, those that reached it.
         uses (`dict[str, torch.Tensor]`): By head, activations above zero of each latent, `(num_latents,)`.
+        smallest_acts (`dict[str, torch.Tensor]`): By head with `batchtopk`, the mean over tokens of the smallest
+            activation of the batch that they were in, `()`.
         values (`dict[str, torch.Tensor]`): What is logged, by name.
     """
 
     num_tokens: Tensor
     head_tokens: dict[str, Tensor]
     uses: dict[str, Tensor]
+    smallest_acts: dict[str, Tensor]
     values: dict[str, Tensor]
 
 
@@ -172,12 +175,17 @@ def step_result(
     sums.total(spread.sum)
     values: dict[str, Tensor] = {}
     for name, measured in sums.by_head.items():
-        for part in ("fvu", "auxk_loss", "multi_topk_fvu"):
+        for part in LOSSES:
             if part in measured:
                 values[f"train/{part}/{name}"] = measured[part] * scale.get(name, 1.0)
         values[f"train/l0/{name}"] = measured["active"] / head_tokens[name].clamp_min(1)
     uses = {name: measured["uses"] for name, measured in sums.by_head.items()}
-    return StepResult(spread.sum([num_tokens])[0], head_tokens, uses, values)
+    smallest = {
+        name: measured["smallest_act"] / head_tokens[name].clamp_min(1)
+        for name, measured in sums.by_head.items()
+        if "smallest_act" in measured
+    }
+    return StepResult(spread.sum([num_tokens])[0], head_tokens, uses, smallest, values)
 
 
 def positive(variance: Tensor) -> Tensor:

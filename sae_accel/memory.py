@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .checks import check_sharding
 from .end_to_end import check_end_to_end
 from .hookpoints import HeadPlan, plan_heads, site_widths
 from .lm import load_architecture
+from .models.latent_selection import BATCHTOPK_MOST, SELECTIONS
 from .recipe import Recipe
 from .rehearsal import Rehearsal, Share, rehearse
 from .sharding import modules_to_shard
@@ -119,7 +121,7 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     if recipe.model.shard:
         check_sharding(predicts=predicts, processes=launch.processes)
     lm = load_architecture(replace(recipe.model, shard=False), predicts=predicts)
-    plans = plan_heads(lm, recipe.heads)
+    plans = [_countable(plan) for plan in plan_heads(lm, recipe.heads)]
     if predicts:
         check_end_to_end(plans)
     lm = lm.to(_dtype_of(recipe, lm))
@@ -157,6 +159,16 @@ def memory_table(processes: list[ProcessMemory], launch: Launch) -> str:
     return "\n".join(
         [f"Memory at the peak, in GB, on {how}:", "", title, "-" * max(map(len, [title, *lines])), *lines]
     )
+
+
+def _countable(plan: HeadPlan) -> HeadPlan:
+    """Where the data decide how many latents are selected, topk of as many as the widest token may have."""
+    config = plan.config
+    if SELECTIONS[config.activation].counts:
+        return plan
+    config = copy(config)
+    config.k, config.activation = min(BATCHTOPK_MOST * config.k, config.num_latents), "topk"
+    return replace(plan, config=config)
 
 
 def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], recipe: Recipe) -> Any:

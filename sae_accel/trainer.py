@@ -139,9 +139,11 @@ class SaeTrainer:
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """While open, heads hold the weights that are evaluated and saved: with signum the averaged ones."""
+        """While open, heads are as they are evaluated and saved: with signum, the weights are the averaged ones."""
+        self.bank.eval()
         if not isinstance(self.own_optimizer, Signum):
             yield
+            self.bank.train()
             return
         try:
             with self.own_optimizer.averaged(self.spread.optimized(self.own_optimizer)):
@@ -149,6 +151,7 @@ class SaeTrainer:
                 yield
         finally:
             self.spread.renew()
+            self.bank.train()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """
@@ -307,6 +310,19 @@ class SaeTrainer:
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
             head.initialize_biases(moments[plan.reads].mean, moments[plan.predicts].mean)
+        self._initialize_thresholds(window[0])
+
+    def _initialize_thresholds(self, batch: dict[str, Tensor]) -> None:
+        """Of heads that learn them: the mean over processes of where each begins on one batch."""
+        learnt = {name: head for name, head in self.bank.named_heads() if head.learns_threshold}
+        if not any(gathered(bool(learnt))):
+            return
+        by_site = self.activations(batch).by_site
+        for name, head in learnt.items():
+            tokens = by_site[self.bank.plans[name].reads]
+            head.initialize_threshold(tokens)
+            share, count = self.spread.sum([head.threshold.detach() * len(tokens), tokens.new_tensor(len(tokens))])
+            head.threshold.data.copy_(share / count.clamp_min(1))
 
     def _dead_masks(self) -> dict[str, Tensor]:
         """Dead latents of the heads that have AuxK and some of them dead, on this process or another."""
@@ -321,6 +337,8 @@ class SaeTrainer:
         """Counts steps, tokens and silent latents, and keeps what will be logged."""
         for name, uses in result.uses.items():
             self.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
+        for name, smallest in result.smallest_acts.items():
+            self.heads[name].observe_smallest(smallest)
         self._log.add(result.values)
         self.state.global_step += 1
         self.state.num_input_tokens_seen += int(result.num_tokens)

@@ -1,85 +1,400 @@
-"""A server on loopback that speaks the part of the Hub's protocol that reading a repo needs, over the files of a
-folder."""
+"""A server on loopback that speaks the part of the Hub's protocol that reading and writing model repos needs.
 
-import hashlib
+It has no Xet storage, so a client that uploads has to run with HF_HUB_DISABLE_XET=1: with Xet's package installed, the
+client uses it for all large files without asking the server.
+"""
+
+import base64
 import json
+import re
+import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from hub_repos import File, HubError, Repo, is_lfs, read_folder
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests that fit: an answer in the service's place, or a cut."""
+
+    method: str | None
+    path: str
+    times: int
+    status: int | None = None
+    headers: dict[str, str] | None = None
+    after: int = 0
+    answer: bool | None = None
 
 
 class HubServer:
-    """Serves `<root>/<user>/<repo>` as model repos. `requests` lists what was asked for."""
+    """Serves `<root>/<user>/<repo>` as model repos, each with one commit, and the repos that clients create.
 
-    def __init__(self, root: Path, private: tuple[str, ...] = ()):
+    The folders are read when first asked for, and never written. `users` names the user of each token. Repos in
+    `private` and `gated` open to their owner's token only (to any token, if the owner is none of `users`), and are
+    refused as the Hub refuses each. A user may write in the namespace of that name. `requests` lists what was asked
+    for, as "METHOD path", and `headers` the headers of each.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        private: tuple[str, ...] = (),
+        gated: tuple[str, ...] = (),
+        users: dict[str, str] | None = None,
+        page_size: int = 1000,
+    ):
+        self.root, self.private, self.gated = root, private, gated
+        self.users = {"secret": "user"} if users is None else users
+        self.page_size = page_size
         self.requests: list[str] = []
-        handler = type("Handler", (_Handler,), {"root": root, "private": private, "requests": self.requests})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.headers: list[dict[str, str]] = []
+        self.lock = threading.Lock()
+        self._repos: dict[str, Repo] = {}
+        self._faults: list[Fault] = []
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        # Looks often whether to stop, since a test waits for that.
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
         self.server.shutdown()
         self.server.server_close()
 
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+        """The content of each file at a branch or commit."""
+        return {path: file.content for path, file in self.repo(repo).at(revision).files.items()}
+
+    def commits(self, repo: str, revision: str = "main") -> list[tuple[str, str, list[str]]]:
+        """The id, message and changed paths of each commit, oldest first."""
+        history = self.repo(repo).at(revision).history()
+        return [(commit.sha, commit.message, commit.changed) for commit in reversed(history)]
+
+    def fail(
+        self, method: str | None, path: str, status: int = 503, times: int = 1, headers: dict[str, str] | None = None
+    ) -> None:
+        """Answers the next requests of the method (any, if None) whose path holds `path` with this status alone."""
+        self._faults.append(Fault(method, path, times, status, headers))
+
+    def cut(
+        self, path: str, after: int = 0, times: int = 1, method: str | None = None, answer: bool | None = None
+    ) -> None:
+        """Closes the connection after so many bytes of the next bodies longer than that: of the request, where it has
+        one, or else of the answer. With `answer` True the request is received and done, and its answer is cut."""
+        self._faults.append(Fault(method, path, times, after=after, answer=answer))
+
+    def mend(self) -> None:
+        """Drops the faults that are still in wait."""
+        with self.lock:
+            self._faults.clear()
+
+    def repo(self, name: str) -> Repo:
+        """A repo by its full name."""
+        with self.lock:
+            if name not in self._repos:
+                if not (self.root / name).is_dir() or name.count("/") != 1 or ".." in name:
+                    raise HubError(404, "Repository not found", "RepoNotFound")
+                files = read_folder(self.root / name)
+                self._repos[name] = Repo(name, files, name in self.private, name in self.gated)
+            return self._repos[name]
+
+    def create(self, name: str, private: bool = False) -> Repo:
+        """Adds a repo, with the one file that the Hub puts into a new one."""
+        try:
+            self.repo(name)
+        except HubError:
+            repo = Repo(name, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, private)
+            return self._repos.setdefault(name, repo)
+        raise HubError(409, "You already created this model repo", url=f"{self.url}/{name}")
+
+    def take_fault(self, method: str, path: str, fits: Callable[[Fault], bool]) -> Fault | None:
+        """The first fault in wait for a request, which is then used up by one."""
+        with self.lock:
+            for fault in self._faults:
+                if fault.times > 0 and fault.method in (None, method) and fault.path in path and fits(fault):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A client that has gone away is part of the tests.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+_ROUTES: list[tuple[str, re.Pattern, Callable]] = []
+_NAME = "/([^/]+/[^/]+)"
+_MODEL = f"/api/models{_NAME}"
+
+
+def _route(method: str, pattern: str) -> Callable[[Callable], Callable]:
+    """Has a method answer requests to paths that match; the groups, unquoted, are its arguments."""
+
+    def add(function: Callable) -> Callable:
+        _ROUTES.append((method, re.compile(pattern), function))
+        return function
+
+    return add
+
 
 class _Handler(BaseHTTPRequestHandler):
-    root: Path
-    private: tuple[str, ...]
-    requests: list[str]
+    # In HTTP/1.0 each connection serves one request, so none is left open in the client when the server goes.
+    hub: HubServer
 
-    def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path)
-        self.requests.append(f"{self.command} {path}")
-        if path.startswith("/api/models/"):
-            self._model_info("/".join(path.split("/")[3:5]), path)
-        elif path.count("/") < 5:
-            self._answer(404, b"")
-        else:
-            _, user, repo, verb, _, *file = path.split("/")
-            self._file(f"{user}/{repo}", self.root / user / repo / "/".join(file), verb == "resolve")
-
-    do_HEAD = do_GET
-
-    def _model_info(self, repo: str, path: str) -> None:
-        if self._refused(repo):
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        path = unquote(url.path)
+        with self.hub.lock:
+            self.hub.requests.append(f"{self.command} {path}")
+            self.hub.headers.append({key.lower(): value for key, value in self.headers.items()})
+        length = int(self.headers.get("Content-Length", 0))
+        cut = self.hub.take_fault(
+            self.command, path, lambda fault: fault.status is None and not fault.answer and length > fault.after
+        )
+        if cut is not None:
+            self.rfile.read(cut.after)
             return
-        files = sorted(file for file in (self.root / repo).rglob("*") if file.is_file())
-        names = [str(file.relative_to(self.root / repo)) for file in files]
-        if "/tree/" in path:
-            sizes = (file.stat().st_size for file in files)
-            tree = [
-                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
-                for name, size in zip(names, sizes, strict=True)
+        # Read even if it is to be refused: what is unread when the connection closes can take the answer with it.
+        self.body = self.rfile.read(length)
+        fault = self.hub.take_fault(self.command, path, lambda fault: fault.status is not None)
+        if fault is not None:
+            assert fault.status is not None
+            return self._json({"error": f"Fault {fault.status}"}, fault.status, fault.headers)
+        try:
+            for method, pattern, function in _ROUTES:
+                match = pattern.fullmatch(url.path) if method == self.command else None
+                if match:
+                    return function(self, *(unquote(group or "") for group in match.groups()))
+            raise HubError(404, "Sorry, we can't find the page you are looking for.")
+        except HubError as error:
+            headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+            self._json({"error": error.message} | error.body, error.status, headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
+
+    # Who may do what.
+
+    def _user(self) -> str | None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.users:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.hub.users.get(token)
+
+    def _readable(self, name: str) -> Repo:
+        """A repo that the request may read. Whoever is not logged in is not told which private repos there are."""
+        user = self._user()
+        try:
+            repo = self.hub.repo(name)
+        except HubError as error:
+            raise error if user else HubError(401, "Invalid username or password.", "RepoNotFound") from error
+        if repo.gated and not user:
+            message = (
+                f"Access to model {name} is restricted. You must have access to it and be authenticated to access"
+            )
+            raise HubError(401, f"{message} it. Please log in.", "GatedRepo")
+        if repo.private and not user:
+            # The Hub says the first sentence alone; the second tells it from a repo that is missing.
+            raise HubError(401, f"Invalid username or password. Access to {name} is restricted.", "RepoNotFound")
+        owner = name.split("/")[0]
+        if owner != user and owner in self.hub.users.values():
+            if repo.private:
+                raise HubError(404, "Repository not found", "RepoNotFound")
+            if repo.gated:
+                message = f"Access to model {name} is restricted and you are not in the authorized list."
+                raise HubError(403, message, "GatedRepo")
+        return repo
+
+    def _writable(self, name: str) -> Repo:
+        repo = self._readable(name)
+        if self._user() is None:
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
+        if name.split("/")[0] != self._user():
+            raise HubError(403, "You don't have write access to this repo")
+        return repo
+
+    # Users and repos.
+
+    @_route("GET", "/api/whoami-v2")
+    def _whoami(self) -> None:
+        user = self._user()
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+        self._json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": token})
+
+    @_route("POST", "/api/repos/create")
+    def _create_repo(self) -> None:
+        asked = json.loads(self.body)
+        user = self._user()
+        owner = asked.get("organization") or user
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        if owner != user:
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        repo = self.hub.create(f"{owner}/{asked['name']}", private)
+        self._json({"url": f"{self.hub.url}/{repo.name}", "name": repo.name, "id": repo.name})
+
+    @_route("POST", "/api/validate-yaml")
+    def _validate_yaml(self) -> None:
+        self._json({"errors": [], "warnings": []})
+
+    @_route("GET", _MODEL)
+    @_route("GET", f"{_MODEL}/revision/([^/]+)")
+    def _info(self, name: str, revision: str = "main") -> None:
+        repo = self._readable(name)
+        commit = repo.at(revision)
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.files)]
+        if self.query.get("blobs"):
+            siblings = [sibling | commit.files[sibling["rfilename"]].about("blobId", "sha256") for sibling in siblings]
+        about = {"private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False, "tags": []}
+        self._json({"id": name, "sha": commit.sha, "lastModified": commit.date, "siblings": siblings} | about)
+
+    @_route("GET", f"{_MODEL}/refs")
+    def _refs(self, name: str) -> None:
+        branches = self._readable(name).branches.items()
+        refs = [{"name": key, "ref": f"refs/heads/{key}", "targetCommit": commit.sha} for key, commit in branches]
+        self._json({"branches": refs, "converts": [], "tags": [], "pullRequests": []})
+
+    @_route("GET", f"{_MODEL}/commits/([^/]+)")
+    def _commits(self, name: str, revision: str) -> None:
+        self._page(
+            [
+                {"id": commit.sha, "title": commit.message, "message": "", "date": commit.date, "authors": []}
+                for commit in self._readable(name).at(revision).history()
             ]
-            return self._answer(200, json.dumps(tree).encode())
-        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-        self._answer(200, json.dumps(info).encode())
+        )
 
-    def _file(self, repo: str, file: Path, known_verb: bool) -> None:
-        if self._refused(repo):
-            return
-        if not known_verb or not file.is_file():
-            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-        content = file.read_bytes()
-        self._answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+    @_route("POST", f"{_MODEL}/branch/([^/]+)")
+    def _branch(self, name: str, branch: str) -> None:
+        self._writable(name).branch(branch, json.loads(self.body or "{}").get("startingPoint", "main"))
+        self._json({})
 
-    def _refused(self, repo: str) -> bool:
-        if repo in self.private and self.headers.get("Authorization") != "Bearer secret":
-            message = f"Access to model {repo} is restricted."
-            self._answer(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
-            return True
-        if not (self.root / repo).is_dir():
-            self._answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-            return True
-        return False
+    # What a revision holds.
+
+    @_route("GET", f"{_MODEL}/tree/([^/]+)(?:/(.+))?")
+    def _tree(self, name: str, revision: str, folder: str) -> None:
+        commit = self._readable(name).at(revision)
+        paths = commit.paths(folder, self.query.get("recursive") == "true")
+        if folder and not paths:
+            raise HubError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
+        expand = self.query.get("expand") == "true"
+        self._page(commit.entries(paths, expand), 50 if expand else 1000)
+
+    @_route("POST", f"{_MODEL}/paths-info/([^/]+)")
+    def _paths_info(self, name: str, revision: str) -> None:
+        commit = self._readable(name).at(revision)
+        asked = parse_qs(self.body.decode())
+        paths = [path for path in asked.get("paths", []) if path in commit.files or commit.inside(path)]
+        self._json(commit.entries(paths, asked.get("expand") == ["true"]))
+
+    @_route("GET", f"{_NAME}/resolve/([^/]+)/(.+)")
+    @_route("HEAD", f"{_NAME}/resolve/([^/]+)/(.+)")
+    def _resolve(self, name: str, revision: str, path: str) -> None:
+        repo = self._readable(name)
+        headers = {"X-Repo-Commit": repo.at(revision).sha, "Accept-Ranges": "bytes"}
+        try:
+            file = repo.file(revision, path)
+        except HubError as error:
+            headers |= {"X-Error-Code": error.code or "", "X-Error-Message": error.message}
+            return self._answer(error.status, b"", headers)
+        content, status = file.content, 200
+        headers["ETag"] = f'"{file.etag}"'
+        if file.lfs:
+            headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(content))}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked:
+            start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            if start >= len(content):
+                return self._answer(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
+            content, status = content[start : end + 1], 206
+        self._answer(status, content, headers)
+
+    # Writing: what is large is uploaded first, and then a commit names it.
+
+    @_route("POST", f"{_MODEL}/preupload/([^/]+)")
+    def _preupload(self, name: str, revision: str) -> None:
+        present = self._writable(name).at(revision).files
+        files = []
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            mode = "lfs" if is_lfs(path, file["size"]) else "regular"
+            oid = {"oid": present[path].etag} if path in present else {}
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | oid)
+        self._json({"files": files})
+
+    @_route("POST", rf"{_NAME}\.git/info/lfs/objects/batch")
+    def _batch(self, name: str) -> None:
+        repo = self._writable(name)
+        objects = []
+        for asked in json.loads(self.body)["objects"]:
+            answer = {"oid": asked["oid"], "size": asked["size"]}
+            if asked["oid"] not in repo.objects:
+                href = f"{self.hub.url}/lfs/{name}/{asked['oid']}"
+                answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            objects.append(answer)
+        self._json({"transfer": "basic", "objects": objects})
+
+    @_route("PUT", f"/lfs{_NAME}/([0-9a-f]+)")
+    def _upload(self, name: str, oid: str) -> None:
+        # Without a token: the client sends none to where the files are stored.
+        self.hub.repo(name).store(oid, self.body)
+        self._answer(200, b"")
+
+    @_route("POST", f"/lfs{_NAME}/([0-9a-f]+)/verify")
+    def _verify(self, name: str, oid: str) -> None:
+        if len(self._writable(name).objects.get(oid, b"")) != json.loads(self.body)["size"]:
+            raise HubError(404, "The object is not there, or not whole")
+        self._json({})
+
+    @_route("POST", f"{_MODEL}/commit/([^/]+)")
+    def _commit(self, name: str, revision: str) -> None:
+        repo = self._writable(name)
+        if "create_pr" in self.query:
+            raise HubError(400, "Pull requests are not served here")
+        header: dict[str, str] = {}
+        changes: dict[str, File] = {}
+        deleted: list[str] = []
+        for line in self.body.splitlines():
+            key, value = (item := json.loads(line))["key"], item["value"]
+            if key == "header":
+                header = value
+            elif key == "file":
+                changes[value["path"]] = File(base64.b64decode(value["content"]))
+            elif key == "lfsFile":
+                if value["oid"] not in repo.objects:
+                    raise HubError(400, "LFS pointer pointed to a file that does not exist")
+                changes[value["path"]] = File(repo.objects[value["oid"]], lfs=True)
+            else:
+                deleted.append(value["path"].rstrip("/") + ("/" if key == "deletedFolder" else ""))
+        if not header.get("summary"):
+            raise HubError(400, "The commit has no summary")
+        commit = repo.commit(revision, header["summary"], changes, deleted, header.get("parentCommit"))
+        url = f"{self.hub.url}/{name}/commit/{commit.sha}"
+        self._json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
+
+    # Answers.
+
+    def _page(self, items: list[dict[str, Any]], at_most: int = 1000) -> None:
+        start, size = int(self.query.get("cursor", 0)), min(self.hub.page_size, at_most)
+        query = "".join(f"{key}={quote(value)}&" for key, value in self.query.items() if key != "cursor")
+        link = f'<{self.hub.url}{urlsplit(self.path).path}?{query}cursor={start + size}>; rel="next"'
+        self._json(items[start : start + size], headers={"Link": link} if start + size < len(items) else None)
+
+    def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def _answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -87,8 +402,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        path = unquote(urlsplit(self.path).path)
+        cut = self.hub.take_fault(
+            self.command,
+            path,
+            lambda fault: fault.status is None and (fault.answer or not self.body) and len(content) > fault.after,
+        )
+        self.wfile.write(content[: cut.after] if cut else content)
 
     def log_message(self, *args) -> None:
         pass

@@ -51,6 +51,7 @@ COMPANIONS = {
     "num_latents": {"heads": {"k": 4}},
     "source": {"heads": {"type": "transcoder"}},
     "skip_connection": {"heads": {"type": "transcoder"}},
+    "sparsity_weight": {"heads": {"activation": "jumprelu"}},
     "max_memory": {"model": {"device_map": "auto"}},
     "lr_scheduler_type": {"training": {"optim": "adam"}},
     "fvu_weight": {"training": {"loss": "ce"}},

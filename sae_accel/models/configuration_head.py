@@ -16,14 +16,24 @@ class HeadConfig(PreTrainedConfig):
         num_latents (`int`, *optional*): Latents; `expansion_factor * d_in` if not given.
         expansion_factor (`int`, *optional*, defaults to 32): Latents for each dimension of the input. Read only if
             `num_latents` is not given, and None if that is no such multiple.
-        k (`int`, defaults to 32): Latents that are active for each token.
-        activation (`str`, defaults to `"topk"`): How latents are selected: `"topk"`, `"groupmax"`, or `"signed_topk"`,
-            which keeps the largest by magnitude with their sign and exists to read old files.
+        k (`int`, *optional*, defaults to 32): Latents that are active for each token; on average, for activations that
+            select by a threshold, where it may be None if it is not known.
+        activation (`str`, defaults to `"topk"`): How latents are selected. `"topk"`; `"groupmax"`; `"batchtopk"`, the
+            largest of a batch in training, and all above a threshold after; `"jumprelu"`, all above a threshold of the
+            latent's own; `"relu"` and `"gated"` and `"signed_topk"`, which keeps the largest by magnitude with their
+            sign, are there to read what others trained.
+        bandwidth (`float`, defaults to 0.1): `jumprelu` only: width of the kernel by which thresholds get a gradient,
+            as a part of the threshold.
+        normalize_input (`str`, *optional*): What is done to each activation before it is encoded, and undone to the
+            reconstruction: `"layer_norm"`, to mean 0 and standard deviation 1, or `"constant_norm"`, to the norm
+            `sqrt(d_in)`.
         normalize_decoder (`bool`): Whether training keeps the decoder's rows at unit norm.
         apply_b_dec_to_input (`bool`): Whether `b_dec` is taken from the input before it is encoded.
         encoder_only (`bool`, defaults to `False`): Build no decoder; the head can encode but not reconstruct.
         hookpoint (`str`, *optional*): Module of the LM's base model at which the head was trained.
         source (`str`, *optional*): Module whose output it reads, if that is not the hookpoint's own input or output.
+        aliases (`list[str]`, *optional*): Names of the hookpoint in other libraries, such as
+            `blocks.10.hook_resid_post`.
         base_model_name_or_path (`str`, *optional*): The LM it was trained on.
         base_model_revision (`str`, *optional*): That LM's commit.
 
@@ -37,13 +47,16 @@ class HeadConfig(PreTrainedConfig):
     d_in: int = 0
     num_latents: int | None = None
     expansion_factor: int | None = 32
-    k: int = 32
+    k: int | None = 32
     activation: str = "topk"
+    bandwidth: float = 0.1
+    normalize_input: str | None = None
     normalize_decoder: bool = True
     apply_b_dec_to_input: bool = True
     encoder_only: bool = False
     hookpoint: str | None = None
     source: str | None = None
+    aliases: list[str] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
@@ -61,7 +74,13 @@ class HeadConfig(PreTrainedConfig):
             raise ValueError(f"d_in is {self.d_in}, but a head needs the width of its input, a positive number.")
         if self.activation not in SELECTIONS:
             raise ValueError(f"activation is {self.activation!r}; allowed are {', '.join(SELECTIONS)}.")
-        if not 1 <= self.k <= self.num_latents:
+        if self.normalize_input not in (None, "layer_norm", "constant_norm"):
+            raise ValueError(
+                f"normalize_input is {self.normalize_input!r}; allowed are layer_norm, constant_norm and none at all."
+            )
+        if self.k is None and SELECTIONS[self.activation].counts:
+            raise ValueError(f"k is None, but {self.activation} selects k latents for each token. Give it.")
+        if self.k is not None and not 1 <= self.k <= self.num_latents:
             raise ValueError(f"k is {self.k}, but it must be from 1 to num_latents, {self.num_latents}.")
         if self.activation == "groupmax" and self.num_latents % self.k:
             raise ValueError(

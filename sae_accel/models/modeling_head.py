@@ -1,5 +1,5 @@
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ..metrics import squared_error
 from ..metrics import total_variance as variance_of
 from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
-from .latent_selection import SELECTIONS, topk
+from .latent_selection import SELECTIONS, LatentSelection, step, topk
 from .latent_slice import LatentSlice
 
 
@@ -21,7 +21,10 @@ from .latent_slice import LatentSlice
 MULTI_TOPK_FACTOR = 4
 MULTI_TOPK_WEIGHT = 1 / 8
 # Parameters with a row for each latent.
-BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec")
+BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
+# How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
+THRESHOLD_RATE = 0.01
+LAYER_NORM_EPS = 1e-5
 
 
 class Latents(NamedTuple):
@@ -29,7 +32,8 @@ class Latents(NamedTuple):
     The active latents of each token.
 
     Args:
-        top_acts (`torch.Tensor` of shape `(..., k)`): Their activations.
+        top_acts (`torch.Tensor` of shape `(..., k)`): Their activations. Where tokens differ in how many they have, k
+            is that of the token with the most, and the others have zeros behind theirs.
         top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
     """
 
@@ -43,13 +47,17 @@ class HeadOutput(ModelOutput):
     What a head's forward pass gives.
 
     Args:
-        loss (`torch.Tensor` of shape `()`): `fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8`. Float32.
+        loss (`torch.Tensor` of shape `()`): `fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8 +
+            sparsity_weight * sparsity_loss`. Float32.
         reconstruction (`torch.Tensor` of shape `(..., d_out)`): What the head makes of its input.
         top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the selected latents.
         top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
         fvu (`torch.Tensor` of shape `()`): Squared error over the target's total variance.
         auxk_loss (`torch.Tensor` of shape `()`, *optional*): With a `dead_mask`.
         multi_topk_fvu (`torch.Tensor` of shape `()`, *optional*): With `multi_topk`.
+        sparsity_loss (`torch.Tensor` of shape `()`, *optional*): With `jumprelu`, in training: `(L0 / k - 1)^2`.
+        smallest_act (`torch.Tensor` of shape `()`, *optional*): With `batchtopk`, in training: the smallest activation
+            of the batch that is above zero.
     """
 
     loss: Tensor | None = None
@@ -59,6 +67,8 @@ class HeadOutput(ModelOutput):
     fvu: Tensor | None = None
     auxk_loss: Tensor | None = None
     multi_topk_fvu: Tensor | None = None
+    sparsity_loss: Tensor | None = None
+    smallest_act: Tensor | None = None
 
 
 class HeadModel(PreTrainedModel):
@@ -77,6 +87,10 @@ class HeadModel(PreTrainedModel):
         has_skip = getattr(config, "skip_connection", False) and not config.encoder_only
         self.W_dec = None if config.encoder_only else nn.Parameter(torch.empty(config.num_latents, config.d_out))
         self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in)) if has_skip else None
+        for name in self._selection.parameters:
+            self.register_parameter(name, nn.Parameter(torch.empty(config.num_latents)))
+        for name in self._selection.buffers:
+            self.register_buffer(name, torch.empty(config.num_latents))
         self.latent_slice: LatentSlice | None = None
         self.post_init()
 
@@ -132,8 +146,8 @@ class HeadModel(PreTrainedModel):
     @torch.no_grad()
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
         """Takes over the parameters of a whole head, by name."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(self.own_rows(weights[name]) if name in BY_LATENT else weights[name])
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            tensor.copy_(self.own_rows(weights[name]) if name in BY_LATENT else weights[name])
 
     def encode(self, activations: Tensor) -> Latents:
         """
@@ -148,9 +162,10 @@ class HeadModel(PreTrainedModel):
         Raises:
             `ValueError`: if the last dimension is not `d_in`.
         """
-        values, selection = self._encode(self._tokens(activations), self.config.k)
-        shape = (*activations.shape[:-1], self.config.k)
-        return Latents(self._activate(values).view(shape), selection.indices.view(shape))
+        tokens, _ = self._normalize(self._tokens(activations))
+        values, selection, _ = self._encode(tokens, self.config.k)
+        shape = (*activations.shape[:-1], values.shape[1])
+        return Latents(self._activate(values, selection.indices).view(shape), selection.indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor, activations: Tensor | None = None) -> Tensor:
         """
@@ -160,7 +175,7 @@ class HeadModel(PreTrainedModel):
             top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the latents.
             top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
             activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): What the head read. Asked for where there
-                is a skip connection.
+                is a skip connection, or the input was normalised.
 
         Returns:
             `torch.Tensor` of shape `(..., d_out)`.
@@ -183,6 +198,7 @@ class HeadModel(PreTrainedModel):
         dead_mask: Tensor | None = None,
         auxk_alpha: float = 1.0,
         multi_topk: bool = False,
+        sparsity_weight: float = 1.0,
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
@@ -193,7 +209,7 @@ class HeadModel(PreTrainedModel):
             activations (`torch.Tensor` of shape `(..., d_in)`): What the head reads.
             target (`torch.Tensor` of shape `(..., d_out)`, *optional*): What it should reproduce; `activations` if not
                 given.
-            k (`int`, *optional*): Latents that are active for each token; the config's if not given.
+            k (`int`, *optional*): Latents that are active for each token, or are to be; the config's if not given.
             total_variance (`torch.Tensor` of shape `()`, *optional*): What squared errors are divided by; that of
                 `target` over these tokens if not given. A caller with a part of a batch passes the whole batch's.
             dead_mask (`torch.BoolTensor` of shape `(num_latents,)`, *optional*): Dead latents, for AuxK. See
@@ -201,6 +217,9 @@ class HeadModel(PreTrainedModel):
                 `d_out / 2` latents are dead, scaled down by their number.
             auxk_alpha (`float`, defaults to 1): Weight of the AuxK loss.
             multi_topk (`bool`, defaults to `False`): Add FVU at 4k latents to the loss.
+            sparsity_weight (`float`, defaults to 1): Weight of the sparsity loss of `jumprelu`, by which the mean L0
+                of these tokens comes to k. See arXiv:2407.14435. Of a part of a batch it counts for as much as the
+                part has of the variance.
             return_loss (`bool`, defaults to `True`): `False` only reconstructs, and measures nothing.
             return_dict (`bool`, *optional*): `False` gives a plain tuple.
 
@@ -212,32 +231,39 @@ class HeadModel(PreTrainedModel):
         """
         tokens = self._tokens(activations)
         k = self.config.k if k is None else k
-        widest = self._multi_topk_width(k) if multi_topk else k
-        values, selection = self._encode(tokens, widest, dead_mask)
-        k, widest = self._here(k), self._here(widest)
-        acts, chosen = self._activate(values[:, :k]), selection.columns(0, k)
+        values, selection, dead = self._encode(
+            self._normalize(tokens)[0], self._multi_topk_width(k) if multi_topk else k, dead_mask
+        )
+        columns = self._here(k) if multi_topk else values.shape[1]
+        chosen = selection.columns(0, columns)
+        acts = self._activate(values[:, :columns], chosen.indices)
         reconstruction = self._decode(acts, chosen, tokens)
         losses: dict[str, Tensor] = {}
         if return_loss:
             wanted = tokens if target is None else target.reshape(-1, self.config.d_out)
-            variance = variance_of(wanted) if total_variance is None else total_variance
+            own_variance = variance_of(wanted) if total_variance is None or self._has_sparsity_loss else None
+            variance = own_variance if total_variance is None else total_variance
             # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
             denominator = torch.where(variance > 0, variance, 1.0)
             losses["fvu"] = squared_error(wanted, reconstruction) / denominator
-            if dead_mask is not None:
+            if dead is not None:
                 residual = wanted - reconstruction.detach()
-                error = self._auxk_error(values[:, widest:], selection, dead_mask, residual)
-                losses["auxk_loss"] = error / denominator
+                losses["auxk_loss"] = self._auxk_error(*dead, dead_mask, residual) / denominator
             if multi_topk:
-                wide = self._decode(self._activate(values[:, :widest]), selection.columns(0, widest), tokens)
+                wide = self._decode(self._activate(values, selection.indices), selection, tokens)
                 losses["multi_topk_fvu"] = squared_error(wanted, wide) / denominator
+            if self._has_sparsity_loss:
+                l0 = self._summed(self._steps(values, chosen.indices).sum()) / max(len(tokens), 1)
+                losses["sparsity_loss"] = (l0 / k - 1) ** 2 * own_variance / denominator
             weights = {"fvu": 1.0, "auxk_loss": auxk_alpha, "multi_topk_fvu": MULTI_TOPK_WEIGHT}
+            weights["sparsity_loss"] = sparsity_weight
             losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         leading = activations.shape[:-1]
         output = HeadOutput(
             reconstruction=reconstruction.view(*leading, self.config.d_out),
-            top_acts=acts.view(*leading, k),
-            top_indices=chosen.indices.view(*leading, k),
+            top_acts=acts.view(*leading, acts.shape[1]),
+            top_indices=chosen.indices.view(*leading, acts.shape[1]),
+            smallest_act=self._smallest(acts),
             **losses,
         )
         return output.to_tuple() if return_dict is False else output
@@ -255,8 +281,60 @@ class HeadModel(PreTrainedModel):
         centre = input_mean.to(self.b_dec) - (self.b_dec if self.config.apply_b_dec_to_input else 0)
         self.encoder.bias.copy_(-(self.encoder.weight @ centre))
 
-    def _activate(self, values: Tensor) -> Tensor:
-        return SELECTIONS[self.config.activation].activate(self._largest(values))
+    @torch.no_grad()
+    def initialize_threshold(self, activations: Tensor) -> None:
+        """
+        Sets a threshold that is learnt so that each latent is active on `k / num_latents` of the tokens, so that L0
+        begins at k. Does nothing for heads without one.
+
+        Args:
+            activations (`torch.Tensor` of shape `(num_tokens, d_in)`): What the head reads.
+        """
+        if not self.learns_threshold or not len(activations):
+            return
+        tokens = self._tokens(activations)
+        shifted = tokens - self.b_dec if self.config.apply_b_dec_to_input else tokens
+        uses = max(1, round(len(tokens) * self.config.k / self.config.num_latents))
+        parts = zip(self.encoder.weight.split(1024), self.encoder.bias.split(1024), strict=True)
+        largest = [torch.addmm(bias[:, None], weight, shifted.t()).topk(uses, dim=1) for weight, bias in parts]
+        self.threshold.copy_(torch.cat([values[:, -1] for values, _ in largest]).clamp_min(0))
+
+    @torch.no_grad()
+    def observe_smallest(self, smallest_act: Tensor) -> None:
+        """
+        Moves the threshold that `batchtopk` will have after training towards the smallest activation of a batch. See
+        arXiv:2412.06410.
+
+        Args:
+            smallest_act (`torch.Tensor` of shape `()`): As `forward` gives it, over the whole batch.
+        """
+        first = self.threshold == 0
+        self.threshold.copy_(torch.where(first, smallest_act, self.threshold.lerp(smallest_act, THRESHOLD_RATE)))
+
+    @property
+    def _selection(self) -> LatentSelection:
+        return SELECTIONS[self.config.activation]
+
+    @property
+    def learns_threshold(self) -> bool:
+        """Whether there is a threshold that moves by its gradient, kept in bounds by the sparsity loss."""
+        return "threshold" in self._selection.parameters
+
+    @property
+    def _has_sparsity_loss(self) -> bool:
+        return self.learns_threshold and self.training
+
+    def _steps(self, values: Tensor, indices: Tensor) -> Tensor:
+        return step(values, self.threshold[indices], self.config.bandwidth)
+
+    def _smallest(self, acts: Tensor) -> Tensor | None:
+        if not self.training or self.config.activation != "batchtopk":
+            return None
+        above_zero = acts[acts > 0]
+        return above_zero.min().float() if len(above_zero) else acts.new_zeros((), dtype=torch.float32)
+
+    def _activate(self, values: Tensor, indices: Tensor) -> Tensor:
+        return self._selection.activate(self, self._largest(values), indices)
 
     def _here(self, k: int) -> int:
         """Of k latents of the head, as many as are selected here."""
@@ -267,7 +345,7 @@ class HeadModel(PreTrainedModel):
 
     def _largest(self, values: Tensor) -> Tensor:
         """Values of selected latents, without those that do not stand against other processes'."""
-        if self.latent_slice is None or self.config.activation == "groupmax":
+        if self.latent_slice is None or self.config.activation == "groupmax" or not self._selection.counts:
             return values
         return self.latent_slice.largest(values)
 
@@ -275,42 +353,63 @@ class HeadModel(PreTrainedModel):
         """What the latents here give, with what those of other processes do."""
         return part if self.latent_slice is None else self.latent_slice.sum(part)
 
-    def _encode(self, tokens: Tensor, k: int, dead_mask: Tensor | None = None) -> tuple[Tensor, Selection]:
-        """Pre-activations of the k selected latents and, behind them, of the `d_out / 2` foremost dead ones."""
-        choose = SELECTIONS[self.config.activation].select
+    def _normalize(self, tokens: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What is encoded, and what brings a reconstruction of it back."""
+        if self.config.normalize_input is None:
+            return tokens, lambda reconstruction: reconstruction
+        if self.config.normalize_input == "constant_norm":
+            scale = self.config.d_in**0.5 / tokens.norm(dim=-1, keepdim=True)
+            return tokens * scale, lambda reconstruction: reconstruction / scale
+        mean = tokens.mean(-1, keepdim=True)
+        std = (tokens - mean).std(-1, keepdim=True)
+        return (tokens - mean) / (std + LAYER_NORM_EPS), lambda reconstruction: reconstruction * std + mean
+
+    def _encode(
+        self, tokens: Tensor, k: int | None, dead_mask: Tensor | None = None
+    ) -> tuple[Tensor, Selection, tuple[Tensor, Selection] | None]:
+        """Pre-activations of the selected latents, and of the `d_out / 2` foremost dead ones."""
+        choose, aux = self._selection, 0 if dead_mask is None else self._k_aux
 
         def select(pre_activations: Tensor) -> tuple[Tensor, Tensor]:
-            values, indices = choose(pre_activations, self._here(k))
+            values, indices = choose.select(self, pre_activations, k and self._here(k))
             if dead_mask is None:
                 return values, indices
-            dead = topk(pre_activations.masked_fill_(~dead_mask, -torch.inf), self._k_aux)
-            return torch.cat([values, dead[0]], -1), torch.cat([indices, dead[1]], -1)
+            # In front, because pieces may differ in how many columns follow.
+            dead = topk(pre_activations.masked_fill_(~dead_mask, -torch.inf), aux)
+            return torch.cat([dead[0], values], -1), torch.cat([dead[1], indices], -1)
+
+        def settle(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            kept = choose.settle(self, values[:, aux:], indices[:, aux:], k)
+            both = zip((values, indices), kept, strict=True)
+            return tuple(torch.cat([whole[:, :aux], rest], -1) for whole, rest in both) if aux else kept
 
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
         if shift is not None and self.latent_slice is not None:
             shift = self.latent_slice.shared(shift)
-        return sparse_encode(tokens, self.encoder.weight, self.encoder.bias, shift, select)
+        values, selection = sparse_encode(
+            tokens, self.encoder.weight, self.encoder.bias, shift, select, settle if choose.settle else None
+        )
+        if not aux:
+            return values, selection, None
+        return values[:, aux:], selection.columns(aux, None), (values[:, :aux], selection.columns(0, aux))
 
     def _decode(self, acts: Tensor, selection: Selection, tokens: Tensor | None) -> Tensor:
         if self.W_dec is None:
             raise ValueError("The head was loaded with encoder_only=True and cannot decode. Load it without.")
+        if tokens is None and (self.W_skip is not None or self.config.normalize_input is not None):
+            what = "has a skip connection" if self.W_skip is not None else "normalises its input"
+            raise ValueError(f"The head {what}: decode also needs the activations that it read.")
         reconstruction = self._summed(sparse_decode(acts, selection, self.W_dec)) + self.b_dec
-        if self.W_skip is None:
-            return reconstruction
-        if tokens is None:
-            raise ValueError("The head has a skip connection: decode also needs the activations that it read.")
-        return reconstruction + nn.functional.linear(tokens, self.W_skip)
+        if self.config.normalize_input is not None:
+            reconstruction = self._normalize(tokens)[1](reconstruction)
+        if self.W_skip is not None:
+            reconstruction = reconstruction + nn.functional.linear(tokens, self.W_skip)
+        return reconstruction
 
-    def _auxk_error(self, values: Tensor, selection: Selection, dead_mask: Tensor, residual: Tensor) -> Tensor:
+    def _auxk_error(self, values: Tensor, dead: Selection, dead_mask: Tensor, residual: Tensor) -> Tensor:
         # Living latents fill up the selection where few are dead; their pre-activation is -inf, and ReLU makes it 0.
-        dead = selection.columns(selection.indices.shape[1] - self._k_aux, None)
-        estimate = self._summed(
-            sparse_decode(
-                nn.functional.relu(values if self.latent_slice is None else self.latent_slice.largest(values)),
-                dead,
-                self.W_dec,
-            )
-        )
+        foremost = values if self.latent_slice is None else self.latent_slice.largest(values)
+        estimate = self._summed(sparse_decode(nn.functional.relu(foremost), dead, self.W_dec))
         return squared_error(residual, estimate) * (self._summed(dead_mask.sum()) / self._k_aux).clamp(max=1.0)
 
     @property
@@ -319,7 +418,7 @@ class HeadModel(PreTrainedModel):
 
     def _multi_topk_width(self, k: int) -> int:
         width = MULTI_TOPK_FACTOR * k
-        if not SELECTIONS[self.config.activation].nests or width > self.config.num_latents:
+        if not self._selection.nests or width > self.config.num_latents:
             raise ValueError(
                 f"Multi-TopK selects {width} latents by topk, but the head has activation {self.config.activation!r} "
                 f"and {self.config.num_latents} latents."
@@ -341,6 +440,8 @@ class HeadModel(PreTrainedModel):
         init.kaiming_uniform_(module.encoder.weight, a=math.sqrt(5))
         init.zeros_(module.encoder.bias)
         init.zeros_(module.b_dec)
+        for name in (*module._selection.parameters, *module._selection.buffers):
+            init.zeros_(getattr(module, name))
         if module.W_skip is not None:
             init.zeros_(module.W_skip)
         if module.W_dec is not None:

@@ -62,7 +62,12 @@ class Selection:
 
 
 def sparse_encode(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, select: Callable[[Tensor], tuple[Tensor, Tensor]]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Selection]:
     """
     Pre-activations `weight (x - shift) + bias` of the latents that `select` picks for each token.
@@ -77,7 +82,9 @@ def sparse_encode(
         bias (`torch.Tensor` of shape `(num_latents,)`): Its bias.
         shift (`torch.Tensor` of shape `(d_in,)`, *optional*): Taken from `x` first, an SAE's `b_dec`.
         select (`Callable`): From dense pre-activations `(num_tokens, num_latents)`, which it may overwrite, to the
-            values and indices of some, each `(num_tokens, n)`.
+            values and indices of some, each `(num_tokens, n)`. It is given the tokens in pieces, and n may differ in
+            these.
+        settle (`Callable`, *optional*): From values and indices of all tokens to those that stay.
 
     Returns:
         `tuple[Tensor, Selection]`: the values, `(num_tokens, n)` in the weight's dtype, and the selection.
@@ -85,6 +92,8 @@ def sparse_encode(
     shifted = x if shift is None else x - shift.detach()
     with torch.no_grad():
         values, indices = _select_in_pieces(shifted, weight, bias, select)
+        if settle is not None:
+            values, indices = (kept.contiguous() for kept in settle(values, indices))
     selection = Selection(indices, weight.shape[0])
     return _SelectedLinear.apply(shifted, weight, bias, shift, values.to(weight.dtype), selection), selection
 
@@ -116,8 +125,16 @@ def _select_in_pieces(x, weight, bias, select) -> tuple[Tensor, Tensor]:
         if buffer is None:
             buffer = piece.new_empty(piece.shape[0], weight.shape[0])
         pieces.append(select(torch.addmm(bias, piece, weight.t(), out=buffer[: piece.shape[0]])))
-    values, indices = zip(*pieces, strict=True)
-    return (values[0], indices[0]) if len(pieces) == 1 else (torch.cat(values), torch.cat(indices))
+    if len(pieces) == 1:
+        return pieces[0]
+    width = max(values.shape[1] for values, _ in pieces)
+    values, indices = zip(*(_widened(*piece, width) for piece in pieces), strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+def _widened(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    missing = width - values.shape[1]
+    return F.pad(values, (0, missing), value=-torch.inf), F.pad(indices, (0, missing))
 
 
 class _SelectedLinear(torch.autograd.Function):

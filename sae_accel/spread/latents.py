@@ -83,6 +83,11 @@ def latent_bounds(plan: HeadPlan, processes: int) -> list[int]:
         `InputError`: if the head cannot be cut so.
     """
     config, entry = plan.config, plan.arguments
+    if config.activation == "batchtopk":
+        raise InputError(
+            f"training.distribute_latents: head {plan.name!r} has batchtopk, whose latents compete over a whole "
+            "batch. Use topk or jumprelu, or distribute_modules."
+        )
     groups = config.k if config.activation == "groupmax" else config.num_latents
     if config.activation == "groupmax" and entry.k_decay_steps:
         raise InputError(

@@ -85,7 +85,8 @@ class Replicated:
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
         """Parameters of a whole head by name, for the process that writes it. Every one that holds some must ask."""
-        return {name: self.whole(head, name, parameter.detach()) for name, parameter in head.named_parameters()}
+        parts = head.state_dict(keep_vars=True).items()
+        return {name: self.whole(head, name, part.detach()) for name, part in parts}
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """

@@ -93,7 +93,7 @@ class ZeroHeads(Replicated):
             return super().weights(head)
         import deepspeed
 
-        weights = {}
+        weights = dict(head.named_buffers())
         for name, parameter in head.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self.accelerator.is_main_process:
