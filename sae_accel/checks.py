@@ -7,7 +7,7 @@ from transformers import SchedulerType
 
 from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from .errors import InputError
-from .models.auto import NOT_HEADS
+from .formats.folders import NOT_HEADS
 
 
 # The schedules that need nothing but a warm-up and a length.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from .arguments import HeadArguments
 from .checks import check_latents
 from .errors import InputError
+from .globs import glob_to_regex
 from .hooks import Site
 from .models import HeadConfig, SaeConfig, TranscoderConfig
 from .probe import probe
@@ -49,7 +50,7 @@ def match_modules(pattern: str, names: list[str]) -> Iterator[tuple[str, list[st
         pattern (`str`): Dots stand for slashes: `*`, `?` and `[012]` stay within one component, `**` crosses dots.
         names (`list[str]`): Dotted names.
     """
-    regex = re.compile(_glob_to_regex(pattern))
+    regex = re.compile(glob_to_regex(pattern))
     for name in names:
         if found := regex.fullmatch(name):
             yield name, list(found.groups())
@@ -221,17 +222,3 @@ def _head_config(entry, hookpoint: str, reads: Site, d_in: int, d_out: int, wher
 def _closest(name: str, names: list[str]) -> str:
     closest = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
     return f"Near names: {', '.join(closest)}."
-
-
-def _glob_to_regex(pattern: str) -> str:
-    """One group for each wildcard, so that `source` can name what it stood for."""
-    pieces = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
-    wild = {"**": "(.*)", "*": "([^.]*)", "?": "([^.])"}
-    return "".join(
-        wild.get(piece) or (_character_set(piece) if piece[:1] == "[" else re.escape(piece)) for piece in pieces
-    )
-
-
-def _character_set(piece: str) -> str:
-    inside = piece[1:-1].replace("\\", r"\\")
-    return f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"

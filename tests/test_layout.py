@@ -11,6 +11,7 @@ LAYERS = [
     {"memory"},
     {"rehearsal"},
     {"report", "trainer"},
+    {"model_card"},
     {"saving", "end_to_end"},
     {"local", "pretrained", "spliced_lm"},
     {"spread", "batches"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"models", "formats"},
     {"ops", "metrics"},
     {"processes"},
-    {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory"},
+    {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory", "globs", "plots"},
 ]
 
 

@@ -1,81 +1,127 @@
+"""EleutherAI's sparsify, in any version of its format since June 2024: `cfg.json` and `sae.safetensors`."""
+
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import InputError
 from ..models.configuration_head import HeadConfig
-from ..models.configuration_sae import SaeConfig
 from ..models.configuration_transcoder import TranscoderConfig
+from .folders import folders_of
+from .foreign import ForeignHead, Place, Source, foreign_head
+from .tensor_file import open_tensors
 
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
+RUN_FILE = "config.json"
 
 
-def read_head(config_path: str | Path, weights_path: str | Path) -> tuple[HeadConfig, dict[str, Tensor]]:
+def find(files: list[str], origin: str) -> Iterator[Place]:
+    """Heads among the files of a folder or repo. Names are hookpoints, but for those of before July 2024."""
+    for folder, inside in folders_of(files):
+        if {CONFIG_FILE, WEIGHTS_FILE} <= inside.keys():
+            roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
+            if folder and RUN_FILE in files:
+                roles["run"] = RUN_FILE
+            yield Place(folder, roles, origin, hookpoint=_hookpoint(folder))
+
+
+def open_head(place: Place) -> ForeignHead:
     """
-    Reads a head that sparsify wrote, in any version of its format since June 2024.
+    Reads a head's configuration, and finds its tensors.
 
     What keys mean where they are absent: no transcoder, no skip connection, `topk`. A file with `signed` selects
     latents by magnitude and keeps their sign. A file with a skip connection is a transcoder, whatever it says.
     Transcoders of before February 2025 took `b_dec` from their input, which no file tells: load those with
     `apply_b_dec_to_input=True`.
 
-    Args:
-        config_path (`str` or `Path`): Its `cfg.json`.
-        weights_path (`str` or `Path`): Its `sae.safetensors`.
-
-    Returns:
-        `tuple[HeadConfig, dict]`: our config, and tensors by our names.
-
     Raises:
         `InputError`: if a file cannot be read, or the two disagree.
     """
-    try:
-        keys = json.loads(Path(config_path).read_text())
-        tensors = _current_names(load_file(weights_path))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"The sparsify head in {str(Path(config_path).parent)!r} cannot be read: {error}.") from error
-    if missing := {"encoder.weight", "encoder.bias", "b_dec"} - set(tensors):
-        raise InputError(
-            f"{str(weights_path)!r} has no tensor {min(missing)!r}; it holds {', '.join(sorted(tensors))}."
-        )
-    config = _config(keys, tensors)
-    expected = (config.num_latents, keys.get("d_in", config.d_in))
-    if tuple(tensors["encoder.weight"].shape) != expected:
-        raise InputError(
-            f"{str(config_path)!r} says (num_latents, d_in) = {expected}, but encoder.weight has shape "
-            f"{tuple(tensors['encoder.weight'].shape)}."
-        )
-    return config, tensors
-
-
-def _config(keys: dict, tensors: dict[str, Tensor]) -> HeadConfig:
-    num_latents, d_in = tensors["encoder.weight"].shape
-    shared = dict(
-        d_in=d_in,
+    keys, file = place.json("config"), open_tensors(place.paths["weights"])
+    # The oldest files call the encoder W_enc, of shape (d_in, num_latents).
+    oldest = "W_enc" in file.shapes
+    weight = Source("W_enc", transposed=True) if oldest else Source("encoder.weight")
+    sources = {"encoder.weight": weight, "encoder.bias": Source("b_enc" if oldest else "encoder.bias")}
+    sources |= {name: Source(name) for name in ("W_dec", "b_dec", "W_skip") if name in file.shapes or name == "b_dec"}
+    if oldest and "b_enc" not in file.shapes:
+        sources["encoder.bias"] = torch.zeros(file.shapes["W_enc"][1])
+    transcoder = bool(keys.get("transcode") or keys.get("skip_connection"))
+    declared = {"d_in": keys.get("d_in"), "num_latents": keys.get("num_latents") or keys.get("d_sae")}
+    if not declared["num_latents"] and keys.get("d_in") and keys.get("expansion_factor"):
         # The files of runs that gave an expansion factor say 0.
-        num_latents=keys.get("num_latents")
-        or keys.get("d_sae")
-        or d_in * keys.get("expansion_factor", num_latents // d_in),
-        expansion_factor=keys.get("expansion_factor", num_latents // d_in),
+        declared["num_latents"] = keys["d_in"] * keys["expansion_factor"]
+    fields: dict[str, Any] = {} if transcoder else {"normalize_decoder": keys.get("normalize_decoder", True)}
+    if transcoder and "W_skip" not in sources and keys.get("skip_connection"):
+        raise InputError(
+            f"{str(place.paths['config'])!r} says that there is a skip connection, but W_skip is missing."
+        )
+    return foreign_head(
+        file,
+        sources,
+        place,
+        transcoder=transcoder,
+        declared=declared,
         k=keys.get("k", 32),
         activation="signed_topk" if keys.get("signed") else keys.get("activation", "topk"),
-        encoder_only="W_dec" not in tensors,
+        encoder_only="W_dec" not in sources,
+        base_model_name_or_path=place.json("run").get("model") if "run" in place.paths else None,
+        **fields,
     )
-    if keys.get("transcode") or keys.get("skip_connection"):
-        skip = bool(keys.get("skip_connection"))
-        return TranscoderConfig(d_out=tensors["b_dec"].shape[0], skip_connection=skip, **shared)
-    return SaeConfig(normalize_decoder=keys.get("normalize_decoder", True), **shared)
 
 
-def _current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The oldest files call the encoder `W_enc` (d_in, num_latents) and `b_enc`."""
-    if "W_enc" in tensors:
-        tensors["encoder.weight"] = tensors.pop("W_enc").t().contiguous()
-        tensors["encoder.bias"] = tensors.pop("b_enc", torch.zeros(len(tensors["encoder.weight"])))
-    return tensors
+def config_of(config: HeadConfig) -> dict[str, Any]:
+    """
+    The `cfg.json` of a head, for sparsify 1.3.
+
+    Raises:
+        `InputError`: if sparsify has no such head.
+    """
+    transcoder = isinstance(config, TranscoderConfig)
+    lacks = {
+        f"activation {config.activation}": config.activation not in ("topk", "groupmax"),
+        f"normalize_input {config.normalize_input}": config.normalize_input is not None,
+        f"d_out {config.d_out} beside d_in {config.d_in}": config.d_out != config.d_in,
+        f"apply_b_dec_to_input {config.apply_b_dec_to_input}": config.apply_b_dec_to_input == transcoder,
+    }
+    if wrong := [what for what, lacking in lacks.items() if lacking]:
+        raise InputError(f"it has {wrong[0]}, which sparsify's format cannot say.")
+    return {
+        "activation": config.activation,
+        "expansion_factor": config.expansion_factor or 0,
+        "normalize_decoder": config.normalize_decoder,
+        "num_latents": config.num_latents,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": getattr(config, "skip_connection", False),
+        "transcode": transcoder,
+        "d_in": config.d_in,
+    }
+
+
+def write_head(folder: Path, config: HeadConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Writes a head as sparsify 1.3 reads it.
+
+    Raises:
+        `InputError`: if sparsify has no such head.
+    """
+    from safetensors.torch import save_file
+
+    keys = config_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(keys, indent=2) + "\n")
+
+
+def _hookpoint(folder: str) -> str | None:
+    first = folder.split("/")[0]
+    if match := re.fullmatch(r"layer_(\d+)", first):
+        # These held the inputs of blocks, of which the first is the embeddings.
+        return f"layers.{int(match[1]) - 1}" if int(match[1]) else "embed_tokens"
+    return first or None

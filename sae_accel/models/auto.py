@@ -2,7 +2,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -10,9 +10,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from ..errors import InputError
-from ..formats import sparsify
+from ..formats import LAYOUTS, Place
+from ..formats.folders import folders_of
+from ..globs import glob_to_regex
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
+from .configuration_transcoder import TranscoderConfig
 from .modeling_head import HeadModel
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
@@ -20,8 +23,9 @@ from .quiet import quiet_files
 from .repository import HUB_OPTIONS, Repository
 
 
-# Folders of a run that hold other things than its heads.
-NOT_HEADS = re.compile(r"(checkpoint-\d+|best|logs|adapter|\..*)")
+# What a user may say of a foreign head that its files do not tell.
+TELLING = {*HeadConfig.__annotations__, *TranscoderConfig.__annotations__, "input_scale"}
+_INDEX = "model.safetensors.index.json"
 
 
 class HeadNotFound(InputError, KeyError):
@@ -34,23 +38,25 @@ class HeadNotFound(InputError, KeyError):
 class SaeHeads(Mapping):
     """
     The heads of a folder or repo by name, in natural order (`layers.2` before `layers.10`). A head is fetched and
-    loaded when it is first asked for, and kept.
+    loaded when it is first asked for, and kept. What another library calls it is a name too.
 
     Examples:
         ```python
         saes = AutoSae.from_pretrained("EleutherAI/sae-llama-3-8b-32x")
         list(saes)  # names; nothing is loaded
         saes["layers.10"].encode(hidden_state)
+        saes.select("layers.[0-3]", "layers.*.mlp")  # those heads, as another mapping
         ```
     """
 
-    def __init__(self, repository: Repository, layouts: dict[str, str], options: dict[str, Any]):
+    def __init__(self, repository: Repository, places: dict[str, Place], options: dict[str, Any]):
         self._repository = repository
-        self._layouts = {name: layouts[name] for name in sorted(layouts, key=natural_key)}
+        self._places = {name: places[name] for name in sorted(places, key=natural_key)}
         self._options = options
         self._loaded: dict[str, HeadModel] = {}
 
     def __getitem__(self, name: str) -> HeadModel:
+        name = self._name(name)
         if name not in self._loaded:
             self._loaded[name] = self.load(name)
         return self._loaded[name]
@@ -60,6 +66,28 @@ class SaeHeads(Mapping):
         """The folder or repo."""
         return self._repository.name
 
+    def select(self, *patterns: str) -> "SaeHeads":
+        """
+        The heads whose names match, still to be loaded, in natural order.
+
+        Args:
+            patterns (`str`): Globs over names, or over the hookpoints that they begin with: `*`, `?` and `[012]` stay
+                within one component, `**` crosses dots.
+
+        Raises:
+            `HeadNotFound`: if a pattern matches nothing.
+        """
+        chosen: dict[str, Place] = {}
+        for pattern in patterns:
+            matches = re.compile(glob_to_regex(pattern)).fullmatch
+            found = [name for name in self if matches(name) or matches(name.split("/")[0])]
+            if not found:
+                raise HeadNotFound(f"{self.origin!r} has no head that {pattern!r} matches. {self._near(pattern)}")
+            chosen |= {name: self._places[name] for name in found}
+        heads = SaeHeads(self._repository, chosen, self._options)
+        heads._loaded = {name: head for name, head in self._loaded.items() if name in chosen}
+        return heads
+
     def load(self, name: str) -> HeadModel:
         """
         A head, loaded anew and not kept.
@@ -67,7 +95,15 @@ class SaeHeads(Mapping):
         Raises:
             `InputError`: if there is no such head, or it cannot be read.
         """
-        return _load(self._repository, name, self._layout(name), self._options)
+        name = self._name(name)
+        place = self._places[name]
+        with _reading(self._repository, name):
+            self._fetch(place)
+            with quiet_files():
+                head = _load(place, dict(self._options))
+        head.config.name_or_path = self.origin
+        _complete(head.config, name, place)
+        return head
 
     def config(self, name: str) -> HeadConfig:
         """
@@ -76,24 +112,71 @@ class SaeHeads(Mapping):
         Raises:
             `InputError`: if there is no such head, or it cannot be read.
         """
+        name = self._name(name)
+        place = self._places[name]
         with _reading(self._repository, name):
-            read = _sparsify_config if self._layout(name) == "sparsify" else _our_config
-            return read(self._repository, name)
+            if place.layout is None:
+                place.paths = {"config": Path(self._repository.fetch(place.files["config"]))}
+                config = _our_config(place)
+            else:
+                self._fetch(place)
+                config = place.layout.open_head(_told(place, self._options)).config
+        _complete(config, name, place)
+        return config
 
-    def _layout(self, name: str) -> str:
-        if name not in self._layouts:
-            near = difflib.get_close_matches(name, self._layouts, n=4, cutoff=0.4) or list(self._layouts)[:4]
-            raise HeadNotFound(f"{self.origin!r} has no head {name!r}. Near names: {', '.join(near)}.")
-        return self._layouts[name]
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Writes every head in our layout, one folder each, loading one at a time.
+
+        Args:
+            save_directory (`str` or `Path`): Where; made if it does not exist.
+        """
+        for name in self:
+            head = self._loaded.get(name) or self.load(name)
+            with quiet_files():
+                head.save_pretrained(Path(save_directory) / name)
+
+    def _fetch(self, place: Place) -> None:
+        place.paths = {role: Path(self._repository.fetch(file)) for role, file in place.files.items()}
+
+    def _name(self, name: str) -> str:
+        """The name of a head here, by that, by another library's, or by a hookpoint with no other head."""
+        if name in self._places:
+            return name
+        for ours, place in self._places.items():
+            if name == place.name:
+                return ours
+        at_hookpoint = [ours for ours in self._places if ours.split("/")[0] == name] or self._by_config(name)
+        if len(at_hookpoint) == 1:
+            return at_hookpoint[0]
+        if at_hookpoint:
+            raise HeadNotFound(
+                f"{self.origin!r} has several heads at {name!r}: {', '.join(at_hookpoint[:6])}. Name one."
+            )
+        raise HeadNotFound(f"{self.origin!r} has no head {name!r}. {self._near(name)}")
+
+    def _by_config(self, name: str) -> list[str]:
+        """Heads at a hookpoint, or of a hook's name, that only their configurations tell of."""
+        silent = [ours for ours, place in self._places.items() if place.hookpoint is None and "config" in place.files]
+        found = []
+        for ours in silent:
+            config = self.config(ours)
+            if name == config.hookpoint or name in (config.aliases or []):
+                found.append(ours)
+        return found
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
+        return f"Near names: {', '.join(near)}."
 
     def __contains__(self, name: object) -> bool:
-        return name in self._layouts
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layouts)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._layouts)
+        return len(self._places)
 
     def __repr__(self) -> str:
         names = "\n".join(f"  {name}{' (loaded)' if name in self._loaded else ''}" for name in self)
@@ -101,7 +184,10 @@ class SaeHeads(Mapping):
 
 
 class AutoSae:
-    """Loads SAEs and transcoders from a folder or the Hub, in our layout or in sparsify's."""
+    """
+    Loads SAEs and transcoders from a folder, a file or the Hub: ours, and those of sparsify, SAELens, Gemma Scope,
+    Llama Scope, dictionary_learning, OpenAI, Goodfire, Qwen Scope and circuit-tracer, told apart by their files.
+    """
 
     def __init__(self) -> None:
         raise TypeError("AutoSae is not instantiated. Use AutoSae.from_pretrained.")
@@ -114,12 +200,15 @@ class AutoSae:
         The head of a folder or repo that holds one; the heads by name where it holds several.
 
         Args:
-            pretrained_model_name_or_path (`str`): A folder, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
-            hookpoint (`str`, *optional*): Name of the head to load; `subfolder` is an alias.
+            pretrained_model_name_or_path (`str`): A folder, a file, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
+            hookpoint (`str`, *optional*): Name of the head to load, ours or that of the library that it is from;
+                `subfolder` is an alias.
             kwargs (*optional*): As in transformers: `dtype`, `device_map`, `revision`, `token`, `cache_dir`,
-                `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. `apply_b_dec_to_input=True`
-                is for sparsify's transcoders of before February 2025, whose files do not tell that `b_dec` is taken
-                from the input.
+                `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. What the files of another
+                library do not tell can be given by the name of the config's field: `apply_b_dec_to_input=True` for
+                sparsify's transcoders of before February 2025, `k` for Qwen Scope's files outside of their repo, and
+                `input_scale`, `sqrt(d_in)` over the average norm of inputs, for SAELens' heads that were trained on
+                inputs multiplied by it.
 
         Returns:
             [`SaeModel`], [`TranscoderModel`] or [`SaeHeads`].
@@ -148,13 +237,14 @@ class AutoSae:
         """
         name = str(pretrained_model_name_or_path)
         repository = Repository(name, **{key: kwargs.pop(key, None) for key in HUB_OPTIONS})
-        layouts = _find_heads(repository.files)
-        if not layouts:
+        places = _find_heads(repository)
+        if not places:
             raise InputError(
-                f"{name!r} holds no SAE or transcoder: no folder in it has config.json with model.safetensors, or "
-                "cfg.json with sae.safetensors."
+                f"{name!r} holds no SAE or transcoder: neither config.json with model.safetensors, nor the files of "
+                "sparsify, SAELens, Gemma Scope, Llama Scope, dictionary_learning or circuit-tracer, nor heads that "
+                "torch saved."
             )
-        return SaeHeads(repository, layouts, kwargs)
+        return SaeHeads(repository, places, kwargs)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -162,19 +252,24 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _find_heads(files: list[str]) -> dict[str, str]:
-    """Names of heads and the layout of each, told by the files alone."""
-    folders: dict[str, set[str]] = {}
-    for file in map(PurePosixPath, files):
-        if not any(NOT_HEADS.fullmatch(part) for part in file.parts[:-1]):
-            folders.setdefault("" if file.parent == PurePosixPath(".") else str(file.parent), set()).add(file.name)
-    layouts = {}
-    for name, inside in folders.items():
-        if "config.json" in inside and inside & {"model.safetensors", "model.safetensors.index.json"}:
-            layouts[name] = "sae_accel"
-        elif {sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE} <= inside:
-            layouts[name] = "sparsify"
-    return layouts
+def _find_heads(repository: Repository) -> dict[str, Place]:
+    """Heads by name, told by the files alone."""
+    files, origin = repository.files, repository.name
+    found = list(_our_places(files, origin))
+    for layout in LAYOUTS:
+        taken = {file for place in found for role, file in place.files.items() if role == "weights"}
+        for place in layout.find([file for file in files if file not in taken], origin):
+            place.layout = layout
+            found.append(place)
+    labels = [place.label for place in found]
+    return {place.label if labels.count(place.label) == 1 else place.name: place for place in found}
+
+
+def _our_places(files: list[str], origin: str) -> Iterator[Place]:
+    for folder, inside in folders_of(files):
+        weights = [name for name in inside if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
+        if "config.json" in inside and {"model.safetensors", _INDEX} & set(weights):
+            yield Place(folder, {"config": inside["config.json"]} | {name: inside[name] for name in weights}, origin)
 
 
 @contextmanager
@@ -182,56 +277,45 @@ def _reading(repository: Repository, name: str) -> Iterator[None]:
     """Says of what cannot be read which head it is."""
     where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
     try:
-        with quiet_files():
-            yield
-    except InputError:
-        raise
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, InputError) and repository.name in str(error):
+            raise
         raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _load(repository: Repository, name: str, layout: str, options: dict[str, Any]) -> HeadModel:
-    with _reading(repository, name):
-        load = _load_sparsify if layout == "sparsify" else _load_ours
-        head = load(repository, name, dict(options))
-    if head.config.hookpoint is None and name:
-        head.config.hookpoint = name.split("/")[0]
-    return head
+def _load(place: Place, options: dict[str, Any]) -> HeadModel:
+    if place.layout is None:
+        # An LM has files of the same names, and must not be loaded to find that out.
+        model_class = _model_class(_our_config(place))
+        return model_class.from_pretrained(place.paths["config"].parent, use_safetensors=True, **options)
+    head = place.layout.open_head(_told(place, options))
+    tensors = head.read()
+    options = {key: value for key, value in options.items() if key not in TELLING}
+    options.setdefault("dtype", tensors["encoder.weight"].dtype)
+    return _model_class(head.config).from_pretrained(None, config=head.config, state_dict=tensors, **options)
 
 
-def _our_config(repository: Repository, name: str) -> HeadConfig:
-    # An LM has files of the same names, and must not be loaded to find that out.
-    config = AutoConfig.from_pretrained(repository.folder or repository.name, subfolder=name, **repository.options)
+def _told(place: Place, options: dict[str, Any]) -> Place:
+    place.given = {key: value for key, value in options.items() if key in TELLING}
+    return place
+
+
+def _our_config(place: Place) -> HeadConfig:
+    config = AutoConfig.from_pretrained(place.paths["config"].parent)
     if not isinstance(config, HeadConfig):
         raise ValueError(f"it is a {config.model_type}, not an SAE or transcoder.")
     return config
 
 
-def _load_ours(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
-    model_class = _model_class(_our_config(repository, name))
-    where = {"pretrained_model_name_or_path": repository.folder or repository.name, "subfolder": name}
-    return model_class.from_pretrained(**where, use_safetensors=True, **repository.options, **options)
-
-
-def _sparsify_files(repository: Repository, name: str) -> list[str]:
-    return [
-        repository.fetch(str(PurePosixPath(name) / file)) for file in (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)
-    ]
-
-
-def _sparsify_config(repository: Repository, name: str) -> HeadConfig:
-    config, _ = sparsify.read_head(*_sparsify_files(repository, name))
-    config.hookpoint = name.split("/")[0] or None
-    return config
-
-
-def _load_sparsify(repository: Repository, name: str, options: dict[str, Any]) -> HeadModel:
-    config, tensors = sparsify.read_head(*_sparsify_files(repository, name))
-    for key in ("encoder_only", "apply_b_dec_to_input"):
-        if key in options:
-            setattr(config, key, options.pop(key))
-    options.setdefault("dtype", tensors["encoder.weight"].dtype)
-    return _model_class(config).from_pretrained(None, config=config, state_dict=tensors, **options)
+def _complete(config: HeadConfig, name: str, place: Place) -> None:
+    """What names tell of where a head sits, where its files do not."""
+    if place.layout is None and config.hookpoint is None and name:
+        config.hookpoint = name.split("/")[0]
+    if place.layout is not None and config.hookpoint is None and "hookpoint" not in place.given:
+        config.hookpoint = place.hookpoint
+    if place.layout is not None and place.name and place.name.split("/")[0] != config.hookpoint:
+        config.aliases = list(dict.fromkeys([*(config.aliases or []), place.name]))
 
 
 def _model_class(config: HeadConfig) -> type[HeadModel]:

@@ -240,7 +240,7 @@ class HeadModel(PreTrainedModel):
         reconstruction = self._decode(acts, chosen, tokens)
         losses: dict[str, Tensor] = {}
         if return_loss:
-            wanted = tokens if target is None else target.reshape(-1, self.config.d_out)
+            wanted = self._wanted(tokens, target)
             own_variance = variance_of(wanted) if total_variance is None or self._has_sparsity_loss else None
             variance = own_variance if total_variance is None else total_variance
             # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
@@ -432,6 +432,16 @@ class HeadModel(PreTrainedModel):
                 f"{tuple(activations.shape)}."
             )
         return activations.reshape(-1, self.config.d_in).to(self.dtype)
+
+    def _wanted(self, tokens: Tensor, target: Tensor | None) -> Tensor:
+        if target is not None:
+            return target.reshape(-1, self.config.d_out)
+        if self.config.d_out != self.config.d_in:
+            raise ValueError(
+                f"The head predicts activations of width d_out = {self.config.d_out} from others: to measure it, give "
+                "target; to reconstruct alone, set return_loss=False."
+            )
+        return tokens
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
 
 # The Hub client's own HTTP library has changed its name, so its base error is taken from where the client has it.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -19,7 +19,7 @@ class Repository:
     The files of a local folder or of a repo on the Hub, listed at once and fetched one by one.
 
     Args:
-        name (`str`): A folder, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
+        name (`str`): A folder, a file in one, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
         options (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in
             transformers.
 
@@ -42,16 +42,21 @@ class Repository:
 
     def _list(self) -> list[str]:
         if self.folder is not None:
+            if self.folder.is_file():
+                file, self.folder = self.folder, self.folder.parent
+                # What describes it lies beside it.
+                return [file.name, *(path.name for path in self.folder.iterdir() if path.suffix in (".json", ".yaml"))]
             if not self.folder.is_dir():
                 raise InputError(f"There is no folder {self.name!r}.")
             return _list_folder(self.folder)
         if not self.options.get("local_files_only"):
             try:
                 with explaining(self.name):
-                    info = HfApi(token=self.options.get("token")).model_info(
-                        self.name, revision=self.options.get("revision")
-                    )
-                    return [sibling.rfilename for sibling in info.siblings or []]
+                    api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
+                    # Asked first, because a tree is asked for again and again while there is no answer.
+                    api.model_info(self.name, revision=revision)
+                    tree = api.list_repo_tree(self.name, recursive=True, revision=revision)
+                    return [item.path for item in tree if isinstance(item, RepoFile)]
             except _Unreachable:
                 pass
         return self._list_cache()
@@ -89,7 +94,7 @@ class explaining:
 
 
 def _is_local(name: str) -> bool:
-    return os.path.isdir(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _list_folder(folder: Path) -> list[str]:

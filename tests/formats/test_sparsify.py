@@ -66,6 +66,21 @@ def test_signed_files_of_mid_2024_keep_the_sign_of_the_largest_by_magnitude(tmp_
     assert (ours.top_acts < 0).any()
 
 
+def test_folders_of_before_july_2024_hold_what_goes_into_a_layer(tmp_path):
+    for name in ("layer_0", "layer_1", "layer_12"):
+        _peer(tmp_path / name)
+    saes = AutoSae.from_pretrained(tmp_path)
+    assert list(saes) == ["embed_tokens", "layers.0", "layers.11"]
+    assert saes["layer_12"] is saes["layers.11"] and saes["layer_12"].config.hookpoint == "layers.11"
+    assert saes["layers.11"].config.aliases == ["layer_12"]
+
+
+def test_the_run_says_which_lm_it_was(tmp_path):
+    _peer(tmp_path / "layers.3")
+    (tmp_path / "config.json").write_text('{"model": "EleutherAI/pythia-160m"}')
+    assert AutoSae.from_pretrained(tmp_path).config.base_model_name_or_path == "EleutherAI/pythia-160m"
+
+
 def test_the_oldest_tensor_names_are_read(tmp_path):
     coder = _peer(tmp_path)
     tensors = load_file(tmp_path / "sae.safetensors")
@@ -96,11 +111,14 @@ def test_precision_and_encoder_only_are_as_for_our_own_files(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: _edit(folder, num_latents=50), "= .50, 24., but encoder.weight has shape .96, 24."),
+        (lambda folder: _edit(folder, num_latents=50), "says num_latents = 50, but its weights have 96"),
         (lambda folder: _edit(folder, k=500), "k is 500"),
-        (lambda folder: (folder / "cfg.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "sae.safetensors").write_bytes(b"\x08"), "cannot be read"),
-        (lambda folder: save_file({"b_dec": torch.zeros(24)}, folder / "sae.safetensors"), "no tensor 'encoder.bias'"),
+        (lambda folder: (folder / "cfg.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "sae.safetensors").write_bytes(b"\x08"), "cannot be loaded"),
+        (
+            lambda folder: save_file({"b_dec": torch.zeros(24)}, folder / "sae.safetensors"),
+            "no tensor 'encoder.weight'",
+        ),
     ],
 )
 def test_a_head_whose_files_are_broken_or_disagree_is_refused(tmp_path, damage, message):

@@ -1,0 +1,82 @@
+"""dictionary_learning, of saprmarks: `ae.pt` and `config.json`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import InputError
+from .folders import folders_of
+from .foreign import ForeignHead, Place, Source, foreign_head, full, number_in
+from .hook_names import module_of
+from .tensor_file import TorchFile, open_tensors
+
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "ae.pt"
+# By class: the activation, and whether the decoder's bias is taken from the input.
+_CLASSES = {
+    "AutoEncoder": ("relu", True),
+    "AutoEncoderNew": ("relu", False),
+    "GatedAutoEncoder": ("gated", True),
+    "AutoEncoderTopK": ("topk", True),
+    "BatchTopKSAE": ("batchtopk", True),
+    "MatryoshkaBatchTopKSAE": ("batchtopk", True),
+    "JumpReluAutoEncoder": ("jumprelu", False),
+}
+
+
+def find(files: list[str], origin: str) -> Iterator[Place]:
+    """Heads among the files of a folder or repo."""
+    for folder, inside in folders_of(files):
+        if {CONFIG_FILE, WEIGHTS_FILE} <= inside.keys():
+            roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
+            layer = number_in(folder, r"resid_post_layer_(\d+)")
+            hook = None if layer is None else f"blocks.{layer}.hook_resid_post"
+            yield Place(folder, roles, origin, hookpoint=module_of(hook, f"{origin}/{folder}"))
+
+
+def open_head(place: Place) -> ForeignHead:
+    """
+    Reads a head's configuration, and finds its tensors.
+
+    Raises:
+        `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
+    """
+    keys = place.json("config").get("trainer", {})
+    kind, file = keys.get("dict_class"), open_tensors(place.paths["weights"])
+    if kind not in _CLASSES:
+        raise InputError(f"its dict_class is {kind!r}, of which {', '.join(_CLASSES)} can be read.")
+    activation, apply_b_dec_to_input = _CLASSES[kind]
+    hook = None if keys.get("layer") is None else f"blocks.{keys['layer']}.hook_resid_post"
+    submodule = keys.get("submodule_name") or "resid_post"
+    return foreign_head(
+        file,
+        _sources(file, activation),
+        place,
+        declared={"d_in": keys.get("activation_dim"), "num_latents": keys.get("dict_size")},
+        k=int(keys["k"]) if keys.get("k") is not None else None,
+        activation=activation,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        hookpoint=module_of(hook, keys.get("lm_name")) if "resid_post" in submodule else None,
+        aliases=[hook] if hook and "resid_post" in submodule else None,
+        base_model_name_or_path=keys.get("lm_name"),
+    )
+
+
+def _sources(file: TorchFile, activation: str) -> dict[str, Any]:
+    own = "W_enc" in file.shapes
+    bias = next((name for name in ("b_dec", "bias", "decoder_bias", "decoder.bias") if name in file.shapes), "b_dec")
+    sources: dict[str, Any] = {
+        "encoder.weight": Source("W_enc", transposed=True) if own else Source("encoder.weight"),
+        "encoder.bias": Source("b_enc" if own else "encoder.bias"),
+        "W_dec": Source("W_dec") if own else Source("decoder.weight", transposed=True),
+        "b_dec": Source(bias),
+    }
+    if activation == "gated":
+        sources |= {"encoder.bias": Source("gate_bias"), "b_mag": Source("mag_bias"), "r_mag": Source("r_mag")}
+    if activation in ("jumprelu", "batchtopk"):
+        # A topk head has a threshold as well, but selects by rank.
+        if "threshold" not in file.shapes:
+            raise InputError(f"{str(file.path)!r} has no tensor 'threshold'; it holds {', '.join(file.shapes)}.")
+        num_latents = file.shapes["b_enc" if own else "encoder.bias"][0]
+        sources["threshold"] = full(file.whole("threshold"), num_latents)
+    return sources

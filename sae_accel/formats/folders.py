@@ -1,0 +1,17 @@
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+
+# Folders of a run that hold other things than its heads.
+NOT_HEADS = re.compile(r"(checkpoint-\d+|best|logs|plots|adapter|\..*)")
+
+
+def folders_of(files: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Folders that may hold heads, each with its files' names and paths; the top is empty."""
+    folders: dict[str, dict[str, str]] = {}
+    for path in map(PurePosixPath, files):
+        if not any(NOT_HEADS.fullmatch(part) for part in path.parts[:-1]):
+            folder = "" if path.parent == PurePosixPath(".") else str(path.parent)
+            folders.setdefault(folder, {})[path.name] = str(path)
+    yield from folders.items()

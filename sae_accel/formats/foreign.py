@@ -1,0 +1,225 @@
+"""What the readers of other libraries' files have in common."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.configuration_head import HeadConfig
+from ..models.configuration_sae import SaeConfig
+from ..models.configuration_transcoder import TranscoderConfig
+from .tensor_file import TensorFile
+
+
+# The part of a foreign name that its hookpoint takes the place of.
+_SAYS_WHERE = re.compile(r"^blocks\.|layer|^L?\d+|embedding")
+
+
+@dataclass
+class Place:
+    """
+    Where a head lies.
+
+    Args:
+        name (`str`): What its own library calls it: a folder, or a file without its ending; empty at the top.
+        files (`dict[str, str]`): Its files in the repo, by role.
+        origin (`str`): The folder or repo.
+        hookpoint (`str`, *optional*): Where it sits, in our words, as far as names of files tell.
+        paths (`dict[str, Path]`): Those of the files that are on this machine.
+        given (`dict[str, Any]`): Fields of the config that the user gave, for what files do not tell.
+        layout (`ModuleType`, *optional*): Whose layout it is; ours if not given.
+    """
+
+    name: str
+    files: dict[str, str]
+    origin: str
+    hookpoint: str | None = None
+    paths: dict[str, Path] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    layout: ModuleType | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name here: `<hookpoint>` or `<hookpoint>/<what else its name says>`; its own if that is not known."""
+        if self.hookpoint is None or self.name.split("/")[0] == self.hookpoint:
+            return self.name
+        parts = self.name.split("/")
+        where = next((part for part in parts if _SAYS_WHERE.search(part)), None)
+        return "/".join([self.hookpoint, *(part for part in parts if part and part is not where)])
+
+    def json(self, role: str) -> dict[str, Any]:
+        """
+        A JSON file's content.
+
+        Raises:
+            `InputError`: if it is none.
+        """
+        return read_json(self.paths[role])
+
+
+class ForeignHead(NamedTuple):
+    """
+    A head of another library.
+
+    Args:
+        config (`HeadConfig`): What it is, in our words.
+        read (`Callable`): Gives its tensors by our names.
+    """
+
+    config: HeadConfig
+    read: Callable[[], dict[str, Tensor]]
+
+
+class Source(NamedTuple):
+    """
+    Where one of our tensors comes from.
+
+    Args:
+        name (`str`): Its name in the file.
+        transposed (`bool`): Whether the file has it transposed.
+        factor (`float`): What it is multiplied by.
+        copied (`bool`): Whether it is to be changed in place, so that it must not be mapped from its file.
+    """
+
+    name: str
+    transposed: bool = False
+    factor: float = 1.0
+    copied: bool = False
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether the file's own bytes do."""
+        return not (self.transposed or self.copied) and self.factor == 1.0
+
+
+def foreign_head(
+    file: TensorFile,
+    sources: dict[str, Source | Tensor],
+    place: Place,
+    *,
+    transcoder: bool = False,
+    declared: dict[str, int | None] | None = None,
+    finish: Callable[[dict[str, Tensor]], None] | None = None,
+    **fields: Any,
+) -> ForeignHead:
+    """
+    A head whose widths are those of its tensors.
+
+    Args:
+        file ([`TensorFile`]): Its weights.
+        sources (`dict[str, Source | torch.Tensor]`): By our name, where a tensor comes from, or the tensor.
+        place ([`Place`]): Where it lies.
+        transcoder (`bool`, defaults to `False`): Whether it predicts another activation than it reads.
+        declared (`dict[str, int | None]`, *optional*): Widths by the head's own configuration, to be compared.
+        finish (`Callable`, *optional*): Changes the tensors, which are then this process's own, in place.
+        fields (*optional*): Of the config.
+
+    Raises:
+        `InputError`: if a tensor is missing, or shapes disagree.
+    """
+    skips = "W_skip" in sources
+    if place.given.get("encoder_only") and finish is None:
+        sources = {name: source for name, source in sources.items() if name not in ("W_dec", "W_skip")}
+    shapes = {name: _shape(file, source) for name, source in sources.items()}
+    num_latents, d_in = shapes["encoder.weight"]
+    d_out = shapes["W_dec"][1] if "W_dec" in shapes else shapes["b_dec"][0]
+    for name, expected in {"d_in": d_in, "num_latents": num_latents, "d_out": d_out}.items():
+        told = (declared or {}).get(name)
+        if told is not None and told != expected:
+            raise InputError(f"its configuration says {name} = {told}, but its weights have {expected}.")
+    _check_shapes(shapes, num_latents, d_in, d_out)
+    kind = TranscoderConfig if transcoder else SaeConfig
+    own = {"d_out": d_out, "skip_connection": skips} if transcoder else {}
+    fields = {"d_in": d_in, "num_latents": num_latents, "normalize_decoder": False, **own, **fields}
+    if "input_scale" in place.given:
+        raise InputError("input_scale was given, but its inputs are not multiplied by a number that is unknown.")
+    config = kind(**fields | place.given)
+
+    def read() -> dict[str, Tensor]:
+        # What is copied comes first, so that its file's pages are let go of before others are mapped.
+        order = sorted(sources, key=lambda name: getattr(sources[name], "as_it_is", True))
+        tensors = {name: _take(file, sources[name]) for name in order}
+        if finish is not None:
+            finish(tensors)
+        return tensors
+
+    return ForeignHead(config, read)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    A JSON file's content.
+
+    Raises:
+        `InputError`: if it is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} holds no settings by name.")
+    return content
+
+
+def number_in(name: str, pattern: str) -> int | None:
+    """The number that the group of a pattern finds in a name."""
+    match = re.search(pattern, name)
+    return int(match[1]) if match else None
+
+
+def full(value: float | Tensor, num_latents: int) -> Tensor:
+    """One number for every latent; numbers by latent as they are."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return value
+    return torch.full((num_latents,), float(value))
+
+
+def weigh_by_norms(tensors: dict[str, Tensor]) -> None:
+    """
+    Brings the decoder's rows to norm 1 and gives their norms to the encoder, in place: for heads whose latents
+    compete, or are gated, by what they add to the reconstruction, which stays the same.
+    """
+    norms = tensors["W_dec"].norm(dim=-1).clamp_min(1e-8)
+    tensors["W_dec"].div_(norms[:, None])
+    tensors["encoder.weight"].mul_(norms[:, None])
+    tensors["encoder.bias"].mul_(norms)
+
+
+def _shape(file: TensorFile, source: Source | Tensor) -> tuple[int, ...]:
+    if isinstance(source, Tensor):
+        return tuple(source.shape)
+    if source.name not in file.shapes:
+        there = ", ".join(sorted(file.shapes)) or "none"
+        raise InputError(f"{str(file.path)!r} has no tensor {source.name!r}; it holds {there}.")
+    shape = file.shapes[source.name]
+    return shape[::-1] if source.transposed else shape
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], num_latents: int, d_in: int, d_out: int) -> None:
+    expected = {
+        "encoder.bias": (num_latents,),
+        "W_dec": (num_latents, d_out),
+        "b_dec": (d_out,),
+        "W_skip": (d_out, d_in),
+    }
+    for name, shape in shapes.items():
+        wanted = expected.get(name, (num_latents, d_in) if name == "encoder.weight" else (num_latents,))
+        if shape != wanted:
+            raise InputError(f"{name} has shape {shape}, but by the other tensors it should be {wanted}.")
+
+
+def _take(file: TensorFile, source: Source | Tensor) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
+    if len(file.shapes[source.name]) == 2:
+        return file.whole(source.name) if source.as_it_is else file.matrix(*source[:3])
+    tensor = file.whole(source.name)
+    return tensor if source.as_it_is else tensor * source.factor

@@ -1,0 +1,61 @@
+"""Names of other libraries for places in an LM, and ours."""
+
+import re
+
+
+# By what an LM's name has in it: its layers, attention and MLP, as modules of the base model.
+_FAMILIES = (
+    (r"gpt-?2|gpt-neo(?!x)|tiny-?stories", "h.{}", "attn", "mlp"),
+    (r"pythia|neox", "layers.{}", "attention", "mlp"),
+    (r"llama|mistral|qwen|gemma|deepseek|smollm|olmo|phi-?3", "layers.{}", "self_attn", "mlp"),
+)
+# These normalise what attention and MLP give, before it is added to the residual stream.
+_NORMED_OUTPUTS = re.compile(r"gemma-?(scope-)?[23]|gemma-scope")
+
+
+def module_of(hook: str | None, lm: str | None) -> str | None:
+    """
+    The module of an LM's base model whose output a hook of another library reads.
+
+    Args:
+        hook (`str`, *optional*): Such as `blocks.12.hook_resid_post` (TransformerLens), or `model.layers.12.output`.
+        lm (`str`, *optional*): The LM's name, or one that has it in it.
+
+    Returns:
+        `str` or `None`: None if the LM is not known, or there is no such module.
+    """
+    if hook is None:
+        return None
+    if match := re.fullmatch(r"(?:model\.|transformer\.)?((?:layers|h)\.\d+(?:\.\w+)*?)(?:\.output)?", hook):
+        return None if hook.endswith(".input") else match[1]
+    family = next((rest for pattern, *rest in _FAMILIES if re.search(pattern, (lm or "").lower())), None)
+    match = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", hook)
+    if family is None or match is None:
+        return None
+    layer, attention, mlp = family
+    index, place = int(match[1]), match[2]
+    if place == "resid_pre":
+        return layer.format(index - 1) if index else None
+    if place == "resid_post":
+        return layer.format(index)
+    if _NORMED_OUTPUTS.search(lm.lower()):
+        mlp, attention = "post_feedforward_layernorm", "post_attention_layernorm"
+    return f"{layer.format(index)}.{mlp if place == 'mlp_out' else attention}"
+
+
+def lens_name(hookpoint: str, output: bool = True) -> str | None:
+    """
+    The TransformerLens hook that reads what a module gives, or for a transcoder's MLP what it reads.
+
+    Args:
+        hookpoint (`str`): Such as `layers.10` or `h.3.mlp`.
+        output (`bool`, defaults to `True`): `False` for the module's input.
+    """
+    match = re.fullmatch(r"(?:layers|h)\.(\d+)(?:\.(mlp|attn|self_attn|attention))?", hookpoint)
+    if match is None:
+        return None
+    if match[2] is None:
+        return f"blocks.{match[1]}.hook_resid_{'post' if output else 'pre'}"
+    if not output:
+        return f"blocks.{match[1]}.mlp.hook_in" if match[2] == "mlp" else None
+    return f"blocks.{match[1]}.hook_{'mlp' if match[2] == 'mlp' else 'attn'}_out"

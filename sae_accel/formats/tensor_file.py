@@ -1,0 +1,174 @@
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import InputError
+
+
+# Of a tensor that is turned or scaled, as much is held twice.
+_PIECE_BYTES = 32 * 2**20
+
+
+def open_tensors(path: str | Path) -> "TensorFile":
+    """
+    Opens a file of tensors: safetensors, numpy's `.npz`, or what torch saves.
+
+    Raises:
+        `InputError`: if it holds anything but tensors and plain values, such as objects that would run code.
+    """
+    kinds = {".safetensors": SafetensorsFile, ".npz": NumpyFile}
+    return kinds.get(Path(path).suffix, TorchFile)(Path(path))
+
+
+class TensorFile:
+    """
+    Tensors of a file by name, of which no more is in memory than is asked for.
+
+    Args:
+        path (`Path`): The file.
+
+    Attributes:
+        shapes (`dict[str, tuple[int, ...]]`): Of each tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor as it lies in the file, mapped from there where that can be."""
+        raise NotImplementedError
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The rows of a tensor, some at a time."""
+        raise NotImplementedError
+
+    def matrix(self, name: str, transposed: bool = False, factor: float = 1.0) -> Tensor:
+        """
+        A copy of a matrix, transposed or multiplied if asked for, of which the file's own form is never in memory as
+        well.
+        """
+        shape, out, start = self.shapes[name], None, 0
+        for rows in self.pieces(name):
+            if out is None:
+                out = torch.empty(shape[::-1] if transposed else shape, dtype=rows.dtype)
+            stop = start + len(rows)
+            part = out[:, start:stop] if transposed else out[start:stop]
+            part.copy_(rows.t() if transposed else rows)
+            start = stop
+        return out if factor == 1.0 else out.mul_(factor)
+
+    def _bounds(self, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
+        rows, *rest = self.shapes[name]
+        step = max(1, _PIECE_BYTES // (itemsize * max(1, int(np.prod(rest)))))
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class SafetensorsFile(TensorFile):
+    """A safetensors file."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        with safe_open(path, framework="pt") as file:
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+    def whole(self, name: str) -> Tensor:
+        """Mapped."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Each through a mapping of its own, because pages that were read stay in memory as long as it lives."""
+        for start, stop in self._bounds(name, 4):
+            with safe_open(self.path, framework="pt") as file:
+                yield file.get_slice(name)[start:stop]
+
+
+class NumpyFile(TensorFile):
+    """A `.npz` file."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._dtypes: dict[str, np.dtype] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        name = member.removesuffix(".npy")
+                        self.shapes[name], self._dtypes[name] = _npy_header(file)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise InputError(f"{str(path)!r} is no whole .npz file: {error}.") from error
+
+    def whole(self, name: str) -> Tensor:
+        """Read."""
+        return (
+            self.matrix(name)
+            if len(self.shapes[name]) == 2
+            else torch.cat([*map(torch.atleast_1d, self.pieces(name))])
+        )
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As they come out of the archive."""
+        shape, dtype = self.shapes[name], self._dtypes[name]
+        if not shape:
+            yield torch.from_numpy(np.load(self.path, allow_pickle=False)[name].copy())
+            return
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+            _npy_header(file)
+            for start, stop in self._bounds(name, dtype.itemsize):
+                rows = (stop - start, *shape[1:])
+                content = bytearray(file.read(int(np.prod(rows)) * dtype.itemsize))
+                yield torch.from_numpy(np.frombuffer(content, dtype).reshape(rows))
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject or (fortran and len(shape) > 1):
+        raise InputError(f"The .npz file holds an array of {dtype} in an order that is not read here.")
+    return shape, dtype
+
+
+class TorchFile(TensorFile):
+    """
+    What `torch.save` wrote: one dictionary of tensors and plain values. It is unpickled with `weights_only=True`, and
+    never otherwise.
+
+    Attributes:
+        values (`dict[str, Any]`): What is not a tensor.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        content = self._load()
+        self.shapes = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
+        self.values = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
+
+    def whole(self, name: str) -> Tensor:
+        """Mapped, if the file is of torch 1.6 or later."""
+        return self._load()[name].detach()
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Each through a mapping of its own, because pages that were read stay in memory as long as it lives."""
+        for start, stop in self._bounds(name, 4):
+            yield self._load()[name].detach()[start:stop]
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{str(self.path)!r} is no file of tensors alone: it is damaged, or holds objects that could run code "
+                "when they are read. It was not read further."
+            ) from error
+        if not isinstance(content, dict):
+            raise InputError(f"{str(self.path)!r} holds a {type(content).__name__}, where tensors by name are read.")
+        return content

@@ -1,0 +1,176 @@
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+PLOTS = "plots"
+FVU_PLOT = f"{PLOTS}/fvu.png"
+FREQUENCY_PLOT = f"{PLOTS}/firing_frequency.png"
+
+_INCHES, _DPI = (8.0, 4.5), 100
+# More colours than these cannot be told apart, so that more heads get a scale in their order.
+_MOST_IN_LEGEND = 10
+_LONGEST_NAME = 30
+# More histograms than these are told apart as curves, not as stairs.
+_MOST_STAIRS = 3
+_BINS = 40
+# A curve that spans more than this is read better by its logarithm.
+_LINEAR_SPAN = 20
+# Beyond this a logarithmic axis has room for powers of ten alone.
+_DENSE_SPAN = 10_000
+
+
+def draw_plots(
+    folder: Path,
+    names: Sequence[str],
+    log_history: Sequence[Mapping[str, Any]] = (),
+    frequencies: Mapping[str, np.ndarray] | None = None,
+) -> list[Path]:
+    """
+    Draws how heads came along in training, and how often their latents fire. Equal inputs give equal bytes.
+
+    Args:
+        folder (`Path`): Where; the images are `plots/fvu.png` and `plots/firing_frequency.png` in it.
+        names (`Sequence[str]`): Heads, in the order in which they are shown.
+        log_history (`Sequence[Mapping[str, Any]]`): Of a `TrainerState`, with `train/fvu/<head>` and `train/tokens`.
+        frequencies (`Mapping[str, np.ndarray]`, *optional*): By head, the part of tokens on which each latent is
+            active, `(num_latents,)`.
+
+    Returns:
+        `list[Path]`: the images that were drawn: those for which there was something to draw.
+    """
+    curves = {name: _curve(name, log_history) for name in names}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    frequencies = {name: frequencies[name] for name in names if name in (frequencies or {}) and len(frequencies[name])}
+    drawn = []
+    for file, draw, values in ((FVU_PLOT, _draw_fvu, curves), (FREQUENCY_PLOT, _draw_frequencies, frequencies)):
+        if values:
+            drawn.append(_save(draw(values), folder / file))
+    return drawn
+
+
+def _curve(name: str, log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    key = f"train/fvu/{name}"
+    points = [(entry["train/tokens"], entry[key]) for entry in log_history if key in entry and "train/tokens" in entry]
+    return [(tokens, fvu) for tokens, fvu in points if math.isfinite(fvu) and fvu > 0]
+
+
+def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> Any:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = _axes("tokens trained", "FVU on training tokens")
+    colors = _colors(len(curves))
+    for (name, curve), color in zip(curves.items(), colors, strict=True):
+        marker = "o" if len(curve) == 1 else None
+        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, linewidth=1.6, label=_short(name))
+    values = [fvu for curve in curves.values() for _, fvu in curve]
+    axes.xaxis.set_major_formatter(_tokens_label)
+    span = max(values) / min(values)
+    if span > _LINEAR_SPAN:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < _DENSE_SPAN else (1,)))
+        axes.yaxis.set_major_formatter(lambda fvu, _: f"{fvu:,g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
+    _explain_colors(figure, axes, list(curves), colors)
+    return figure
+
+
+def _draw_frequencies(frequencies: Mapping[str, np.ndarray]) -> Any:
+    figure, axes = _axes(
+        "log₁₀ of firing frequency (part of tokens on which a latent is active)", "latents of the head"
+    )
+    logs = {name: np.log10(values[values > 0]) for name, values in frequencies.items()}
+    lowest = min((values.min() for values in logs.values() if len(values)), default=-1.0)
+    edges = np.linspace(min(math.floor(lowest), -1), 0, _BINS + 1)
+    colors = _colors(len(logs))
+    for (name, values), color in zip(logs.items(), colors, strict=True):
+        total = len(frequencies[name])
+        share = np.histogram(values, edges)[0] / total
+        label = f"{_short(name)}\n{_never_fired(total - len(values), total)}"
+        if len(logs) == 1:
+            axes.stairs(share, edges, color=color, alpha=0.2, fill=True)
+        if len(logs) <= _MOST_STAIRS:
+            axes.stairs(share, edges, color=color, linewidth=1.5, label=label)
+        else:
+            axes.plot((edges[1:] + edges[:-1]) / 2, share, color=color, linewidth=1.3, label=label)
+    axes.yaxis.set_major_formatter(lambda part, _: f"{100 * part:g}%")
+    axes.set_xlim(edges[0], 0)
+    axes.set_ylim(bottom=0)
+    _explain_colors(figure, axes, list(logs), colors)
+    if len(logs) > _MOST_IN_LEGEND:
+        total, fired = sum(map(len, frequencies.values())), sum(map(len, logs.values()))
+        axes.set_title(_never_fired(total - fired, total), loc="left", fontsize=9)
+    return figure
+
+
+def _never_fired(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} latents never fired"
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colors(count: int) -> Any:
+    from matplotlib import colormaps
+
+    if count <= _MOST_IN_LEGEND:
+        return colormaps["tab10"].colors[:count]
+    # The end of the scale is too light on white.
+    return colormaps["viridis"](np.linspace(0, 0.92, count))
+
+
+def _explain_colors(figure: Any, axes: Any, names: list[str], colors: Any) -> None:
+    """A legend for a few heads; for many a scale with the names of some."""
+    if len(names) <= _MOST_IN_LEGEND:
+        place = "outside upper left" if len(names) == 1 else "outside right upper"
+        figure.legend(loc=place, frameon=False, fontsize=8.5, labelspacing=0.8)
+        return
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
+    shown = range(0, len(names), math.ceil(len(names) / _MOST_IN_LEGEND))
+    scale = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, ticks=list(shown), aspect=30)
+    scale.ax.set_yticklabels([_short(names[i]) for i in shown], fontsize=8.5)
+    scale.ax.minorticks_off()
+    scale.ax.invert_yaxis()
+    scale.outline.set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The version of matplotlib would make other bytes of the same image.
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _short(name: str) -> str:
+    """A head's name with its middle left out if it is long; both ends tell heads apart."""
+    # Labels that begin with an underscore are left out of a legend, and dollar signs would be read as formulas.
+    half = _LONGEST_NAME // 2
+    name = name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    name = (name or "head").replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _tokens_label(tokens: float, _: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(tokens) >= unit:
+            return f"{tokens / unit:g}{letter}"
+    return f"{tokens:g}"
