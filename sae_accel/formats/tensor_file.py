@@ -13,7 +13,7 @@ from ..errors import InputError
 
 
 # Of a tensor that is turned or scaled, as much is held twice.
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 8 * 2**20
 
 
 def open_tensors(path: str | Path) -> "TensorFile":
