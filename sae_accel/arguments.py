@@ -251,6 +251,18 @@ class SaeTrainingArguments:
         False,
         "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none.",
     )
+    push_to_hub: bool = _option(False, "Release the heads to the Hub; the repo is made before the LM is loaded.")
+    hub_model_id: str | None = _option(
+        None, "Repo to push to, as `name` or `user/name`; the last part of output_dir under your name if not set."
+    )
+    hub_private_repo: bool | None = _option(
+        None, "Whether a repo that is made is private; your account's or organisation's default if not set."
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _option(
+        "every_save",
+        "What is pushed when: heads at the end; at each save as well, while training goes on; with the newest "
+        "checkpoint, in last-checkpoint; or with every checkpoint.",
+    )
     report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 
     def __post_init__(self) -> None:

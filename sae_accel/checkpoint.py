@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from .errors import InputError
+from .formats.folders import ADAPTER
 from .models import HeadModel
 from .models.quiet import quiet_files
 
@@ -21,9 +22,10 @@ from .models.quiet import quiet_files
 MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
 WEIGHTS = "model.safetensors"
-ADAPTER = "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_RUN_FILES = ("recipe.yaml", "metrics.json", "logs", "best", ADAPTER)
+TRAINER_STATE = "trainer_state.json"
+FREQUENCIES = "latent_frequency.safetensors"
+_RUN_FILES = ("recipe.yaml", "metrics.json", TRAINER_STATE, FREQUENCIES, "README.md", "plots", "logs", "best", ADAPTER)
 
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:

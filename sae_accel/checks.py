@@ -131,6 +131,18 @@ def check_entry(entry: HeadArguments, where: str) -> None:
     check_latents(entry.k, entry.num_latents, entry.activation, entry.multi_topk, where)
 
 
+def check_hub(training: SaeTrainingArguments) -> None:
+    """
+    Checks that what says how to push goes with pushing.
+
+    Raises:
+        `InputError`: if it does not.
+    """
+    for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+        if not training.push_to_hub and getattr(training, name) != getattr(SaeTrainingArguments, name):
+            raise InputError(f"training.{name}: nothing is pushed. Set training.push_to_hub, or remove it.")
+
+
 def check_model(model: ModelArguments) -> None:
     """
     Checks how an LM is to be loaded.

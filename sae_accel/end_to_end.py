@@ -68,6 +68,11 @@ class EndToEndObjective:
             result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
         return result
 
+    @property
+    def frequencies(self) -> dict[str, Tensor]:
+        """By head, the fraction of the tokens of the last evaluation on which each latent was active."""
+        return self.local.frequencies
+
     @torch.no_grad()
     def evaluate(self, bank: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """

@@ -47,6 +47,8 @@ class LocalObjective:
         micro_batches (`int`): Parts of a batch.
 
     Attributes:
+        frequencies (`dict[str, torch.Tensor]`): By head, the fraction of the tokens of the last evaluation on which
+            each latent was active, `(num_latents,)`.
         scale (`dict[str, torch.Tensor]`): By head, what the gradients of the last window are yet to be multiplied by.
     """
 
@@ -62,6 +64,7 @@ class LocalObjective:
         self.spread = spread
         self.micro_batches = micro_batches
         self.scale: dict[str, Tensor] = {}
+        self.frequencies: dict[str, Tensor] = {}
 
     def gradients(
         self, bank: Any, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
@@ -125,6 +128,7 @@ class LocalObjective:
         totals = self.target_moments(moments, heads)
         metrics: dict[str, float] = {}
         for name, values in sums.by_head.items():
+            self.frequencies[name] = values["uses"] / totals[name].count.clamp_min(1)
             silent = self.spread.over_latents((values["uses"] == 0).sum())
             metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].variance)).item()
             metrics[f"eval/l0/{name}"] = (values["active"] / totals[name].count.clamp_min(1)).item()

@@ -14,15 +14,17 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .checkpoint import ADAPTER
 from .errors import InputError
+from .formats.folders import ADAPTER
 from .models import AutoSae, HeadConfig, TranscoderConfig
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
-from .text_sources import BUILDERS
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
-_FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
+CARD = "README.md"
+# What a card of ours ends with; without it, a card is somebody's own.
+MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
+_FILE_ENDINGS = {".bin", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}
 _KINDS = {
     "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
     "transcoder": ("transcoder", "transcoders"),
@@ -70,10 +72,16 @@ class _Run:
         return (self.folder / ADAPTER / "adapter_config.json").is_file()
 
 
-def write_card(folder: Path, repo_id: str | None = None, license: str | None = None) -> Path:
+def write_card(
+    folder: Path,
+    repo_id: str | None = None,
+    license: str | None = None,
+    include: Sequence[str] = (),
+    into: Path | None = None,
+) -> Path:
     """
     Writes the model card of a run's heads, and its plots, from what lies in the run's folder. The same folder gives
-    the same bytes.
+    the same bytes. A card that somebody else wrote stays as it is.
 
     Args:
         folder (`Path`): Where heads were saved. `recipe.yaml`, `metrics.json`, `trainer_state.json`,
@@ -81,16 +89,22 @@ def write_card(folder: Path, repo_id: str | None = None, license: str | None = N
         repo_id (`str`, *optional*): Repo from which the card says to load; the folder if not given.
         license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.
 
+        include (`Sequence[str]`, *optional*): Globs over the names of heads; all if not given.
+        into (`Path`, *optional*): Where to write; the run's folder if not given.
+
     Returns:
-        `Path`: the card, `README.md` in the folder.
+        `Path`: the card, `README.md`.
 
     Raises:
         `InputError`: if there is no head in the folder, or a file in it cannot be read.
     """
     folder = Path(folder)
-    run = _read_run(folder)
+    into = folder if into is None else into
+    run = _read_run(folder, include)
+    if (folder / CARD).is_file() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
+        return folder / CARD
     title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    _draw(run)
+    _draw(run, into)
     card = ModelCard.from_template(
         _metadata(run, repo_id or title, license),
         template_path=str(TEMPLATE),
@@ -99,28 +113,31 @@ def write_card(folder: Path, repo_id: str | None = None, license: str | None = N
         many=len(run.configs) > 1,
         heads="\n\n".join(part for part in (_heads_table(run), _columns(run)) if part),
         losses=_losses_table(run.metrics),
-        plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (folder / file).is_file()],
+        plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
         adapter=_adapter_snippet(run, repo_id),
         recipe=run.recipe_text and _fenced(run.recipe_text, "yaml"),
         credits=_credits(run),
+        mark=MARK,
         **_snippet_values(run, repo_id),
     )
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    card.save(into / CARD)
+    return into / CARD
 
 
-def _read_run(folder: Path) -> _Run:
+def _read_run(folder: Path, include: Sequence[str]) -> _Run:
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}.")
     heads = AutoSae.open(folder)
-    recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    if include:
+        heads = heads.select(*include)
+    file = folder / "recipe.yaml"
+    recipe = _mapping(file, yaml.safe_load)
     metrics = _mapping(folder / "metrics.json", json.loads)
     return _Run(
         folder,
         {name: heads.config(name) for name in heads},
-        text,
-        _mapping(recipe, yaml.safe_load),
+        file.read_text(encoding="utf-8") if recipe else "",
+        recipe,
         {key: value for key, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)},
     )
 
@@ -138,14 +155,14 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     return content
 
 
-def _draw(run: _Run) -> None:
+def _draw(run: _Run, into: Path) -> None:
     state = _mapping(run.folder / "trainer_state.json", json.loads)
     path = run.folder / "latent_frequency.safetensors"
     try:
         frequencies = load_file(path) if path.is_file() else {}
     except SafetensorError as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    draw_plots(run.folder, list(run.configs), state.get("log_history", []), frequencies)
+    draw_plots(into, list(run.configs), state.get("log_history", []), frequencies)
 
 
 def _metadata(run: _Run, model_name: str, license: str | None) -> ModelCardData:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> Any:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = _axes("tokens trained", "FVU on training tokens")
-    colors = _colors(len(curves))
+    colors, labels = _colors(len(curves)), _labels(list(curves))
     for (name, curve), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(curve) == 1 else None
-        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, linewidth=1.6, label=_short(name))
+        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, linewidth=1.6, label=labels[name])
     values = [fvu for curve in curves.values() for _, fvu in curve]
     axes.xaxis.set_major_formatter(_tokens_label)
     span = max(values) / min(values)
@@ -87,11 +88,11 @@ def _draw_frequencies(frequencies: Mapping[str, np.ndarray]) -> Any:
     logs = {name: np.log10(values[values > 0]) for name, values in frequencies.items()}
     lowest = min((values.min() for values in logs.values() if len(values)), default=-1.0)
     edges = np.linspace(min(math.floor(lowest), -1), 0, _BINS + 1)
-    colors = _colors(len(logs))
+    colors, labels = _colors(len(logs)), _labels(list(logs))
     for (name, values), color in zip(logs.items(), colors, strict=True):
         total = len(frequencies[name])
         share = np.histogram(values, edges)[0] / total
-        label = f"{_short(name)}\n{_never_fired(total - len(values), total)}"
+        label = f"{labels[name]}\n{_never_fired(total - len(values), total)}"
         if len(logs) == 1:
             axes.stairs(share, edges, color=color, alpha=0.2, fill=True)
         if len(logs) <= _MOST_STAIRS:
@@ -147,7 +148,8 @@ def _explain_colors(figure: Any, axes: Any, names: list[str], colors: Any) -> No
     norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
     shown = range(0, len(names), math.ceil(len(names) / _MOST_IN_LEGEND))
     scale = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, ticks=list(shown), aspect=30)
-    scale.ax.set_yticklabels([_short(names[i]) for i in shown], fontsize=8.5)
+    labels = list(_labels(names).values())
+    scale.ax.set_yticklabels([labels[i] for i in shown], fontsize=8.5)
     scale.ax.minorticks_off()
     scale.ax.invert_yaxis()
     scale.outline.set_visible(False)
@@ -160,11 +162,17 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """Heads' names, without what long ones all begin with, and with the middle left out of what is still long."""
+    shared = commonprefix(list(names)) if len(names) > 1 and max(map(len, names)) > _LONGEST_NAME else ""
+    start = shared.rfind(".") + 1
+    return {name: _short(f"…{name[start:]}" if start else name) for name in names}
+
+
 def _short(name: str) -> str:
-    """A head's name with its middle left out if it is long; both ends tell heads apart."""
-    # Labels that begin with an underscore are left out of a legend, and dollar signs would be read as formulas.
     half = _LONGEST_NAME // 2
     name = name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    # Labels that begin with an underscore are left out of a legend, and dollar signs would be read as formulas.
     name = (name or "head").replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 

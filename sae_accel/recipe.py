@@ -16,7 +16,7 @@ from .arguments import (
     SaeTrainingArguments,
     secret_fields,
 )
-from .checks import check_entry, check_model, check_objective, check_schedule, check_trackers, near
+from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers, near
 from .errors import InputError
 
 
@@ -98,6 +98,7 @@ class Recipe:
                 "training.save_best: it needs evaluations. Set training.eval_steps and data.eval_examples."
             )
         _check_init_from(self.training)
+        check_hub(self.training)
         check_schedule(self.training)
         check_trackers(self.training.report_to)
 

@@ -3,7 +3,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 
-from .checkpoint import ADAPTER
+from .formats.folders import ADAPTER
 from .models import HeadModel
 from .tables import aligned
 

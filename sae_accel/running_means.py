@@ -26,6 +26,26 @@ class StepSums:
             self.by_head[name][quantity] = value
 
 
+class FiringCounts:
+    """On how many of the tokens since the last look each latent was active, by head."""
+
+    def __init__(self):
+        self.uses: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
+
+    def add(self, uses: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+        """Adds one step's uses of each latent, `(num_latents,)`, and the tokens that reached the head, `()`."""
+        for name, value in uses.items():
+            self.uses[name] = self.uses[name] + value if name in self.uses else value
+            self.tokens[name] = self.tokens[name] + tokens[name] if name in self.tokens else tokens[name]
+
+    def flush(self) -> dict[str, Tensor]:
+        """The fractions, and starts anew."""
+        fractions = {name: uses / self.tokens[name].clamp_min(1) for name, uses in self.uses.items()}
+        self.uses, self.tokens = {}, {}
+        return fractions
+
+
 class RunningMeans:
     """Means of logged values over the steps since the last log."""
 

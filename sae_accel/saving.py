@@ -1,15 +1,19 @@
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerState
 
 from . import checkpoint as files
 from .batches import Position
 from .errors import InputError
+from .formats.folders import ADAPTER
+from .model_card import write_card
 
 
 class Saver:
@@ -44,9 +48,31 @@ class Saver:
         if self.trainer.adapter is not None:
             from .adapters import save_lora
 
-            save_lora(self.trainer.adapter, folder / files.ADAPTER)
+            save_lora(self.trainer.adapter, folder / ADAPTER)
         if self.trainer.recipe is not None:
             self.trainer.recipe.save(folder / "recipe.yaml")
+
+    def save_report(self, metrics: dict[str, float], frequencies: dict[str, Tensor]) -> None:
+        """
+        Writes what the model card is made of, and the card.
+
+        Args:
+            metrics (`dict[str, float]`): Of the run.
+            frequencies (`dict[str, torch.Tensor]`): By head of this process, how often each latent is active,
+                `(num_latents,)`.
+        """
+        trainer, folder = self.trainer, self.trainer.output_dir
+        own = {
+            name: self.spread.whole(head, "encoder.bias", frequencies[name]).float().cpu().contiguous()
+            for name, head in trainer.heads.items()
+            if name in frequencies
+        }
+        everyone = {name: part for one in gather_object([own]) for name, part in one.items()}
+        if self.accelerator.is_main_process:
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            trainer.state.save_to_json(str(folder / files.TRAINER_STATE))
+            save_file(everyone, folder / files.FREQUENCIES)
+            write_card(folder)
 
     def save_checkpoint(self, position: Position) -> Path:
         """Everything that going on needs, complete or absent."""
@@ -88,7 +114,7 @@ class Saver:
             weights = state["parts"][name]["weights"] or load_file(checkpoint / name / files.WEIGHTS)
             head.load_whole(weights)
         if self.trainer.adapter is not None:
-            weights = state["parts"][files.ADAPTER]["weights"]
+            weights = state["parts"][ADAPTER]["weights"]
             for parameter, value in zip(self.trainer.bank.adapter, weights.values(), strict=True):
                 parameter.data.copy_(value)
         return state
@@ -98,7 +124,7 @@ class Saver:
         trainer = self.trainer
         # The optimizer knows a LoRA's parameters by another name than its folder.
         states = {name: part["optimizer"] for name, part in state["parts"].items()}
-        states["lora"] = states.get(files.ADAPTER, {})
+        states["lora"] = states.get(ADAPTER, {})
         self.spread.load_states(trainer.heads, trainer.own_optimizer, states)
         saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer.state.global_step, trainer.state.num_input_tokens_seen = saved.global_step, saved.num_input_tokens_seen
@@ -133,7 +159,7 @@ class Saver:
 
     def _parts(self) -> list[str]:
         """What has parameters of its own on this process: heads, and a LoRA."""
-        return [*self.trainer.heads, *([files.ADAPTER] if self.trainer.adapter is not None else [])]
+        return [*self.trainer.heads, *([ADAPTER] if self.trainer.adapter is not None else [])]
 
     def _save_states(self, staging: Path) -> None:
         """Beside each head, what training it needs and using it does not."""
@@ -150,7 +176,7 @@ class Saver:
             adapter = self.accelerator.unwrap_model(trainer.bank).adapter
             weights = {str(i): parameter.detach() for i, parameter in enumerate(adapter)}
             part = {"weights": weights, "optimizer": self.spread.states("lora", None, trainer.own_optimizer)}
-            torch.save(part, staging / files.ADAPTER / files.STATE_FILE)
+            torch.save(part, staging / ADAPTER / files.STATE_FILE)
 
     def _load_part(self, checkpoint: Path, name: str) -> dict[str, Any]:
         path = checkpoint / name / files.STATE_FILE

@@ -12,6 +12,7 @@ from .data import load_tokens
 from .end_to_end import check_end_to_end
 from .errors import InputError
 from .hookpoints import HeadPlan, plan_heads
+from .hub import open_repo
 from .lm import load_architecture, load_lm, load_tokenizer
 from .pretrained import match_heads, matches_table, open_pretrained
 from .probe import ProbeFailed
@@ -25,6 +26,7 @@ from .processes import (
     first_on_node,
     this_process,
 )
+from .publishing import hub_repo
 from .recipe import Recipe
 from .report import closing_message
 from .spread import place_heads
@@ -47,9 +49,12 @@ def run(recipe: Recipe) -> SaeTrainer:
     check_alike(recipe.to_dict())
     with Watch(lambda: _what_is_left(Path(training.output_dir))):
         trainer = _trainer(recipe)
-        result = trainer.train()
-    if trainer.accelerator.is_main_process:
-        print(closing_message(trainer, result.metrics))
+        try:
+            trainer.train()
+        finally:
+            # A push that fails comes after all that is to be told of the run.
+            if trainer.metrics and trainer.accelerator.is_main_process:
+                print(closing_message(trainer, trainer.metrics))
     return trainer
 
 
@@ -60,6 +65,8 @@ def _trainer(recipe: Recipe) -> SaeTrainer:
         lambda: where_to_begin(output_dir, training.resume_from_checkpoint, training.overwrite_output_dir)
     )
     plans = agreed(lambda: _plans_before_loading(recipe))
+    if training.push_to_hub:
+        agreed(lambda: this_process().is_main_process and open_repo(hub_repo(training), training.hub_private_repo))
     starts_anew = training.init_from is not None and checkpoint is None
     if plans is not None and starts_anew:
         agreed(lambda: _show_matches(plans, training.init_from))

@@ -1,4 +1,3 @@
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -24,13 +23,15 @@ from .end_to_end import EndToEndObjective, check_end_to_end
 from .errors import InputError
 from .hookpoints import HeadPlan, plan_heads, site_widths
 from .hooks import Site
+from .hub import Pushed, Release
 from .interruption import Interruption
 from .local import LocalObjective, StepResult, over_processes
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
 from .pretrained import load_into, match_heads, open_pretrained
 from .processes import agreed, gathered
-from .running_means import RunningMeans
+from .publishing import Publisher, hub_repo
+from .running_means import FiringCounts, RunningMeans
 from .saving import Saver
 from .spliced_lm import SplicedLM
 from .spread import make_accelerator, spread_heads
@@ -116,8 +117,10 @@ class SaeTrainer:
             is_world_process_zero=self.accelerator.is_main_process,
         )
         self.control = TrainerControl()
+        self.publisher = agreed(self._publisher) if args.push_to_hub else None
+        policies = [FlowCallback(), *([] if self.publisher is None else [self.publisher])]
         self.callback_handler = CallbackHandler(
-            [FlowCallback(), *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
+            [*policies, *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
         )
         self.tokens_since_fired = {
             name: torch.zeros(head.num_latents, dtype=torch.long, device=self.accelerator.device)
@@ -125,7 +128,9 @@ class SaeTrainer:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self._log = RunningMeans()
+        self.metrics: dict[str, float] = {}
+        self._log, self._firing = RunningMeans(), FiringCounts()
+        self._frequencies: dict[str, Tensor] = {}
         self._interruption = Interruption()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
@@ -155,7 +160,8 @@ class SaeTrainer:
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """
-        Trains, evaluates on the held-out rows, and saves the heads and `metrics.json` in `args.output_dir`.
+        Trains, evaluates on the held-out rows, saves the heads, `metrics.json` and the model card in
+        `args.output_dir`, and with `args.push_to_hub` releases them.
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint folder to go on from; `True` is the
@@ -166,7 +172,7 @@ class SaeTrainer:
 
         Raises:
             `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
-                cannot be used.
+                cannot be used; or after all is saved, if it cannot be pushed.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -192,10 +198,13 @@ class SaeTrainer:
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         self.save_model()
-        self._save_metrics(metrics)
+        self.saver.save_report(metrics, self._frequencies)
         # Not end_training, which would part the processes, so that nothing could be evaluated after.
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.metrics = metrics
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return TrainOutput(self.state.global_step, self._last_loss(), metrics)
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
@@ -232,6 +241,7 @@ class SaeTrainer:
                 "There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples."
             )
         metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
+        self._frequencies = dict(self.objective.frequencies)
         self.accelerator.log(metrics, step=self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -245,6 +255,32 @@ class SaeTrainer:
             self.saver.save_into(Path(output_dir or self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> Pushed | None:
+        """
+        Releases what `train` saved in `args.output_dir`, in one commit.
+
+        Args:
+            commit_message (`str`, *optional*): Of the commit.
+            kwargs (*optional*): `revision` and `token`, as of [`Release.push`].
+
+        Returns:
+            [`Pushed`], on the main process.
+
+        Raises:
+            `InputError`: on every process, if the Hub refuses or cannot be reached. What was saved is there still.
+        """
+
+        def push() -> Pushed | None:
+            if not self.accelerator.is_main_process:
+                return None
+            if self.publisher is not None:
+                self.publisher.finish()
+            repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
+            release = Release(self.output_dir, repo_id)
+            return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
+
+        return agreed(push)
+
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
         dead = {
@@ -252,6 +288,10 @@ class SaeTrainer:
             for name, count in self.tokens_since_fired.items()
         }
         return self.spread.merged({name: count / self.plans[name].config.num_latents for name, count in dead.items()})
+
+    def _publisher(self) -> Publisher | None:
+        """On the main process, what pushes."""
+        return Publisher(self.args) if self.accelerator.is_main_process else None
 
     def _add_lora(self, model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> Any:
         from .adapters import add_lora, lora_targets
@@ -340,6 +380,7 @@ class SaeTrainer:
         for name, smallest in result.smallest_acts.items():
             self.heads[name].observe_smallest(smallest)
         self._log.add(result.values)
+        self._firing.add(result.uses, result.head_tokens)
         self.state.global_step += 1
         self.state.num_input_tokens_seen += int(result.num_tokens)
         self._k = k
@@ -359,6 +400,7 @@ class SaeTrainer:
 
     def _write_log(self) -> None:
         values = self._log.flush()
+        self._frequencies = self._firing.flush()
         values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
         values |= {f"learning_rate/{group['head']}": float(group["lr"]) for group in self.own_optimizer.param_groups}
         values = self.spread.merged(values)
@@ -415,10 +457,6 @@ class SaeTrainer:
         prefix = "train/fvu/" if self.args.loss == "fvu" else f"train/{self.args.loss}"
         losses = [value for key, value in latest.items() if key.startswith(prefix)]
         return sum(losses) / len(losses) if losses else math.nan
-
-    def _save_metrics(self, metrics: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def _without_wrapper(model: PreTrainedModel) -> PreTrainedModel:

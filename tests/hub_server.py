@@ -246,6 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.create(f"{owner}/{asked['name']}", private)
         self._json({"url": f"{self.hub.url}/{repo.name}", "name": repo.name, "id": repo.name})
 
+    @_route("GET", f"{_MODEL}/auth-check/write")
+    def _auth_check(self, name: str) -> None:
+        self._writable(name)
+        self._json({})
+
     @_route("POST", "/api/validate-yaml")
     def _validate_yaml(self) -> None:
         self._json({"errors": [], "warnings": []})

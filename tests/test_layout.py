@@ -7,15 +7,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sae_accel"
 # Each line may import from itself and those below it.
 LAYERS = [
-    {"train"},
+    {"train", "push"},
     {"memory"},
     {"rehearsal"},
     {"report", "trainer"},
-    {"model_card"},
     {"saving", "end_to_end"},
     {"local", "pretrained", "spliced_lm"},
     {"spread", "batches"},
-    {"optim", "checkpoint", "callbacks", "running_means", "interruption", "trackers"},
+    {"optim", "checkpoint", "publishing", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},
     {"adapters", "sharding"},
@@ -23,7 +22,7 @@ LAYERS = [
     {"splicing", "probe", "recipe", "data"},
     {"hooks", "checks"},
     {"text_sources", "token_file"},
-    {"models", "formats"},
+    {"models", "formats", "model_card", "hub"},
     {"ops", "metrics"},
     {"processes"},
     {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory", "globs", "plots"},

@@ -15,7 +15,7 @@ from tiny import tiny_llama, tiny_tokens, tiny_trainer
 
 from sae_accel.arguments import DataArguments, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 from sae_accel.errors import InputError
-from sae_accel.model_card import write_card
+from sae_accel.model_card import MARK, write_card
 from sae_accel.models import AutoSae, SaeConfig, SaeModel
 from sae_accel.plots import draw_plots
 from sae_accel.recipe import Recipe
@@ -174,7 +174,7 @@ def test_a_card_is_the_same_when_it_is_written_again(run):
 def test_heads_alone_have_a_card_without_empty_parts(bare):
     card = ModelCard.load(write_card(bare, "acme/bare"))
     assert not re.search(r"\b(None|nan|null)\b|\{[{%]|\n\n\n|\(\)", card.content)
-    assert card.content.endswith("`sae_accel`.\n")
+    assert card.content.rstrip().removesuffix(MARK).endswith("`sae_accel`.\n\n")
     assert re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL), re.MULTILINE) == [
         "bare",
         "Head",
@@ -257,3 +257,18 @@ def test_what_cannot_be_read_is_named(bare, tmp_path):
     (bare / "latent_frequency.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="latent_frequency.safetensors' cannot be read"):
         write_card(bare)
+
+
+def test_a_card_that_somebody_wrote_stays(run):
+    card = run / "README.md"
+    card.write_text("# My heads\n")
+    assert write_card(run) == card and card.read_text() == "# My heads\n"
+
+
+def test_a_card_elsewhere_of_some_heads(run, tmp_path):
+    before = (run / "README.md").read_bytes() if (run / "README.md").exists() else None
+    first = next(iter(AutoSae.open(run)))
+    card = write_card(run, "user/some", include=[first], into=tmp_path)
+    assert card == tmp_path / "README.md" and f"`{first}`" in card.read_text()
+    assert card.read_text().count("AutoSae.from_pretrained('user/some')") + card.read_text().count('"user/some"') == 1
+    assert ((run / "README.md").read_bytes() if (run / "README.md").exists() else None) == before

@@ -3,8 +3,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 
+# The folder of a LoRA that was trained around heads.
+ADAPTER = "adapter"
 # Folders of a run that hold other things than its heads.
-NOT_HEADS = re.compile(r"(checkpoint-\d+|best|logs|plots|adapter|\..*)")
+NOT_HEADS = re.compile(r"(checkpoint-\d+|last-checkpoint|best|logs|plots|adapter|\..*)")
 
 
 def folders_of(files: list[str]) -> Iterator[tuple[str, dict[str, str]]]:

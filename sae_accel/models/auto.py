@@ -124,6 +124,24 @@ class SaeHeads(Mapping):
         _complete(config, name, place)
         return config
 
+    def files(self, name: str) -> list[str]:
+        """
+        A head's files in the folder or repo.
+
+        Raises:
+            `InputError`: if there is no such head.
+        """
+        return list(self._places[self._name(name)].files.values())
+
+    def is_ours(self, name: str) -> bool:
+        """
+        Whether a head is in our layout.
+
+        Raises:
+            `InputError`: if there is no such head.
+        """
+        return self._places[self._name(name)].layout is None
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
         Writes every head in our layout, one folder each, loading one at a time.
@@ -237,7 +255,7 @@ class AutoSae:
         """
         name = str(pretrained_model_name_or_path)
         repository = Repository(name, **{key: kwargs.pop(key, None) for key in HUB_OPTIONS})
-        places = _find_heads(repository)
+        places = find_heads(repository.files, name)
         if not places:
             raise InputError(
                 f"{name!r} holds no SAE or transcoder: neither config.json with model.safetensors, nor the files of "
@@ -252,9 +270,14 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _find_heads(repository: Repository) -> dict[str, Place]:
-    """Heads by name, told by the files alone."""
-    files, origin = repository.files, repository.name
+def find_heads(files: list[str], origin: str) -> dict[str, Place]:
+    """
+    Heads by name, told by the names of files alone.
+
+    Args:
+        files (`list[str]`): All files of a folder or repo, by their paths in it.
+        origin (`str`): The folder or repo.
+    """
     found = list(_our_places(files, origin))
     for layout in LAYOUTS:
         taken = {file for place in found for role, file in place.files.items() if role == "weights"}

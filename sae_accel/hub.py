@@ -1,0 +1,173 @@
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+from .errors import InputError
+from .formats.folders import ADAPTER
+from .model_card import CARD, write_card
+from .models.auto import AutoSae, find_heads
+from .tables import aligned
+
+
+# What a run leaves at the top of its folder that a release has.
+_TOP_FILES = ("recipe.yaml", "metrics.json", "trainer_state.json", "latent_frequency.safetensors")
+# What every repo has that was just made, or that says nothing of what is in it.
+_EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
+
+
+class Pushed(NamedTuple):
+    """
+    A release on the Hub.
+
+    Args:
+        url (`str`): Of the repo.
+        commit (`str`): The commit that holds it.
+        is_new (`bool`): Whether there was anything to send.
+    """
+
+    url: str
+    commit: str
+    is_new: bool
+
+
+class Release:
+    """
+    The heads of a folder as they go to the Hub: their configs and weights, the card, the recipe, metrics, and a LoRA
+    that was trained around them. Checkpoints, logs and optimizer states stay.
+
+    Args:
+        folder (`str` or `Path`): A run's folder, or another with heads in our layout.
+        repo_id (`str`): Where to: `name` or `user/name`.
+        include (`Sequence[str]`): Globs over the names of heads; all if not given.
+        license (`str`, *optional*): The Hub's identifier of a license, for the card.
+
+    Raises:
+        `InputError`: if there is no head in the folder, or a glob matches none.
+    """
+
+    def __init__(self, folder: str | Path, repo_id: str, include: Sequence[str] = (), license: str | None = None):
+        self.folder, self.repo_id = Path(folder), repo_id
+        self.include, self.license = list(include), license
+        if not self.folder.is_dir():
+            raise InputError(f"There is no folder {str(folder)!r}.")
+        self.files = _files(self.folder, self.include)
+
+    def table(self) -> str:
+        """One line a file, with its size, and the sum."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        rows = [(name, f"{size:,}") for name, size in sizes.items()]
+        card = [] if CARD in self.files else [(CARD, "the model card")]
+        return "\n".join(aligned([("file", "bytes"), *rows, *card, ("in all", f"{sum(sizes.values()):,}")]))
+
+    def push(
+        self,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        message: str = "Upload heads",
+        extra: dict[str, Path] | None = None,
+    ) -> Pushed:
+        """
+        Sends all of it in one commit, and of that only what the repo does not have. Until the commit the repo stays as
+        it was, so that a push that was interrupted can be run again.
+
+        Args:
+            private (`bool`, *optional*): Whether a repo that is made for it is private; the namespace's default if not
+                given.
+            revision (`str`, *optional*): Branch to commit to, made if there is none; the main one if not given.
+            token (`str`, *optional*): Hub token; the stored login if not given.
+            message (`str`, *optional*): Of the commit.
+            extra (`dict[str, Path]`, *optional*): Further files, by their path in the repo.
+
+        Raises:
+            `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
+        """
+        api = HfApi(token=token)
+        repo_id = open_repo(self.repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as place, pushing(repo_id):
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            before = api.model_info(repo_id, revision=revision).sha
+            files = self.files | _card(self, repo_id, Path(place)) | (extra or {})
+            operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before)
+
+
+def open_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """
+    Makes a repo for heads if there is none, and gives its name with its namespace.
+
+    Raises:
+        `InputError`: if the Hub refuses, with its reason, cannot be reached, or the name is taken by something else.
+    """
+    api = HfApi(token=token)
+    with pushing(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # A repo of somebody else that can be read is no error to the line above.
+        api.auth_check(repo_id, write=True)
+        there = api.list_repo_files(repo_id)
+    if set(there) - _EMPTY_REPO and not _holds_heads(there):
+        other = sorted(set(there) - _EMPTY_REPO)
+        raise InputError(f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head. Name another repo.")
+    return repo_id
+
+
+@contextmanager
+def pushing(repo_id: str) -> Iterator[None]:
+    """Turns what goes wrong on the way to the Hub into one line with the Hub's own reason."""
+    try:
+        yield
+    except InputError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise InputError(
+            f"{repo_id!r} cannot be pushed to without a token. Run `hf auth login`, set HF_TOKEN, or give token."
+        ) from error
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        again = "" if _is_refusal(error) else " Push again to go on: what has arrived is not sent twice."
+        raise InputError(f"{repo_id!r} cannot be pushed to: {_reason(error).rstrip('.')}.{again}") from error
+
+
+def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
+    """By their paths in the repo."""
+    heads = AutoSae.open(folder)
+    heads = heads.select(*include) if include else heads
+    if foreign := [name for name in heads if not heads.is_ours(name)]:
+        raise InputError(
+            f"Head {foreign[0]!r} of {str(folder)!r} is in another library's layout. Load the folder by "
+            "AutoSae.open and push that."
+        )
+    names = [file for name in heads for file in heads.files(name)]
+    names += [name for name in _TOP_FILES if (folder / name).is_file()]
+    names += [str(path.relative_to(folder)) for path in sorted((folder / ADAPTER).glob("adapter_*")) if path.is_file()]
+    return {name: folder / name for name in names}
+
+
+def _card(release: Release, repo_id: str, place: Path) -> dict[str, Path]:
+    """The card with the repo's name in it, and its plots, beside the run's folder."""
+    card = write_card(release.folder, repo_id, release.license, release.include, into=place)
+    plots = {str(path.relative_to(place)): path for path in sorted(place.glob("plots/*.png"))}
+    return plots | {CARD: card}
+
+
+def _holds_heads(files: list[str]) -> bool:
+    return bool(find_heads(files, "")) or any(fnmatch(file, "*checkpoint*/*") for file in files)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500
+
+
+def _reason(error: BaseException) -> str:
+    # The client's own line for a file that failed says nothing of why.
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+    lines = [str(error)] if cause is error else [str(error), str(cause)]
+    return " ".join(" ".join(lines).split()) or type(error).__name__
