@@ -108,6 +108,10 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
             raise InputError(
                 f"training.init_from: head {name!r} of {heads.origin!r} holds no decoder, so it cannot train."
             )
+        if pretrained.config.normalize_input is not None:
+            raise InputError(
+                f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."
+            )
         if head.config.normalize_decoder and head.W_dec.requires_grad:
             _fold_norms(pretrained)
         head.load_whole(pretrained.state_dict())
@@ -124,6 +128,8 @@ def _fold_norms(head: HeadModel) -> None:
     if (norms - 1).abs().max() > _UNIT_NORM_TOLERANCE and norms.min() > 0:
         head.encoder.weight.mul_(norms[:, None])
         head.encoder.bias.mul_(norms)
+        if "threshold" in head.state_dict():
+            head.threshold.mul_(norms)
         normalize_rows_(head.W_dec)
 
 

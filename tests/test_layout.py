@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sae_accel"
 # Each line may import from itself and those below it.
 LAYERS = [
-    {"train", "push"},
+    {"train", "push", "convert"},
     {"memory"},
     {"rehearsal"},
     {"report", "trainer"},

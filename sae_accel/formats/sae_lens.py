@@ -138,8 +138,8 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
         start = {"relu": "", "jumprelu": "jumprelu_", "batchtopk": "jumprelu_"}.get(config.activation)
         architecture = None if start is None else f"{start}{'skip_' if skips else ''}transcoder"
     if architecture is None:
-        kind = "transcoder" if transcoder else "SAE"
-        raise InputError(f"it is a {kind} with activation {config.activation}, which SAELens does not have.")
+        kind = "a transcoder" if transcoder else "an SAE"
+        raise InputError(f"it is {kind} with activation {config.activation}, which SAELens does not have.")
     if transcoder and config.apply_b_dec_to_input:
         raise InputError("it is a transcoder that takes b_dec from its input, which SAELens does not have.")
     norms = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}

@@ -16,7 +16,7 @@ from ..globs import glob_to_regex
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
-from .modeling_head import HeadModel
+from .modeling_head import HeadModel, push_saved
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
 from .quiet import quiet_files
@@ -153,6 +153,24 @@ class SaeHeads(Mapping):
             head = self._loaded.get(name) or self.load(name)
             with quiet_files():
                 head.save_pretrained(Path(save_directory) / name)
+
+    def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
+        """
+        Releases every head in our layout, in one commit, with a model card. They are first written to a temporary
+        folder, one at a time.
+
+        Args:
+            repo_id (`str`): Where to: `name` or `user/name`.
+            license (`str`, *optional*): The Hub's identifier of a license, for the card.
+            kwargs (*optional*): `private`, `revision`, `token` and `message`, as of [`Release.push`].
+
+        Returns:
+            [`Pushed`].
+
+        Raises:
+            `InputError`: if a head cannot be read, the Hub refuses, or it cannot be reached.
+        """
+        return push_saved(self.save_pretrained, repo_id, license, **kwargs)
 
     def _fetch(self, place: Place) -> None:
         place.paths = {role: Path(self._repository.fetch(file)) for role, file in place.files.items()}

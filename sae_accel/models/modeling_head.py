@@ -1,4 +1,5 @@
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
 from .latent_selection import SELECTIONS, LatentSelection, step, topk
 from .latent_slice import LatentSlice
+from .quiet import quiet_files
 
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
@@ -71,6 +73,16 @@ class HeadOutput(ModelOutput):
     smallest_act: Tensor | None = None
 
 
+def push_saved(save: Callable[[str], None], repo_id: str, license: str | None, **kwargs: Any) -> Any:
+    """Releases what `save` writes into a folder."""
+    # The releases' module reads heads, and so comes after this one.
+    from ..hub import Release
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return Release(folder, repo_id, license=license).push(**kwargs)
+
+
 class HeadModel(PreTrainedModel):
     """What [`SaeModel`] and [`TranscoderModel`] share: one sparse layer of latents between two linear maps."""
 
@@ -111,6 +123,28 @@ class HeadModel(PreTrainedModel):
         if hookpoint is not None:
             kwargs["subfolder"] = hookpoint
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
+        """
+        Releases the head to the top of a repo, in one commit, with a model card.
+
+        Args:
+            repo_id (`str`): Where to: `name` or `user/name`.
+            license (`str`, *optional*): The Hub's identifier of a license, for the card.
+            kwargs (*optional*): `private`, `revision`, `token` and `message`, as of [`Release.push`].
+
+        Returns:
+            [`Pushed`].
+
+        Raises:
+            `InputError`: if the Hub refuses, or cannot be reached.
+        """
+
+        def save(folder: str) -> None:
+            with quiet_files():
+                self.save_pretrained(folder)
+
+        return push_saved(save, repo_id, license, **kwargs)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """Whether `save_pretrained` writes files: wherever it is called, as each process may hold its own heads."""

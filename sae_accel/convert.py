@@ -1,0 +1,115 @@
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import InputError
+from .formats import sae_lens, sparsify
+from .models import AutoSae, HeadConfig, HeadModel
+from .models.quiet import quiet_files
+from .tables import aligned
+
+
+def convert(source: str, target: str | Path, to: str, include: Sequence[str] = ()) -> list[tuple[str, HeadConfig]]:
+    """
+    Writes heads, in whatever layout they are, in another. All are written, or none.
+
+    Args:
+        source (`str`): A folder, a file, or a repo on the Hub.
+        target (`str` or `Path`): A folder that does not exist yet, or is empty.
+        to (`str`): `"sparsify"`, `"saelens"`, or `"sae_accel"` for our own.
+        include (`Sequence[str]`): Globs over the names of heads; all if not given.
+
+    Returns:
+        `list[tuple[str, HeadConfig]]`: names, which are those of folders in `target`, and what the heads are.
+
+    Raises:
+        `InputError`: if a head cannot be read, or that layout has no such head; nothing is written then.
+    """
+    if to not in WRITERS:
+        raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
+    heads = AutoSae.open(source)
+    heads = heads.select(*include) if include else heads
+    check, write = WRITERS[to]
+    configs = {name: heads.config(name) for name in heads}
+    for name, config in configs.items():
+        try:
+            check(config)
+        except InputError as error:
+            raise InputError(f"Head {name!r} of {source!r} cannot be written for {to}: {error}") from error
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        for name in heads:
+            head = heads.load(name)
+            write(staging / name, head.config, head)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return list(configs.items())
+
+
+def _from_tensors(
+    write: Callable[[Path, HeadConfig, dict[str, Tensor]], None],
+) -> Callable[[Path, HeadConfig, HeadModel], None]:
+    return lambda folder, config, head: write(folder, config, head.state_dict())
+
+
+def _write_ours(folder: Path, config: HeadConfig, head: HeadModel) -> None:
+    with quiet_files():
+        head.save_pretrained(folder)
+
+
+# By layout: what raises for a head that it does not have, and what writes one.
+WRITERS = {
+    "sparsify": (sparsify.config_of, _from_tensors(sparsify.write_head)),
+    "saelens": (sae_lens.config_of, _from_tensors(sae_lens.write_head)),
+    "sae_accel": (lambda config: None, _write_ours),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input."""
+    options = _parser().parse_args(argv)
+    try:
+        written = convert(options.source, options.target, options.to, options.include)
+    except InputError as error:
+        print(f"sae_accel: {error}", file=sys.stderr)
+        return 2
+    rows = [("head", "activation", "d_in -> latents -> d_out")]
+    rows += [
+        (name or ".", config.activation, f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}")
+        for name, config in written
+    ]
+    print("\n".join([*aligned(rows), f"Written for {options.to} in {options.target}."]))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sae_accel.convert",
+        description="Writes SAEs and transcoders, of any library that AutoSae reads, as another library reads them.",
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder, a file, or a repo on the Hub")
+    parser.add_argument("target", metavar="DST", help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--to", required=True, choices=list(WRITERS), help="the layout to write")
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="heads, such as 'layers.*'; may recur",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
