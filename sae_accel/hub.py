@@ -1,3 +1,4 @@
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from .tables import aligned
 _TOP_FILES = ("recipe.yaml", "metrics.json", "trainer_state.json", "latent_frequency.safetensors")
 # What every repo has that was just made, or that says nothing of what is in it.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
+_LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
+_AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
 class Pushed(NamedTuple):
@@ -60,10 +63,11 @@ class Release:
 
     def table(self) -> str:
         """One line a file, with its size, and the sum."""
-        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        with tempfile.TemporaryDirectory() as place:
+            files = self.files | _card(self, self.repo_id, Path(place))
+            sizes = {name: path.stat().st_size for name, path in files.items()}
         rows = [(name, f"{size:,}") for name, size in sizes.items()]
-        card = [] if CARD in self.files else [(CARD, "the model card")]
-        return "\n".join(aligned([("file", "bytes"), *rows, *card, ("in all", f"{sum(sizes.values()):,}")]))
+        return "\n".join(aligned([("file", "bytes"), *rows, ("in all", f"{sum(sizes.values()):,}")]))
 
     def push(
         self,
@@ -128,12 +132,10 @@ def pushing(repo_id: str) -> Iterator[None]:
     except InputError:
         raise
     except LocalTokenNotFoundError as error:
-        raise InputError(
-            f"{repo_id!r} cannot be pushed to without a token. Run `hf auth login`, set HF_TOKEN, or give token."
-        ) from error
+        raise InputError(f"{repo_id!r} cannot be pushed to without a token. {_LOG_IN}") from error
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        again = "" if _is_refusal(error) else " Push again to go on: what has arrived is not sent twice."
-        raise InputError(f"{repo_id!r} cannot be pushed to: {_reason(error).rstrip('.')}.{again}") from error
+        reason = f"{repo_id!r} cannot be pushed to: {_reason(error).rstrip('.')}."
+        raise InputError(f"{reason} {_advice(error)}".rstrip()) from error
 
 
 def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
@@ -162,12 +164,23 @@ def _holds_heads(files: list[str]) -> bool:
     return bool(find_heads(files, "")) or any(fnmatch(file, "*checkpoint*/*") for file in files)
 
 
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500
+def _advice(error: BaseException) -> str:
+    cause = _cause(error)
+    response = cause.response if isinstance(cause, HfHubHTTPError) else None
+    if response is not None and response.status_code == 401:
+        return _LOG_IN
+    is_busy = response is None or response.status_code == 429 or response.status_code >= 500
+    # A ValueError is the client's own: of a name that no repo can have, for one.
+    return _AGAIN if is_busy and not isinstance(cause, ValueError) else ""
 
 
 def _reason(error: BaseException) -> str:
+    cause = _cause(error)
+    said = str(error) if cause is error else f"{error} {cause}"
+    text = " ".join(said.split())
+    return re.sub(r"For more information check: \S+ ?", "", text) or type(error).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
     # The client's own line for a file that failed says nothing of why.
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-    lines = [str(error)] if cause is error else [str(error), str(cause)]
-    return " ".join(" ".join(lines).split()) or type(error).__name__
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error

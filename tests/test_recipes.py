@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "smollm2": SMOLLM2,
     "smollm2-e2e": SMOLLM2,
     "smollm2-lora": SMOLLM2,
+    "smollm2-activations": SMOLLM2,
     "pythia-160m": GPTNeoXConfig(
         vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
     ),
@@ -42,6 +43,7 @@ HEADS = {
     "quickstart": ["layers.1", "layers.3", "layers.3.mlp"],
     "smollm2-e2e": ["layers.1", "layers.3", "layers.3.mlp"],
     "smollm2-lora": ["layers.3"],
+    "smollm2-activations": ["layers.3/topk", "layers.3/batchtopk", "layers.3/jumprelu"],
     "smollm2": [f"layers.{i}" for i in range(0, 30, 3)],
     "pythia-160m": [f"layers.{i}.mlp" for i in range(12)] + ["layers.6/k32", "layers.6/k64", "layers.6/k128"],
     "gpt2": [f"h.{i}.attn" for i in range(12)] + [f"h.{i}.mlp.act" for i in range(12)],

@@ -331,7 +331,9 @@ class HeadModel(PreTrainedModel):
         uses = max(1, round(len(tokens) * self.config.k / self.config.num_latents))
         parts = zip(self.encoder.weight.split(1024), self.encoder.bias.split(1024), strict=True)
         largest = [torch.addmm(bias[:, None], weight, shifted.t()).topk(uses, dim=1) for weight, bias in parts]
-        self.threshold.copy_(torch.cat([values[:, -1] for values, _ in largest]).clamp_min(0))
+        threshold = torch.cat([values[:, -1] for values, _ in largest]).clamp_min(0)
+        # Thresholds move by a part of themselves, and so must not begin at zero.
+        self.threshold.copy_(threshold.clamp_min(threshold.mean() / 10))
 
     @torch.no_grad()
     def observe_smallest(self, smallest_act: Tensor) -> None:
