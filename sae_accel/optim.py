@@ -82,9 +82,10 @@ class Signum(torch.optim.Optimizer):
     for descent by signs. While it trains, parameters hold `y`; `averaged` gives `x`, which is what to evaluate and
     save.
 
-    In groups that are `relative`, `z` moves by that part of itself. In groups with `unit_norm`, rows of `z` and `x` are brought back to norm 1 after each step, in which it deviates
+    In groups with `unit_norm`, rows of `z` and `x` are brought back to norm 1 after each step, in which it deviates
     from the paper. The gradient's part along a row is left in: the sign of what remains without it is no better a
-    direction, and cost 0.03 of FVU at the default learning rate after 164k tokens.
+    direction, and cost 0.03 of FVU at the default learning rate after 164k tokens. In groups that are `relative`, `z`
+    moves by a part of itself.
 
     Args:
         params (`Iterable`): Parameters or groups, each with `lr` and optionally `unit_norm`.
