@@ -1,6 +1,6 @@
 from transformers import AutoConfig, AutoModel
 
-from .auto import AutoSae, HeadNotFound, SaeHeads
+from .auto import AutoSae
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
@@ -8,6 +8,7 @@ from .latent_slice import LatentSlice
 from .modeling_head import BY_LATENT, HeadModel, HeadOutput, Latents
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
+from .sae_heads import HeadNotFound, SaeHeads
 
 
 for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderModel)):

@@ -14,6 +14,7 @@ from ..metrics import squared_error
 from ..metrics import total_variance as variance_of
 from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
+from .input_norm import normalize
 from .latent_selection import SELECTIONS, LatentSelection, step, topk
 from .latent_slice import LatentSlice
 from .quiet import quiet_files
@@ -26,7 +27,6 @@ MULTI_TOPK_WEIGHT = 1 / 8
 BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
-LAYER_NORM_EPS = 1e-5
 
 
 class Latents(NamedTuple):
@@ -196,7 +196,7 @@ class HeadModel(PreTrainedModel):
         Raises:
             `ValueError`: if the last dimension is not `d_in`.
         """
-        tokens, _ = self._normalize(self._tokens(activations))
+        tokens, _ = normalize(self._tokens(activations), self.config.normalize_input)
         values, selection, _ = self._encode(tokens, self.config.k)
         shape = (*activations.shape[:-1], values.shape[1])
         return Latents(self._activate(values, selection.indices).view(shape), selection.indices.view(shape))
@@ -266,7 +266,9 @@ class HeadModel(PreTrainedModel):
         tokens = self._tokens(activations)
         k = self.config.k if k is None else k
         values, selection, dead = self._encode(
-            self._normalize(tokens)[0], self._multi_topk_width(k) if multi_topk else k, dead_mask
+            normalize(tokens, self.config.normalize_input)[0],
+            self._multi_topk_width(k) if multi_topk else k,
+            dead_mask,
         )
         columns = self._here(k) if multi_topk else values.shape[1]
         chosen = selection.columns(0, columns)
@@ -389,17 +391,6 @@ class HeadModel(PreTrainedModel):
         """What the latents here give, with what those of other processes do."""
         return part if self.latent_slice is None else self.latent_slice.sum(part)
 
-    def _normalize(self, tokens: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What is encoded, and what brings a reconstruction of it back."""
-        if self.config.normalize_input is None:
-            return tokens, lambda reconstruction: reconstruction
-        if self.config.normalize_input == "constant_norm":
-            scale = self.config.d_in**0.5 / tokens.norm(dim=-1, keepdim=True)
-            return tokens * scale, lambda reconstruction: reconstruction / scale
-        mean = tokens.mean(-1, keepdim=True)
-        std = (tokens - mean).std(-1, keepdim=True)
-        return (tokens - mean) / (std + LAYER_NORM_EPS), lambda reconstruction: reconstruction * std + mean
-
     def _encode(
         self, tokens: Tensor, k: int | None, dead_mask: Tensor | None = None
     ) -> tuple[Tensor, Selection, tuple[Tensor, Selection] | None]:
@@ -437,7 +428,7 @@ class HeadModel(PreTrainedModel):
             raise ValueError(f"The head {what}: decode also needs the activations that it read.")
         reconstruction = self._summed(sparse_decode(acts, selection, self.W_dec)) + self.b_dec
         if self.config.normalize_input is not None:
-            reconstruction = self._normalize(tokens)[1](reconstruction)
+            reconstruction = normalize(tokens, self.config.normalize_input)[1](reconstruction)
         if self.W_skip is not None:
             reconstruction = reconstruction + nn.functional.linear(tokens, self.W_skip)
         return reconstruction

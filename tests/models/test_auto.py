@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -108,6 +109,34 @@ def test_broken_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
         with pytest.raises(InputError, match=f"head '{hookpoint}'") as error:
             AutoSae.from_pretrained(folder, hookpoint=hookpoint)
         assert "\n" not in str(error.value)
+
+
+def test_a_config_that_disagrees_with_its_weights_is_refused_in_one_line(folder, capfd):
+    config = json.loads((folder / "layers.2" / "config.json").read_text())
+    (folder / "layers.2" / "config.json").write_text(json.dumps(config | {"num_latents": 500}))
+    with pytest.raises(InputError, match=r"b_|W_dec should have shape \(500, 16\), but in model.safetensors it has"):
+        AutoSae.from_pretrained(folder, hookpoint="layers.2")
+    captured = capfd.readouterr()
+    assert not captured.out + captured.err
+
+
+def test_heads_are_selected_by_globs_without_being_loaded(folder):
+    saes = AutoSae.open(folder)
+    loaded = saes["layers.10"]
+    chosen = saes.select("layers.*")
+    assert list(chosen) == ["layers.2", "layers.10"] and chosen["layers.10"] is loaded
+    assert list(saes.select("layers.2.mlp", "layers.[2]")) == ["layers.2", "layers.2.mlp/wide"]
+    assert list(saes.select("**")) == list(saes) and "(loaded)" not in repr(saes.select("layers.2*", "layers.2.*"))
+    with pytest.raises(HeadNotFound, match="no head that 'h.*' matches. Near names: "):
+        saes.select("h.*")
+
+
+def test_a_mapping_is_written_in_our_layout(folder, tmp_path):
+    AutoSae.open(folder).save_pretrained(tmp_path / "copy")
+    for name, sae in AutoSae.open(tmp_path / "copy").items():
+        expected = load_file(folder / name / "model.safetensors")
+        assert all(torch.equal(value, expected[key]) for key, value in sae.state_dict().items())
+    assert list(AutoSae.open(tmp_path / "copy")) == list(AutoSae.open(folder))
 
 
 def _in_fresh_process(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
