@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import logging as client_logging
 
 from .errors import InputError
 from .formats.folders import ADAPTER
@@ -21,7 +22,7 @@ _TOP_FILES = ("recipe.yaml", "metrics.json", "trainer_state.json", "latent_frequ
 # What every repo has that was just made, or that says nothing of what is in it.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
 _LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
-_AGAIN = "Push again to go on: what has arrived is not sent twice."
+AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
 class Pushed(NamedTuple):
@@ -118,6 +119,13 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
         # A repo of somebody else that can be read is no error to the line above.
         api.auth_check(repo_id, write=True)
         there = api.list_repo_files(repo_id)
+        is_public = private and api.model_info(repo_id).private is False
+    if is_public:
+        raise InputError(
+            f"{repo_id!r} is there and public, but private was asked for. Make it private on the Hub, or name another."
+        )
+    if _holds_an_lm(there, repo_id, token):
+        raise InputError(f"{repo_id!r} is taken: it holds a model that is no head. Name another repo.")
     if set(there) - _EMPTY_REPO and not _holds_heads(there):
         other = sorted(set(there) - _EMPTY_REPO)
         raise InputError(f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head. Name another repo.")
@@ -127,6 +135,9 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
 @contextmanager
 def pushing(repo_id: str) -> Iterator[None]:
     """Turns what goes wrong on the way to the Hub into one line with the Hub's own reason."""
+    # The client would say of a release that was there already what is said here as well.
+    said = client_logging.get_verbosity()
+    client_logging.set_verbosity_error()
     try:
         yield
     except InputError:
@@ -136,6 +147,8 @@ def pushing(repo_id: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = f"{repo_id!r} cannot be pushed to: {_reason(error).rstrip('.')}."
         raise InputError(f"{reason} {_advice(error)}".rstrip()) from error
+    finally:
+        client_logging.set_verbosity(said)
 
 
 def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
@@ -160,6 +173,18 @@ def _card(release: Release, repo_id: str, place: Path) -> dict[str, Path]:
     return plots | {CARD: card}
 
 
+def _holds_an_lm(files: list[str], repo_id: str, token: str | bool | None) -> bool:
+    """Whether what looks like a head at the top, by the names of files, is another model."""
+    place = find_heads(files, repo_id).get("")
+    if place is None or place.layout is not None:
+        return False
+    try:
+        AutoSae.open(repo_id, token=token).config("")
+    except InputError:
+        return True
+    return False
+
+
 def _holds_heads(files: list[str]) -> bool:
     return bool(find_heads(files, "")) or any(fnmatch(file, "*checkpoint*/*") for file in files)
 
@@ -171,7 +196,7 @@ def _advice(error: BaseException) -> str:
         return _LOG_IN
     is_busy = response is None or response.status_code == 429 or response.status_code >= 500
     # A ValueError is the client's own: of a name that no repo can have, for one.
-    return _AGAIN if is_busy and not isinstance(cause, ValueError) else ""
+    return AGAIN if is_busy and not isinstance(cause, ValueError) else ""
 
 
 def _reason(error: BaseException) -> str:

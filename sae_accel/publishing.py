@@ -1,6 +1,6 @@
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import SaeTrainingArguments
 from .errors import InputError
-from .hub import Release, open_repo
+from .hub import AGAIN, Release, open_repo
 
 
 logger = get_logger(__name__)
@@ -30,23 +30,32 @@ class Publisher(TrainerCallback):
         self.repo_id = open_repo(hub_repo(args), private=args.hub_private_repo)
         self.strategy = args.hub_strategy
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="push")
-        self._running: Future | None = None
+        self._pushes: list[Future] = []
 
     def on_save(self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Begins to push a checkpoint's heads, unless an earlier push is still at work, or the run is at its end."""
-        busy = self._running is not None and not self._running.done()
-        if self.strategy == "end" or busy or control.should_training_stop and not self._pushes_checkpoints:
+        """
+        Begins to push a checkpoint's heads. While an earlier push is at work, one that is not the last is left out,
+        unless every checkpoint is to be pushed.
+        """
+        last = control.should_training_stop
+        if self.strategy == "end" or last and not self._pushes_checkpoints:
+            return
+        busy = bool(self._pushes) and not self._pushes[-1].done()
+        if busy and not last and self.strategy != "all_checkpoints":
             return
         name = f"checkpoint-{state.global_step}"
         place = Path(args.output_dir) / f".{name}.pushing"
         shutil.rmtree(place, ignore_errors=True)
         # Links, since the checkpoint may be deleted before it has arrived.
-        shutil.copytree(Path(args.output_dir) / name, place, copy_function=os.link)
-        self._running = self._worker.submit(self._push, place, name, state.global_step)
+        shutil.copytree(Path(args.output_dir) / name, place, copy_function=_link)
+        self._pushes.append(self._worker.submit(self._push, place, name, state.global_step))
 
     def finish(self) -> None:
-        """Waits for the push that is at work, if there is one."""
-        self._worker.shutdown()
+        """Waits for pushes that are at work."""
+        wait(self._pushes)
+        for push in self._pushes:
+            push.result()
+        self._pushes = []
 
     @property
     def _pushes_checkpoints(self) -> bool:
@@ -59,9 +68,19 @@ class Publisher(TrainerCallback):
         try:
             Release(place, self.repo_id).push(message=f"Training in progress, step {step}", extra=extra)
         except InputError as error:
-            logger.warning(f"Step {step} was not pushed: {error} Training goes on.")
+            # Nobody need push again: the next save does.
+            reason = str(error).removesuffix(AGAIN).rstrip()
+            logger.warning(f"Step {step} was not pushed: {reason} Training goes on.")
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    # Not every file system has links.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def hub_repo(args: SaeTrainingArguments) -> str:

@@ -3,7 +3,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import InputError
-from .hub import Release
+from .hub import AGAIN, Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sae_accel: Stopped. Nothing was changed on the Hub; push again to go on.", file=sys.stderr)
+        print(f"sae_accel: Stopped. {AGAIN}", file=sys.stderr)
         return 130
     what = "Pushed" if pushed.is_new else "There was nothing new to push"
     print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.")

@@ -55,6 +55,8 @@ def run(recipe: Recipe) -> SaeTrainer:
             # A push that fails comes after all that is to be told of the run.
             if trainer.metrics and trainer.accelerator.is_main_process:
                 print(closing_message(trainer, trainer.metrics))
+        if trainer.pushed is not None:
+            print(f"Released: {trainer.pushed.url}")
     return trainer
 
 

@@ -129,6 +129,7 @@ class SaeTrainer:
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
+        self.pushed: Pushed | None = None
         self._log, self._firing = RunningMeans(), FiringCounts()
         self._frequencies: dict[str, Tensor] = {}
         self._interruption = Interruption()
@@ -276,10 +277,15 @@ class SaeTrainer:
             if self.publisher is not None:
                 self.publisher.finish()
             repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
-            release = Release(self.output_dir, repo_id)
-            return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
+            try:
+                release = Release(self.output_dir, repo_id)
+                return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
+            except InputError as error:
+                by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
+                raise InputError(f"{error} The heads are in {self.output_dir}: {by_hand} pushes them.") from error
 
-        return agreed(push)
+        self.pushed = agreed(push)
+        return self.pushed
 
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""

@@ -69,6 +69,16 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
+    def settings(self, cache: Path) -> dict[str, Any]:
+        """The constants of a client of this process that is online here, with a cache of its own."""
+        return {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """The content of each file at a branch or commit."""
         return {path: file.content for path, file in self.repo(repo).at(revision).files.items()}

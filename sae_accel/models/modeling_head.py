@@ -27,6 +27,8 @@ MULTI_TOPK_WEIGHT = 1 / 8
 BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
+# Tokens of more times the median norm have no say in where thresholds begin.
+OUTLIER_NORM = 5
 
 
 class Latents(NamedTuple):
@@ -330,7 +332,10 @@ class HeadModel(PreTrainedModel):
             return
         tokens = self._tokens(activations)
         shifted = tokens - self.b_dec if self.config.apply_b_dec_to_input else tokens
-        uses = max(1, round(len(tokens) * self.config.k / self.config.num_latents))
+        # By tokens of huge norm, such as an LM's first, half of the latents would begin where no other token comes.
+        norms = shifted.norm(dim=-1)
+        shifted = shifted[norms <= OUTLIER_NORM * norms.median()]
+        uses = max(1, round(len(shifted) * self.config.k / self.config.num_latents))
         parts = zip(self.encoder.weight.split(1024), self.encoder.bias.split(1024), strict=True)
         largest = [torch.addmm(bias[:, None], weight, shifted.t()).topk(uses, dim=1) for weight, bias in parts]
         threshold = torch.cat([values[:, -1] for values, _ in largest]).clamp_min(0)

@@ -31,14 +31,19 @@ class Repository:
         self.name = name
         self.options = {key: value for key, value in options.items() if value is not None}
         self.folder = Path(name).expanduser() if _is_local(name) else None
+        # Whether the Hub was asked, or what an earlier call fetched is all that is known.
+        self.from_cache = False
         self.files = self._list()
 
     def fetch(self, file: str) -> str:
         """Path of a file on this machine, after downloading it if need be."""
         if self.folder is not None:
             return str(self.folder / file)
-        with explaining(self.name):
-            return hf_hub_download(self.name, file, **self.options)
+        try:
+            with explaining(self.name):
+                return hf_hub_download(self.name, file, **self.options)
+        except _Unreachable as error:
+            raise InputError(f"{self.name!r} cannot be read: {file} did not arrive: {error}. Try again.") from error
 
     def _list(self) -> list[str]:
         if self.folder is not None:
@@ -57,19 +62,18 @@ class Repository:
                     api.model_info(self.name, revision=revision)
                     tree = api.list_repo_tree(self.name, recursive=True, revision=revision)
                     return [item.path for item in tree if isinstance(item, RepoFile)]
-            except _Unreachable:
-                pass
-        return self._list_cache()
+            except _Unreachable as error:
+                return self._list_cache(f"the Hub cannot be reached to look for it: {error}")
+        return self._list_cache("the Hub was not to be asked")
 
-    def _list_cache(self) -> list[str]:
+    def _list_cache(self, reason: str) -> list[str]:
         """Without the Hub, what an earlier call fetched."""
+        self.from_cache = True
         options = {key: value for key, value in self.options.items() if key in ("revision", "cache_dir")}
         try:
             return _list_folder(Path(snapshot_download(self.name, local_files_only=True, **options)))
         except (LocalEntryNotFoundError, ValueError) as error:
-            raise InputError(
-                f"{self.name!r} is no local folder, is not in the cache, and the Hub cannot be reached to look for it."
-            ) from error
+            raise InputError(f"{self.name!r} is no local folder, is not in the cache, and {reason}.") from error
 
 
 class _Unreachable(Exception):
@@ -86,11 +90,21 @@ class explaining:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        refused = isinstance(error, HfHubHTTPError)
+        refused = isinstance(error, HfHubHTTPError) and not _is_down(error)
         if isinstance(error, (OfflineModeIsEnabled, HTTPError)) and not refused:
-            raise _Unreachable from error
+            raise _Unreachable(_in_a_line(error)) from error
         if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
-            raise InputError(f"{self.name!r} cannot be read: {' '.join(str(error).split())}") from error
+            # Of a file that was not found the client gives the reason apart.
+            cause = f" {_in_a_line(error.__cause__)}" if isinstance(error, LocalEntryNotFoundError) else ""
+            raise InputError(f"{self.name!r} cannot be read: {_in_a_line(error)}{cause}") from error
+
+
+def _is_down(error: HfHubHTTPError) -> bool:
+    return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
+
+
+def _in_a_line(error: BaseException | None) -> str:
+    return " ".join(str(error or "").split()).rstrip(".")
 
 
 def _is_local(name: str) -> bool:

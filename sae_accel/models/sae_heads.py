@@ -203,7 +203,8 @@ class SaeHeads(Mapping):
 
     def _near(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
-        return f"Near names: {', '.join(near)}."
+        cached = " The Hub could not be asked, so only what is in the cache was looked at."
+        return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -183,6 +183,16 @@ def test_jumprelu_thresholds_begin_where_l0_is_k():
     assert abs((head.encode(x).top_acts > 0).sum(-1).float().mean() - 4) < 0.1
 
 
+def test_tokens_of_huge_norm_have_no_say_in_where_thresholds_begin():
+    head = SaeModel(SaeConfig(d_in=D, num_latents=M, k=4, activation="jumprelu")).eval()
+    x = torch.randn(1000, D)
+    head.initialize_threshold(x)
+    alone = head.threshold.clone()
+    # More tokens than may be active for a latent, so that each would be at its threshold.
+    head.initialize_threshold(torch.cat([x, 100 * torch.randn(200, D)]))
+    torch.testing.assert_close(head.threshold, alone)
+
+
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
 @pytest.mark.parametrize("optim", ["signum", "adam"])
 def test_a_killed_run_goes_on_bit_for_bit(activation, optim, tmp_path):
