@@ -1,6 +1,6 @@
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from accelerate.utils import LoggerType
 from transformers import SchedulerType
@@ -10,6 +10,7 @@ from .errors import InputError
 from .formats.folders import NOT_HEADS
 
 
+TRAINABLE = get_args(get_type_hints(HeadArguments)["activation"])
 # The schedules that need nothing but a warm-up and a length.
 SCHEDULES = (
     "linear",
@@ -36,6 +37,8 @@ def check_latents(k: int, num_latents: int | None, activation: str, multi_topk: 
     Raises:
         `InputError`: if it cannot.
     """
+    if activation not in TRAINABLE:
+        raise InputError(f"{where}.activation: {activation!r} does not train. Allowed are {', '.join(TRAINABLE)}.")
     if multi_topk and activation != "topk":
         raise InputError(
             f"{where}.multi_topk: it goes with activation topk, not with {activation}. Remove one of them."

@@ -32,7 +32,7 @@ def convert(source: str, target: str | Path, to: str, include: Sequence[str] = (
     """
     if to not in WRITERS:
         raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
-    target = Path(target)
+    target = Path(target).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
     heads = AutoSae.open(source)
@@ -52,6 +52,8 @@ def convert(source: str, target: str | Path, to: str, include: Sequence[str] = (
             write(staging / name, head.config, head)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging, target)
+    except OSError as error:
+        raise InputError(f"{str(target)!r} cannot be written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return list(configs.items())

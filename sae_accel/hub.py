@@ -9,6 +9,7 @@ from typing import NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import logging as client_logging
+from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError
 from .formats.folders import ADAPTER
@@ -60,6 +61,8 @@ class Release:
         self.include, self.license = list(include), license
         if not self.folder.is_dir():
             raise InputError(f"There is no folder {str(folder)!r}.")
+        with pushing(repo_id):
+            validate_repo_id(repo_id)
         self.files = _files(self.folder, self.include)
 
     def table(self) -> str:

@@ -3,11 +3,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from accelerate.logging import get_logger
 
 from .bank import SaeBank
 from .errors import InputError
 from .hookpoints import HeadPlan
 from .models import AutoSae, HeadConfig, HeadModel, SaeHeads
+from .models.latent_selection import SELECTIONS
 from .rows import normalize_rows_
 from .tables import aligned
 
@@ -22,6 +24,8 @@ _SAME = {
 }
 # Rows farther from norm 1 than this were not kept there; nearer, it is the rounding of half precisions.
 _UNIT_NORM_TOLERANCE = 1e-2
+_FAR_FROM_UNIT_NORM = 0.1
+logger = get_logger(__name__)
 
 
 class Match(NamedTuple):
@@ -113,9 +117,19 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
                 f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."
             )
         if head.config.normalize_decoder and head.W_dec.requires_grad:
+            _warn_of_norms(pretrained, name)
             _fold_norms(pretrained)
         head.load_whole(pretrained.state_dict())
         head.config.apply_b_dec_to_input = pretrained.config.apply_b_dec_to_input
+
+
+def _warn_of_norms(head: HeadModel, name: str) -> None:
+    far = (head.W_dec.norm(dim=-1) - 1).abs().max().item()
+    if far > _FAR_FROM_UNIT_NORM and SELECTIONS[head.config.activation].counts:
+        logger.warning(
+            f"training.init_from: decoder rows of head {name!r} differ from norm 1 by up to {far:.2g}. Brought to it, "
+            "they select other latents. Set normalize_decoder: false to keep them."
+        )
 
 
 @torch.no_grad()

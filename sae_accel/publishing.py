@@ -54,7 +54,8 @@ class Publisher(TrainerCallback):
         """Waits for pushes that are at work."""
         wait(self._pushes)
         for push in self._pushes:
-            push.result()
+            if (error := push.exception()) is not None:
+                logger.warning(f"A push ended with {type(error).__name__}: {error}")
         self._pushes = []
 
     @property

@@ -71,6 +71,10 @@ def splice(
             return head.decode(*latents[name], activations) if replace else original
 
         hookpoint = head.config.hookpoint or name.split("/")[0]
+        if not hookpoint:
+            raise InputError(
+                "A head's files do not tell where it sits. Set its config.hookpoint to a module of the base model."
+            )
         return Replacement(name, hookpoint, source_site(head, hookpoint), compute, not replace)
 
     with replaced(model.base_model, [through(name, head) for name, head in heads.items()], unique=replace):

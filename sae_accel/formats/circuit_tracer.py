@@ -9,7 +9,7 @@ import yaml
 
 from ..errors import InputError
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head
+from .foreign import ForeignHead, Place, Source, foreign_head, last_part
 from .hook_names import module_of
 from .tensor_file import open_tensors
 
@@ -26,7 +26,7 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
         for name, path in inside.items():
             if match := _WEIGHTS_FILE.fullmatch(name):
                 roles = {"weights": path} | ({"config": inside[CONFIG_FILE]} if CONFIG_FILE in inside else {})
-                hookpoint = module_of(f"blocks.{match[1]}.hook_mlp_out", origin)
+                hookpoint = module_of(f"blocks.{match[1]}.hook_mlp_out", last_part(origin))
                 yield Place(str(PurePosixPath(folder) / f"layer_{match[1]}"), roles, origin, hookpoint=hookpoint)
 
 
@@ -47,9 +47,9 @@ def open_head(place: Place) -> ForeignHead:
     if "W_skip" in file.shapes:
         sources["W_skip"] = Source("W_skip")
     threshold = next((name for name in file.shapes if name.endswith("threshold")), None)
-    if threshold is not None:
-        sources["threshold"] = Source(threshold)
     by_rank = keys.get("activation") == "topk"
+    if threshold is not None and not by_rank:
+        sources["threshold"] = Source(threshold)
     k = place.given.get("k", keys.get("k"))
     if by_rank and k is None:
         raise InputError("its configuration says topk, but not how many latents are active. Give k.")
@@ -78,5 +78,5 @@ def _keys(place: Place) -> dict[str, Any]:
     try:
         keys = yaml.safe_load(place.paths["config"].read_text())
     except yaml.YAMLError as error:
-        raise InputError(f"{str(place.paths['config'])!r} is not YAML: {error}.") from error
+        raise InputError(f"{str(place.paths['config'])!r} is not YAML: {' '.join(str(error).split())}.") from error
     return keys if isinstance(keys, dict) else {}

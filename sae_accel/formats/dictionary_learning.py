@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import InputError
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, full, number_in
+from .foreign import ForeignHead, Place, Source, foreign_head, full, last_part, number_in, require
 from .hook_names import module_of
 from .tensor_file import TorchFile, open_tensors
 
@@ -31,7 +31,7 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
             layer = number_in(folder, r"resid_post_layer_(\d+)")
             hook = None if layer is None else f"blocks.{layer}.hook_resid_post"
-            yield Place(folder, roles, origin, hookpoint=module_of(hook, f"{origin}/{folder}"))
+            yield Place(folder, roles, origin, hookpoint=module_of(hook, f"{last_part(origin)}/{folder}"))
 
 
 def open_head(place: Place) -> ForeignHead:
@@ -41,7 +41,7 @@ def open_head(place: Place) -> ForeignHead:
     Raises:
         `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
     """
-    keys = place.json("config").get("trainer", {})
+    keys = place.json("config").get("trainer") or {}
     kind, file = keys.get("dict_class"), open_tensors(place.paths["weights"])
     if kind not in _CLASSES:
         raise InputError(f"its dict_class is {kind!r}, of which {', '.join(_CLASSES)} can be read.")
@@ -75,8 +75,7 @@ def _sources(file: TorchFile, activation: str) -> dict[str, Any]:
         sources |= {"encoder.bias": Source("gate_bias"), "b_mag": Source("mag_bias"), "r_mag": Source("r_mag")}
     if activation in ("jumprelu", "batchtopk"):
         # A topk head has a threshold as well, but selects by rank.
-        if "threshold" not in file.shapes:
-            raise InputError(f"{str(file.path)!r} has no tensor 'threshold'; it holds {', '.join(file.shapes)}.")
+        require(file, "threshold", "b_enc" if own else "encoder.bias")
         num_latents = file.shapes["b_enc" if own else "encoder.bias"][0]
         sources["threshold"] = full(file.whole("threshold"), num_latents)
     return sources

@@ -169,6 +169,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def last_part(origin: str) -> str:
+    """The name of a folder or repo without what it lies in."""
+    return origin.rstrip("/").split("/")[-1]
+
+
+def names_in(file: TensorFile) -> str:
+    """Some of the names of a file's tensors, for a message."""
+    names = sorted(file.shapes)
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "none"
+
+
+def require(file: TensorFile, *names: str) -> None:
+    """
+    Checks that tensors are there.
+
+    Raises:
+        `InputError`: if one is missing.
+    """
+    for name in names:
+        if name not in file.shapes:
+            raise InputError(f"{str(file.path)!r} has no tensor {name!r}; it holds {names_in(file)}.")
+
+
 def number_in(name: str, pattern: str) -> int | None:
     """The number that the group of a pattern finds in a name."""
     match = re.search(pattern, name)
@@ -196,9 +219,7 @@ def weigh_by_norms(tensors: dict[str, Tensor]) -> None:
 def _shape(file: TensorFile, source: Source | Tensor) -> tuple[int, ...]:
     if isinstance(source, Tensor):
         return tuple(source.shape)
-    if source.name not in file.shapes:
-        there = ", ".join(sorted(file.shapes)) or "none"
-        raise InputError(f"{str(file.path)!r} has no tensor {source.name!r}; it holds {there}.")
+    require(file, source.name)
     shape = file.shapes[source.name]
     return shape[::-1] if source.transposed else shape
 

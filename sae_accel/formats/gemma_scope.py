@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, number_in
+from .foreign import ForeignHead, Place, Source, foreign_head, last_part, number_in
 from .hook_names import module_of
 from .tensor_file import open_tensors
 
@@ -54,7 +54,7 @@ def open_head(place: Place) -> ForeignHead:
     if "affine_skip_connection" in file.shapes:
         sources["W_skip"] = Source("affine_skip_connection", transposed=True)
     reads, predicts = keys.get("hf_hook_point_in"), keys.get("hf_hook_point_out")
-    transcoder = "transcoder" in f"{place.origin}/{place.name}" or "W_skip" in sources
+    transcoder = "transcoder" in f"{last_part(place.origin)}/{place.name}" or "W_skip" in sources
     hook = _hook(place.name, place.origin)
     return foreign_head(
         file,
@@ -77,14 +77,14 @@ def _embeds(folder: str) -> bool:
 
 def _hook(folder: str, origin: str) -> str | None:
     """The TransformerLens hook, by the layer in the folder's name and the kind of place in it or in the repo's."""
-    layer, where = number_in(folder, r"layer_(\d+)"), f"{origin.split('/')[-1]}/{folder}"
+    layer, where = number_in(folder, r"layer_(\d+)"), f"{last_part(origin)}/{folder}"
     if _embeds(folder):
         return "hook_embed"
-    kind = re.search(r"res|mlp|att|transcoder|clt", where.replace("-transcoders", "-transcoder"))
+    kind = re.search(r"(?:^|[-_/])(res(?=$|[-_/i])|mlp|att|transcoder|clt)", where)
     if layer is None or kind is None:
         return None
     hooks = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
-    return f"blocks.{layer}.{hooks[kind[0]]}" if kind[0] in hooks else f"blocks.{layer}.ln2.hook_normalized"
+    return f"blocks.{layer}.{hooks[kind[1]]}" if kind[1] in hooks else f"blocks.{layer}.ln2.hook_normalized"
 
 
 def _lm(keys: dict[str, Any], origin: str) -> str | None:

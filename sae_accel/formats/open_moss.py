@@ -4,16 +4,20 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import InputError
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, full, weigh_by_norms
+from .foreign import ForeignHead, Place, Source, foreign_head, full, names_in, require, weigh_by_norms
 from .hook_names import module_of
-from .tensor_file import open_tensors
+from .tensor_file import TensorFile, open_tensors
 
 
 OLD_FILES = ("hyperparams.json", "checkpoints/final.safetensors")
 NEW_FILES = ("config.json", "sae_weights.safetensors")
 _LLAMA = "meta-llama/Llama-3.1-8B"
+# How inputs are normalised: by one number, that is folded into the weights or has been; each by its own norm.
+_NORMS = {"dataset-wise": None, "inference": None, "none": None, None: None, "token-wise": "constant_norm"}
 _ACTIVATIONS = {"jumprelu": "jumprelu", "relu": "relu", "topk": "topk", "batchtopk": "batchtopk"}
 
 
@@ -43,21 +47,25 @@ def open_head(place: Place) -> ForeignHead:
     if activation is None:
         raise InputError(f"its activation is {keys['act_fn']!r}, of which {', '.join(_ACTIVATIONS)} can be read.")
     old = "encoder.weight" in file.shapes
-    by_norm = keys.get("sparsity_include_decoder_norm", False) and not old
-    d_in = file.shapes["encoder.weight" if old else "W_E"][1 if old else 0]
-    scale = _scale(keys, d_in)
+    require(file, *_names(old))
+    by_norm = keys.get("sparsity_include_decoder_norm", False) and OLD_FILES[0] not in place.files["config"]
+    d_in = file.shapes[_names(old)[0]][1 if old else 0]
+    norm = keys.get("norm_activation", "dataset-wise")
+    if norm not in _NORMS:
+        raise InputError(f"its inputs are normalised by {norm!r}, of which {', '.join(map(str, _NORMS))} can be read.")
+    scales = [_scale(keys, file, side, d_in) if norm == "dataset-wise" else 1.0 for side in ("in", "out")]
     reads, writes = keys.get("hook_point_in"), keys.get("hook_point_out")
     transcoder = reads != writes and writes is not None
-    sources = _sources(file, old, scale, activation, keys)
     return foreign_head(
         file,
-        sources,
+        _sources(file, old, scales, by_norm, activation, keys),
         place,
         transcoder=transcoder,
         declared={"d_in": keys.get("d_model"), "num_latents": keys.get("d_sae")},
         finish=weigh_by_norms if by_norm else None,
         k=keys.get("top_k") if activation in ("topk", "batchtopk") else None,
         activation=activation,
+        normalize_input=_NORMS[norm],
         apply_b_dec_to_input=False,
         hookpoint=None if transcoder else module_of(reads, _LLAMA if old else "llama"),
         aliases=[hook for hook in dict.fromkeys((reads, writes)) if hook] or None,
@@ -65,28 +73,42 @@ def open_head(place: Place) -> ForeignHead:
     )
 
 
-def _sources(file: Any, old: bool, scale: float, activation: str, keys: dict[str, Any]) -> dict[str, Any]:
-    by_norm = keys.get("sparsity_include_decoder_norm", False) and not old
-    weight, bias, decoder, last = (
-        ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias") if old else ("W_E", "b_E", "W_D", "b_D")
-    )
+def _names(old: bool) -> tuple[str, str, str, str]:
+    if old:
+        return "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"
+    return "W_E", "b_E", "W_D", "b_D"
+
+
+def _sources(
+    file: TensorFile, old: bool, scales: list[float], by_norm: bool, activation: str, keys: dict[str, Any]
+) -> dict[str, Any]:
+    weight, bias, decoder, last = _names(old)
+    reads, writes = scales
     sources: dict[str, Any] = {
-        "encoder.weight": Source(weight, transposed=not old, factor=scale),
+        "encoder.weight": Source(weight, transposed=not old, factor=reads),
         "encoder.bias": Source(bias, copied=by_norm),
-        "W_dec": Source(decoder, transposed=old, factor=1 / scale, copied=by_norm),
-        "b_dec": Source(last, factor=1 / scale),
+        "W_dec": Source(decoder, transposed=old, factor=1 / writes, copied=by_norm),
+        "b_dec": Source(last, factor=1 / writes),
     }
     if activation in ("jumprelu", "batchtopk"):
-        num_latents = file.shapes[bias][0]
-        logs = [name for name in file.shapes if name.endswith("log_jumprelu_threshold")]
-        if logs:
-            sources["threshold"] = full(file.whole(logs[0]).exp().squeeze(), num_latents)
-        else:
-            sources["threshold"] = full(keys.get("jump_relu_threshold", 0.0) * scale, num_latents)
+        sources["threshold"] = _threshold(file, keys, file.shapes[bias][0], reads)
     return sources
 
 
-def _scale(keys: dict[str, Any], d_in: int) -> float:
-    norms = keys.get("dataset_average_activation_norm") or {}
-    norm = norms.get("in") or norms.get(keys.get("hook_point_in"))
-    return d_in**0.5 / norm if norm else 1.0
+def _threshold(file: TensorFile, keys: dict[str, Any], num_latents: int, scale: float) -> Tensor:
+    for name in file.shapes:
+        if name.endswith("log_jumprelu_threshold"):
+            return full(file.whole(name).exp().squeeze(), num_latents)
+    if "jump_relu_threshold" not in keys:
+        raise InputError(f"{str(file.path)!r} has no threshold; it holds {names_in(file)}.")
+    return full(keys["jump_relu_threshold"] * scale, num_latents)
+
+
+def _scale(keys: dict[str, Any], file: TensorFile, side: str, d: int) -> float:
+    """What activations are multiplied by, by their average norm in the configuration or else in the weights."""
+    hook, norms = keys.get(f"hook_point_{side}"), keys.get("dataset_average_activation_norm") or {}
+    norm = norms.get(side) or norms.get(hook)
+    name = f"dataset_average_activation_norm.{hook}"
+    if norm is None and name in file.shapes:
+        norm = file.whole(name).item()
+    return d**0.5 / norm if norm else 1.0

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -12,7 +14,17 @@ from ..errors import InputError
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, full, read_json, weigh_by_norms
+from .foreign import (
+    ForeignHead,
+    Place,
+    Source,
+    foreign_head,
+    full,
+    last_part,
+    read_json,
+    require,
+    weigh_by_norms,
+)
 from .hook_names import lens_name, module_of
 from .tensor_file import TensorFile, open_tensors
 
@@ -52,7 +64,7 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
             if SCALER_FILE in inside:
                 roles["scaler"] = inside[SCALER_FILE]
-            yield Place(folder, roles, origin, hookpoint=module_of(folder.split("/")[0], origin))
+            yield Place(folder, roles, origin, hookpoint=module_of(folder.split("/")[0], last_part(origin)))
 
 
 def open_head(place: Place) -> ForeignHead:
@@ -64,7 +76,7 @@ def open_head(place: Place) -> ForeignHead:
         `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
     """
     keys = _current(place.json("config"))
-    architecture, file = keys["architecture"], open_tensors(place.paths["weights"])
+    architecture, file = keys.get("architecture", "standard"), open_tensors(place.paths["weights"])
     if architecture not in _ACTIVATIONS:
         raise InputError(f"it is a {architecture!r} of SAELens, of which {', '.join(_ACTIVATIONS)} can be read.")
     transcoder = "transcoder" in architecture
@@ -75,13 +87,14 @@ def open_head(place: Place) -> ForeignHead:
     metadata = keys["metadata"]
     lm, hooks = metadata.get("model_name"), (metadata.get("hook_name"), metadata.get("hook_name_out"))
     by_norm = keys.get("rescale_acts_by_decoder_norm", False)
+    factors = _factors(file)
     return foreign_head(
         file,
-        _sources(file, architecture, scale, by_norm),
+        _sources(file, architecture, scale, own=by_norm or factors is not None),
         place,
         transcoder=transcoder,
         declared={"d_in": keys.get("d_in"), "num_latents": keys.get("d_sae"), "d_out": keys.get("d_out")},
-        finish=weigh_by_norms if by_norm else None,
+        finish=weigh_by_norms if by_norm else None if factors is None else partial(_multiply_rows, factors),
         k=keys.get("k"),
         activation=_ACTIVATIONS[architecture],
         normalize_input=_NORMS[norm],
@@ -160,7 +173,8 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
 
 
 def _metadata(config: HeadConfig, transcoder: bool) -> dict[str, Any]:
-    hookpoint, aliases = config.hookpoint or "", config.aliases or []
+    hookpoint = config.hookpoint or ""
+    aliases = [name for name in config.aliases or [] if name.startswith(("blocks.", "hook_"))]
     metadata = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
@@ -200,14 +214,16 @@ def _scale(place: Place) -> float:
             "its inputs are multiplied by sqrt(d_in) over their average norm, which its files do not tell. Give that "
             "number as input_scale, or input_scale=1 for inputs that have been multiplied."
         )
+    if not float(scale):
+        raise InputError("input_scale is 0; it is sqrt(d_in) over the average norm of inputs.")
     return float(scale)
 
 
-def _sources(file: TensorFile, architecture: str, scale: float, by_norm: bool) -> dict[str, Source | Tensor]:
+def _sources(file: TensorFile, architecture: str, scale: float, own: bool) -> dict[str, Source | Tensor]:
     sources: dict[str, Source | Tensor] = {
         "encoder.weight": Source("W_enc", transposed=True, factor=scale),
-        "encoder.bias": Source("b_gate" if architecture == "gated" else "b_enc", copied=by_norm),
-        "W_dec": Source("W_dec", factor=1 / scale, copied=by_norm),
+        "encoder.bias": Source("b_gate" if architecture == "gated" else "b_enc", copied=own),
+        "W_dec": Source("W_dec", factor=1 / scale, copied=own),
         "b_dec": Source("b_dec", factor=1 / scale),
     }
     if architecture == "gated":
@@ -225,9 +241,18 @@ def _threshold(file: TensorFile) -> Source | Tensor:
     if "log_threshold" in file.shapes:
         return file.whole("log_threshold").exp()
     name = next((name for name in ("threshold", "topk_threshold") if name in file.shapes), "threshold")
-    if name not in file.shapes:
-        raise InputError(f"{str(file.path)!r} has no tensor 'threshold'; it holds {', '.join(sorted(file.shapes))}.")
+    require(file, name, "W_dec")
     return full(file.whole(name), file.shapes["W_dec"][0])
+
+
+def _factors(file: TensorFile) -> Tensor | None:
+    """What latents were multiplied by in a fine-tuning of old, if by anything."""
+    factors = file.whole("scaling_factor") if "scaling_factor" in file.shapes else None
+    return None if factors is None or torch.allclose(factors, torch.ones_like(factors)) else factors
+
+
+def _multiply_rows(factors: Tensor, tensors: dict[str, Tensor]) -> None:
+    tensors["W_dec"].mul_(factors[:, None])
 
 
 def _hookpoint(metadata: dict[str, Any], transcoder: bool) -> str | None:

@@ -12,13 +12,14 @@ from ..errors import InputError
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head
+from .foreign import ForeignHead, Place, Source, foreign_head, last_part
 from .tensor_file import open_tensors
 
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 RUN_FILE = "config.json"
+_HOOKPOINT = re.compile(r"(layers|h)\.\d+(\.\w+)*|layer_\d+|embed_tokens")
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
@@ -28,7 +29,9 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
             if folder and RUN_FILE in files:
                 roles["run"] = RUN_FILE
-            yield Place(folder, roles, origin, hookpoint=_hookpoint(folder))
+            # A head's own folder was named, which says where it sits, if it is named like that.
+            named = folder or (last_part(origin) if _HOOKPOINT.fullmatch(last_part(origin)) else "")
+            yield Place(folder, roles, origin, hookpoint=_hookpoint(named))
 
 
 def open_head(place: Place) -> ForeignHead:

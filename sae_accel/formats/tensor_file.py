@@ -97,12 +97,15 @@ class NumpyFile(TensorFile):
     def __init__(self, path: Path):
         super().__init__(path)
         self._dtypes: dict[str, np.dtype] = {}
+        self._by_columns: set[str] = set()
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist():
                     with archive.open(member) as file:
                         name = member.removesuffix(".npy")
-                        self.shapes[name], self._dtypes[name] = _npy_header(file)
+                        self.shapes[name], self._dtypes[name], by_columns = _npy_header(file)
+                        if by_columns and len(self.shapes[name]) > 1:
+                            self._by_columns.add(name)
         except (zipfile.BadZipFile, EOFError) as error:
             raise InputError(f"{str(path)!r} is no whole .npz file: {error}.") from error
 
@@ -117,8 +120,9 @@ class NumpyFile(TensorFile):
     def pieces(self, name: str) -> Iterator[Tensor]:
         """As they come out of the archive."""
         shape, dtype = self.shapes[name], self._dtypes[name]
-        if not shape:
-            yield torch.from_numpy(np.load(self.path, allow_pickle=False)[name].copy())
+        if not shape or name in self._by_columns:
+            # An array that lies in the file by its columns has no rows to be read one after the other.
+            yield torch.from_numpy(np.ascontiguousarray(np.load(self.path, allow_pickle=False)[name]).reshape(shape))
             return
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
             _npy_header(file)
@@ -128,13 +132,13 @@ class NumpyFile(TensorFile):
                 yield torch.from_numpy(np.frombuffer(content, dtype).reshape(rows))
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if dtype.hasobject or (fortran and len(shape) > 1):
-        raise InputError(f"The .npz file holds an array of {dtype} in an order that is not read here.")
-    return shape, dtype
+    if dtype.kind not in "fiu":
+        raise InputError(f"The .npz file holds an array of {dtype}, and numbers are read.")
+    return shape, dtype, fortran
 
 
 class TorchFile(TensorFile):
@@ -164,7 +168,7 @@ class TorchFile(TensorFile):
     def _load(self) -> dict[str, Any]:
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, EOFError, LookupError) as error:
             raise InputError(
                 f"{str(self.path)!r} is no file of tensors alone: it is damaged, or holds objects that could run code "
                 "when they are read. It was not read further."

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, number_in
+from .foreign import ForeignHead, Place, Source, foreign_head, last_part, names_in, number_in
 from .hook_names import module_of
 from .tensor_file import TorchFile, open_tensors
 
@@ -24,7 +24,7 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
             if name.endswith((".pt", ".pth")) and not _NOT_HEADS.match(name):
                 named = str(PurePosixPath(path).with_suffix("")).removesuffix(".sae")
                 hook = _hook(f"{origin}/{named}")
-                lm = "gpt2" if hook and "resid_" in named else f"{origin}/{named}"
+                lm = "gpt2" if hook and "resid_" in f"{origin}/{named}" else f"{last_part(origin)}/{named}"
                 yield Place(named, {"weights": path}, origin, hookpoint=module_of(hook, lm))
 
 
@@ -56,8 +56,7 @@ def open_head(place: Place) -> ForeignHead:
     if {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= names:
         sources = _linear("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
         return foreign_head(file, sources, place, k=None, activation="relu", apply_b_dec_to_input=False, **shared)
-    there = ", ".join(sorted(names)[:6]) or "none"
-    raise InputError(f"{str(file.path)!r} holds the tensors of no head that can be read. It has {there}.")
+    raise InputError(f"{str(file.path)!r} holds the tensors of no head that can be read. It has {names_in(file)}.")
 
 
 def _openai(file: TorchFile, place: Place, shared: dict[str, Any]) -> ForeignHead:

@@ -1,15 +1,18 @@
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from ..errors import InputError
-from ..formats import LAYOUTS, Place
+from ..formats import LAYOUTS, Place, torch_files
 from ..formats.folders import folders_of
 from .modeling_head import HeadModel
 from .repository import HUB_OPTIONS, Repository
-from .sae_heads import SaeHeads
+from .sae_heads import TELLING, SaeHeads
 
 
+# What becomes of a head once its files are here, as in transformers.
+_LOADING = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -35,10 +38,10 @@ class AutoSae:
                 `subfolder` is an alias.
             kwargs (*optional*): As in transformers: `dtype`, `device_map`, `revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. What the files of another
-                library do not tell can be given by the name of the config's field: `apply_b_dec_to_input=True` for
-                sparsify's transcoders of before February 2025, `k` for Qwen Scope's files outside of their repo, and
-                `input_scale`, `sqrt(d_in)` over the average norm of inputs, for SAELens' heads that were trained on
-                inputs multiplied by it.
+                library do not tell can be given: `base_model_name_or_path`, `normalize_input`,
+                `apply_b_dec_to_input=True` for sparsify's transcoders of before February 2025, `k` for Qwen Scope's
+                files outside of their repo, and `input_scale`, `sqrt(d_in)` over the average norm of inputs, for
+                heads of SAELens that were trained on inputs multiplied by it.
 
         Returns:
             [`SaeModel`], [`TranscoderModel`] or [`SaeHeads`].
@@ -66,6 +69,7 @@ class AutoSae:
             `InputError`: if there is no such folder or repo, or no head in it.
         """
         name = str(pretrained_model_name_or_path)
+        _check_names(kwargs)
         repository = Repository(name, **{key: kwargs.pop(key, None) for key in HUB_OPTIONS})
         places = find_heads(repository.files, name)
         if not places:
@@ -75,6 +79,15 @@ class AutoSae:
                 "torch saved."
             )
         return SaeHeads(repository, places, kwargs)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    allowed = ("hookpoint", "subfolder", *HUB_OPTIONS, *TELLING, *_LOADING)
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            question = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"AutoSae takes no argument {name!r}.{question} It takes {', '.join(allowed)}.")
 
 
 def find_heads(files: list[str], origin: str) -> dict[str, Place]:
@@ -87,10 +100,17 @@ def find_heads(files: list[str], origin: str) -> dict[str, Place]:
     """
     found = list(_our_places(files, origin))
     for layout in LAYOUTS:
+        if layout is torch_files and found:
+            # Beside heads that say what they are, what torch saved is something else.
+            break
         taken = {file for place in found for role, file in place.files.items() if role == "weights"}
         for place in layout.find([file for file in files if file not in taken], origin):
             place.layout = layout
             found.append(place)
+    names = [place.name for place in found]
+    if twice := next((place.name for place in found if names.count(place.name) > 1), None):
+        both = [file for place in found if place.name == twice for file in place.files.values()]
+        raise InputError(f"{origin!r} has two heads in one folder: {', '.join(both)}. Keep one of them there.")
     labels = [place.label for place in found]
     return {place.label if labels.count(place.label) == 1 else place.name: place for place in found}
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Bounds what one token may take of a batch's latents in training, where tokens of huge norm would take thousands.
 BATCHTOPK_MOST = 8
+# Tokens of more times the median norm have no say in where thresholds begin.
+OUTLIER_NORM = 5
 
 
 class LatentSelection(NamedTuple):
@@ -103,6 +105,30 @@ def step(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return _Step.apply(values, threshold, bandwidth)
 
 
+def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """
+    The threshold of each latent that a part `k / num_latents` of the tokens comes above.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(num_tokens, d_in)`): What the encoder reads.
+        weight (`torch.Tensor` of shape `(num_latents, d_in)`): The encoder's.
+        bias (`torch.Tensor` of shape `(num_latents,)`): The encoder's.
+        k (`int`): Latents that are active for each token, on average.
+
+    Returns:
+        `torch.Tensor` of shape `(num_latents,)`: above zero.
+    """
+    # By tokens of huge norm, such as an LM's first, half of the latents would begin where no other token comes.
+    norms = tokens.norm(dim=-1)
+    tokens = tokens[norms <= OUTLIER_NORM * norms.median()]
+    uses = max(1, round(len(tokens) * k / len(weight)))
+    parts = zip(weight.split(1024), bias.split(1024), strict=True)
+    largest = [torch.addmm(b[:, None], w, tokens.t()).topk(uses, dim=1).values[:, -1] for w, b in parts]
+    threshold = torch.cat(largest).clamp_min(0)
+    # Thresholds move by a part of themselves, and so must not begin at zero.
+    return threshold.clamp_min(threshold.mean() / 10)
+
+
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, threshold, bandwidth):
@@ -172,8 +198,11 @@ def _gated(head: Any, values: Tensor, indices: Tensor) -> Tensor:
     Where the gate is open, a magnitude whose weights are the gate's times `exp(r_mag)`. See arXiv:2404.16014, section
     3.
     """
-    magnitudes = head.r_mag.exp()[indices] * (values - head.encoder.bias[indices]) + head.b_mag[indices]
-    return F.relu(magnitudes)
+    is_open = values > 0
+    # What fills up a token's columns is -inf, of which a product with a gradient of 0 would be no number.
+    gates = values.masked_fill(~is_open, 0)
+    magnitudes = head.r_mag.exp()[indices] * (gates - head.encoder.bias[indices]) + head.b_mag[indices]
+    return F.relu(magnitudes) * is_open
 
 
 SELECTIONS = {

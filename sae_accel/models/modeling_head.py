@@ -15,7 +15,7 @@ from ..metrics import total_variance as variance_of
 from ..ops import Selection, sparse_decode, sparse_encode
 from .configuration_head import HeadConfig
 from .input_norm import normalize
-from .latent_selection import SELECTIONS, LatentSelection, step, topk
+from .latent_selection import SELECTIONS, LatentSelection, first_thresholds, step, topk
 from .latent_slice import LatentSlice
 from .quiet import quiet_files
 
@@ -27,8 +27,6 @@ MULTI_TOPK_WEIGHT = 1 / 8
 BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
-# Tokens of more times the median norm have no say in where thresholds begin.
-OUTLIER_NORM = 5
 
 
 class Latents(NamedTuple):
@@ -266,7 +264,7 @@ class HeadModel(PreTrainedModel):
             `ValueError`: if a width is wrong, the head has no decoder, or `multi_topk` does not fit the activation.
         """
         tokens = self._tokens(activations)
-        k = self.config.k if k is None else k
+        k = self._wanted_k(k, multi_topk)
         values, selection, dead = self._encode(
             normalize(tokens, self.config.normalize_input)[0],
             self._multi_topk_width(k) if multi_topk else k,
@@ -332,15 +330,7 @@ class HeadModel(PreTrainedModel):
             return
         tokens = self._tokens(activations)
         shifted = tokens - self.b_dec if self.config.apply_b_dec_to_input else tokens
-        # By tokens of huge norm, such as an LM's first, half of the latents would begin where no other token comes.
-        norms = shifted.norm(dim=-1)
-        shifted = shifted[norms <= OUTLIER_NORM * norms.median()]
-        uses = max(1, round(len(shifted) * self.config.k / self.config.num_latents))
-        parts = zip(self.encoder.weight.split(1024), self.encoder.bias.split(1024), strict=True)
-        largest = [torch.addmm(bias[:, None], weight, shifted.t()).topk(uses, dim=1) for weight, bias in parts]
-        threshold = torch.cat([values[:, -1] for values, _ in largest]).clamp_min(0)
-        # Thresholds move by a part of themselves, and so must not begin at zero.
-        self.threshold.copy_(threshold.clamp_min(threshold.mean() / 10))
+        self.threshold.copy_(first_thresholds(shifted, self.encoder.weight, self.encoder.bias, self.config.k))
 
     @torch.no_grad()
     def observe_smallest(self, smallest_act: Tensor) -> None:
@@ -464,6 +454,12 @@ class HeadModel(PreTrainedModel):
                 f"{tuple(activations.shape)}."
             )
         return activations.reshape(-1, self.config.d_in).to(self.dtype)
+
+    def _wanted_k(self, k: int | None, multi_topk: bool) -> int | None:
+        k = self.config.k if k is None else k
+        if k is None and (multi_topk or self.training and not self._selection.counts):
+            raise ValueError("The head's files do not tell k, which training needs. Set head.config.k.")
+        return k
 
     def _wanted(self, tokens: Tensor, target: Tensor | None) -> Tensor:
         if target is not None:

@@ -16,7 +16,6 @@ from ..formats.tensor_file import open_tensors
 from ..globs import glob_to_regex
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
-from .configuration_transcoder import TranscoderConfig
 from .modeling_head import HeadModel, push_saved
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
@@ -24,8 +23,10 @@ from .quiet import quiet_files
 from .repository import Repository
 
 
-# What a user may say of a foreign head that its files do not tell.
-TELLING = {*HeadConfig.__annotations__, *TranscoderConfig.__annotations__, "input_scale"}
+# What a user may say of a head that the files of its library do not tell.
+TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
+# What a damaged file, or one that holds something else than it should, makes a reader run into.
+_BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
 
 
 class HeadNotFound(InputError, KeyError):
@@ -81,6 +82,7 @@ class SaeHeads(Mapping):
         for pattern in patterns:
             matches = re.compile(glob_to_regex(pattern)).fullmatch
             found = [name for name in self if matches(name) or matches(name.split("/")[0])]
+            found = found or self._by_config(pattern)
             if not found:
                 raise HeadNotFound(f"{self.origin!r} has no head that {pattern!r} matches. {self._near(pattern)}")
             chosen |= {name: self._places[name] for name in found}
@@ -202,12 +204,14 @@ class SaeHeads(Mapping):
         return found
 
     def _near(self, name: str) -> str:
+        if list(self._places) == [""]:
+            return "Its only head lies at the top: leave hookpoint out."
         near = difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
         cached = " The Hub could not be asked, so only what is in the cache was looked at."
         return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._places or any(place.name == name for place in self._places.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -235,15 +239,23 @@ def _reading(repository: Repository, name: str) -> Iterator[None]:
         if isinstance(error, InputError) and repository.name in str(error):
             raise
         raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
+    except _BROKEN as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{where} cannot be loaded, because its files hold what they should not ({what}).") from error
 
 
 def _load(place: Place, options: dict[str, Any]) -> HeadModel:
     if place.layout is None:
         # An LM has files of the same names, and must not be loaded to find that out.
+        if "input_scale" in options:
+            raise ValueError("input_scale was given, which is for heads of SAELens.")
         config = _our_config(place)
         model_class = _model_class(config)
         _check_shapes(place, config)
         return model_class.from_pretrained(place.paths["config"].parent, use_safetensors=True, **options)
+    # As transformers, which takes the older name too.
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
     head = place.layout.open_head(_told(place, options))
     tensors = head.read()
     options = {key: value for key, value in options.items() if key not in TELLING}

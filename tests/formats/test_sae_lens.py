@@ -178,3 +178,16 @@ def test_what_is_not_done_here_is_said(tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
         AutoSae.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_factors_of_an_old_fine_tuning_are_folded_into_the_decoder(tmp_path):
+    sae = _peer(tmp_path, "standard")
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    factors = torch.rand(M) + 0.5
+    save_file(tensors | {"scaling_factor": factors}, tmp_path / "sae_weights.safetensors")
+    x = torch.randn(20, D)
+    head = AutoSae.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x).reconstruction, sae.decode(sae.encode(x) * factors), rtol=1e-5, atol=1e-5)
+    save_file(tensors | {"scaling_factor": torch.ones(M)}, tmp_path / "sae_weights.safetensors")
+    _same(sae, AutoSae.from_pretrained(tmp_path), x)

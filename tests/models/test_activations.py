@@ -71,6 +71,20 @@ def test_latents_and_reconstruction_are_the_papers(activation, in_pieces, x, mon
     torch.testing.assert_close(head.decode(*head.encode(x)), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gated"])
+def test_gradients_are_those_of_the_dense_formula(activation, x):
+    head = _head(activation)
+    weights = torch.randn(D, dtype=x.dtype)
+    (head(x).reconstruction @ weights).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
+    head.zero_grad()
+    ((_dense(head, x) @ head.W_dec + head.b_dec) @ weights).sum().backward()
+    for name, parameter in head.named_parameters():
+        if activation != "gated" or name != "encoder.bias":
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert all(grad.isfinite().all() for grad in found.values())
+
+
 def test_no_tokens_and_no_active_latent_are_no_error(x):
     head = _head("jumprelu")
     assert head.encode(x[:0]).top_acts.shape[0] == 0
