@@ -64,6 +64,7 @@ Saved in {folder}.{adapter}
 Next:
   {_program("tensorboard")} --logdir {folder}/logs
   {_program("python")} -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
+  {_program("python")} -m sae_accel.push {folder} NAME --dry-run
   {_program("accelerate")} launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"
 """
 
