@@ -105,15 +105,15 @@ def step(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return _Step.apply(values, threshold, bandwidth)
 
 
-def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, part: float) -> Tensor:
     """
-    The threshold of each latent that a part `k / num_latents` of the tokens comes above.
+    The threshold of each latent that a part of the tokens comes above.
 
     Args:
         tokens (`torch.Tensor` of shape `(num_tokens, d_in)`): What the encoder reads.
         weight (`torch.Tensor` of shape `(num_latents, d_in)`): The encoder's.
         bias (`torch.Tensor` of shape `(num_latents,)`): The encoder's.
-        k (`int`): Latents that are active for each token, on average.
+        part (`float`): Of the tokens, `k / num_latents` for k latents a token.
 
     Returns:
         `torch.Tensor` of shape `(num_latents,)`: above zero.
@@ -121,12 +121,12 @@ def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, k: int) -> Te
     # By tokens of huge norm, such as an LM's first, half of the latents would begin where no other token comes.
     norms = tokens.norm(dim=-1)
     tokens = tokens[norms <= OUTLIER_NORM * norms.median()]
-    uses = max(1, round(len(tokens) * k / len(weight)))
+    uses = max(1, round(len(tokens) * part))
     parts = zip(weight.split(1024), bias.split(1024), strict=True)
     largest = [torch.addmm(b[:, None], w, tokens.t()).topk(uses, dim=1).values[:, -1] for w, b in parts]
-    threshold = torch.cat(largest).clamp_min(0)
-    # Thresholds move by a part of themselves, and so must not begin at zero.
-    return threshold.clamp_min(threshold.mean() / 10)
+    # Thresholds move by a part of themselves, and so must not begin at zero: a tenth of what is usual is the least.
+    usual = weight.norm(dim=-1) * norms.median() / tokens.shape[1] ** 0.5
+    return torch.maximum(torch.cat(largest), usual / 10)
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -330,7 +330,8 @@ class HeadModel(PreTrainedModel):
             return
         tokens = self._tokens(activations)
         shifted = tokens - self.b_dec if self.config.apply_b_dec_to_input else tokens
-        self.threshold.copy_(first_thresholds(shifted, self.encoder.weight, self.encoder.bias, self.config.k))
+        part = self.config.k / self.config.num_latents
+        self.threshold.copy_(first_thresholds(shifted, self.encoder.weight, self.encoder.bias, part))
 
     @torch.no_grad()
     def observe_smallest(self, smallest_act: Tensor) -> None:
