@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from .errors import InputError
-from .formats.folders import ADAPTER
+from .formats.folders import ADAPTER, RUN_FILES
 from .models import HeadModel
 from .models.quiet import quiet_files
 
@@ -23,9 +23,7 @@ MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
 WEIGHTS = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TRAINER_STATE = "trainer_state.json"
-FREQUENCIES = "latent_frequency.safetensors"
-_RUN_FILES = ("recipe.yaml", "metrics.json", TRAINER_STATE, FREQUENCIES, "README.md", "plots", "logs", "best", ADAPTER)
+_LEFT_BY_RUNS = (*RUN_FILES, "README.md", "plots", "logs", "best", ADAPTER)
 
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
@@ -149,7 +147,7 @@ def run_files(output_dir: Path) -> list[Path]:
     inside = [
         path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])
     ]
-    known = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    known = [output_dir / name for name in _LEFT_BY_RUNS if (output_dir / name).exists()]
     return checkpoints(output_dir) + known + inside
 
 

@@ -1,12 +1,10 @@
-import difflib
-from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from accelerate.utils import LoggerType
 from transformers import SchedulerType
 
 from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
-from .errors import InputError
+from .errors import InputError, near
 from .formats.folders import NOT_HEADS
 
 
@@ -231,9 +229,3 @@ def check_trackers(report_to: list[str]) -> None:
             )
     if "none" in report_to and len(report_to) > 1:
         raise InputError("training.report_to: none does not go with other trackers. Keep one or the other.")
-
-
-def near(value: Any, choices: Iterable[str]) -> str:
-    """A question that names the nearest of `choices`, after a blank; empty if none is near."""
-    closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {closest[0]}?" if closest else ""

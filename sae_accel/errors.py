@@ -1,3 +1,8 @@
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
 class InputError(ValueError):
     """
     Something a user gave cannot be used: a recipe, a path, a model, a dataset, a checkpoint.
@@ -5,3 +10,9 @@ class InputError(ValueError):
     Its message is one line that names the thing, what was found, what is allowed and what to do. The commands print
     that line alone and end with status 2; any other exception is a defect of this package and keeps its traceback.
     """
+
+
+def near(value: Any, choices: Iterable[str]) -> str:
+    """A question that names the nearest of `choices`, after a blank; empty if none is near."""
+    closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {closest[0]}?" if closest else ""

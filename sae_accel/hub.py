@@ -2,7 +2,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +11,12 @@ from huggingface_hub.utils import logging as client_logging
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError
-from .formats.folders import ADAPTER
+from .formats.folders import ADAPTER, RUN_FILES
 from .model_card import CARD, write_card
 from .models.auto import AutoSae, find_heads
 from .tables import aligned
 
 
-# What a run leaves at the top of its folder that a release has.
-_TOP_FILES = ("recipe.yaml", "metrics.json", "trainer_state.json", "latent_frequency.safetensors")
 # What every repo has that was just made, or that says nothing of what is in it.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
 _LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
@@ -127,11 +124,12 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
         raise InputError(
             f"{repo_id!r} is there and public, but private was asked for. Make it private on the Hub, or name another."
         )
-    if _holds_an_lm(there, repo_id, token):
-        raise InputError(f"{repo_id!r} is taken: it holds a model that is no head. Name another repo.")
-    if set(there) - _EMPTY_REPO and not _holds_heads(there):
-        other = sorted(set(there) - _EMPTY_REPO)
-        raise InputError(f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head. Name another repo.")
+    ours = [name for name, place in find_heads(there, repo_id).items() if place.layout is None]
+    other = sorted(set(there) - _EMPTY_REPO)
+    if other and (not ours or ("" in ours and _is_an_lm(repo_id, token))):
+        raise InputError(
+            f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head of ours. Name another repo."
+        )
     return repo_id
 
 
@@ -164,7 +162,7 @@ def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
             "AutoSae.open and push that."
         )
     names = [file for name in heads for file in heads.files(name)]
-    names += [name for name in _TOP_FILES if (folder / name).is_file()]
+    names += [name for name in RUN_FILES if (folder / name).is_file()]
     names += [str(path.relative_to(folder)) for path in sorted((folder / ADAPTER).glob("adapter_*")) if path.is_file()]
     return {name: folder / name for name in names}
 
@@ -176,20 +174,13 @@ def _card(release: Release, repo_id: str, place: Path) -> dict[str, Path]:
     return plots | {CARD: card}
 
 
-def _holds_an_lm(files: list[str], repo_id: str, token: str | bool | None) -> bool:
+def _is_an_lm(repo_id: str, token: str | bool | None) -> bool:
     """Whether what looks like a head at the top, by the names of files, is another model."""
-    place = find_heads(files, repo_id).get("")
-    if place is None or place.layout is not None:
-        return False
     try:
         AutoSae.open(repo_id, token=token).config("")
     except InputError:
         return True
     return False
-
-
-def _holds_heads(files: list[str]) -> bool:
-    return bool(find_heads(files, "")) or any(fnmatch(file, "*checkpoint*/*") for file in files)
 
 
 def _advice(error: BaseException) -> str:

@@ -15,16 +15,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from .errors import InputError
-from .formats.folders import ADAPTER
+from .formats.folders import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from .models import AutoSae, HeadConfig, TranscoderConfig
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
+from .text_sources import BUILDERS
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 CARD = "README.md"
 # What a card of ours ends with; without it, a card is somebody's own.
 MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
-_FILE_ENDINGS = {".bin", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}
+_FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
 _KINDS = {
     "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
     "transcoder": ("transcoder", "transcoders"),
@@ -88,7 +89,6 @@ def write_card(
             `latent_frequency.safetensors` and `adapter` are used if they are there.
         repo_id (`str`, *optional*): Repo from which the card says to load; the folder if not given.
         license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.
-
         include (`Sequence[str]`, *optional*): Globs over the names of heads; all if not given.
         into (`Path`, *optional*): Where to write; the run's folder if not given.
 
@@ -101,10 +101,11 @@ def write_card(
     folder = Path(folder)
     into = folder if into is None else into
     run = _read_run(folder, include)
+    # Somebody's own card may show them too.
+    _draw(run, into)
     if (folder / CARD).is_file() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
         return folder / CARD
     title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    _draw(run, into)
     card = ModelCard.from_template(
         _metadata(run, repo_id or title, license),
         template_path=str(TEMPLATE),
@@ -130,9 +131,9 @@ def _read_run(folder: Path, include: Sequence[str]) -> _Run:
     heads = AutoSae.open(folder)
     if include:
         heads = heads.select(*include)
-    file = folder / "recipe.yaml"
+    file = folder / RECIPE
     recipe = _mapping(file, yaml.safe_load)
-    metrics = _mapping(folder / "metrics.json", json.loads)
+    metrics = _mapping(folder / METRICS, json.loads)
     return _Run(
         folder,
         {name: heads.config(name) for name in heads},
@@ -156,8 +157,8 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _draw(run: _Run, into: Path) -> None:
-    state = _mapping(run.folder / "trainer_state.json", json.loads)
-    path = run.folder / "latent_frequency.safetensors"
+    state = _mapping(run.folder / TRAINER_STATE, json.loads)
+    path = run.folder / FREQUENCIES
     try:
         frequencies = load_file(path) if path.is_file() else {}
     except SafetensorError as error:

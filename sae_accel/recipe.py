@@ -16,8 +16,8 @@ from .arguments import (
     SaeTrainingArguments,
     secret_fields,
 )
-from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers, near
-from .errors import InputError
+from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers
+from .errors import InputError, near
 
 
 SECTIONS = {

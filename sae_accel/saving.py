@@ -12,7 +12,7 @@ from transformers import TrainerState
 from . import checkpoint as files
 from .batches import Position
 from .errors import InputError
-from .formats.folders import ADAPTER
+from .formats.folders import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from .model_card import write_card
 
 
@@ -50,7 +50,7 @@ class Saver:
 
             save_lora(self.trainer.adapter, folder / ADAPTER)
         if self.trainer.recipe is not None:
-            self.trainer.recipe.save(folder / "recipe.yaml")
+            self.trainer.recipe.save(folder / RECIPE)
 
     def save_report(self, metrics: dict[str, float], frequencies: dict[str, Tensor]) -> None:
         """
@@ -69,9 +69,9 @@ class Saver:
         }
         everyone = {name: part for one in gather_object([own]) for name, part in one.items()}
         if self.accelerator.is_main_process:
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            trainer.state.save_to_json(str(folder / files.TRAINER_STATE))
-            save_file(everyone, folder / files.FREQUENCIES)
+            (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+            trainer.state.save_to_json(str(folder / TRAINER_STATE))
+            save_file(everyone, folder / FREQUENCIES)
             write_card(folder)
 
     def save_checkpoint(self, position: Position) -> Path:
@@ -84,7 +84,7 @@ class Saver:
                 self.save_into(staging)
             self._save_states(staging)
             if self.accelerator.is_main_process:
-                trainer.state.save_to_json(str(staging / "trainer_state.json"))
+                trainer.state.save_to_json(str(staging / TRAINER_STATE))
                 state = {
                     "identity": self.identity(),
                     "sequences": position.batches * self._sequences(),
@@ -126,7 +126,7 @@ class Saver:
         states = {name: part["optimizer"] for name, part in state["parts"].items()}
         states["lora"] = states.get(ADAPTER, {})
         self.spread.load_states(trainer.heads, trainer.own_optimizer, states)
-        saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         trainer.state.global_step, trainer.state.num_input_tokens_seen = saved.global_step, saved.num_input_tokens_seen
         trainer.state.log_history = saved.log_history
         _bring_to(trainer.lr_scheduler, saved.global_step)

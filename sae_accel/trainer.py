@@ -147,16 +147,16 @@ class SaeTrainer:
     def evaluated_weights(self) -> Iterator[None]:
         """While open, heads are as they are evaluated and saved: with signum, the weights are the averaged ones."""
         self.bank.eval()
-        if not isinstance(self.own_optimizer, Signum):
-            yield
-            self.bank.train()
-            return
         try:
+            if not isinstance(self.own_optimizer, Signum):
+                yield
+                return
             with self.own_optimizer.averaged(self.spread.optimized(self.own_optimizer)):
                 self.spread.renew()
                 yield
         finally:
-            self.spread.renew()
+            if isinstance(self.own_optimizer, Signum):
+                self.spread.renew()
             self.bank.train()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:

@@ -458,5 +458,7 @@ def test_a_public_repo_is_not_taken_for_a_private_one_nor_an_lm_for_a_head(hub, 
     lm.mkdir(parents=True)
     (lm / "config.json").write_text('{"model_type": "llama"}')
     (lm / "model.safetensors").write_bytes(b"weights")
-    assert "'user/lm' is taken: it holds a model that is no head" in _line(Release(run, "user/lm").push)
+    assert "'user/lm' is taken: it holds config.json, model.safetensors and no head" in _line(
+        Release(run, "user/lm").push
+    )
     assert hub.commits("user/saes") == before and set(hub.files("user/lm")) == {"config.json", "model.safetensors"}

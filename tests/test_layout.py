@@ -21,9 +21,9 @@ LAYERS = [
     {"hookpoints"},
     {"splicing", "probe", "recipe", "data"},
     {"hooks", "checks"},
-    {"text_sources", "token_file"},
+    {"token_file"},
     {"models", "formats", "model_card", "hub"},
-    {"ops", "metrics"},
+    {"ops", "metrics", "text_sources"},
     {"processes"},
     {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory", "globs", "plots"},
 ]

@@ -3,6 +3,11 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 
+# What a run leaves at the top of its folder, and a release has.
+TRAINER_STATE = "trainer_state.json"
+FREQUENCIES = "latent_frequency.safetensors"
+RECIPE, METRICS = "recipe.yaml", "metrics.json"
+RUN_FILES = (RECIPE, METRICS, TRAINER_STATE, FREQUENCIES)
 # The folder of a LoRA that was trained around heads.
 ADAPTER = "adapter"
 # Folders of a run that hold other things than its heads.

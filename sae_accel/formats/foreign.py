@@ -61,7 +61,14 @@ class Place:
         Raises:
             `InputError`: if it is none.
         """
-        return read_json(self.paths[role])
+        path = self.paths[role]
+        try:
+            content = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise InputError(f"{str(path)!r} is not JSON: {error}.") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{str(path)!r} holds no settings by name.")
+        return content
 
 
 class ForeignHead(NamedTuple):
@@ -153,22 +160,6 @@ def foreign_head(
     return ForeignHead(config, read)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    A JSON file's content.
-
-    Raises:
-        `InputError`: if it is none.
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds no settings by name.")
-    return content
-
-
 def last_part(origin: str) -> str:
     """The name of a folder or repo without what it lies in."""
     return origin.rstrip("/").split("/")[-1]
@@ -241,6 +232,8 @@ def _take(file: TensorFile, source: Source | Tensor) -> Tensor:
     if isinstance(source, Tensor):
         return source
     if len(file.shapes[source.name]) == 2:
-        return file.whole(source.name) if source.as_it_is else file.matrix(*source[:3])
+        return (
+            file.whole(source.name) if source.as_it_is else file.matrix(source.name, source.transposed, source.factor)
+        )
     tensor = file.whole(source.name)
     return tensor if source.as_it_is else tensor * source.factor

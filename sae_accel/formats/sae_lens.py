@@ -21,7 +21,6 @@ from .foreign import (
     foreign_head,
     full,
     last_part,
-    read_json,
     require,
     weigh_by_norms,
 )
@@ -208,7 +207,7 @@ def _scale(place: Place) -> float:
     """What inputs are multiplied by, `sqrt(d_in)` over their average norm."""
     scale = place.given.pop("input_scale", None)
     if scale is None and "scaler" in place.paths:
-        scale = read_json(place.paths["scaler"]).get("scaling_factor")
+        scale = place.json("scaler").get("scaling_factor")
     if scale is None:
         raise InputError(
             "its inputs are multiplied by sqrt(d_in) over their average norm, which its files do not tell. Give that "

@@ -1,5 +1,6 @@
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def open_tensors(path: str | Path) -> "TensorFile":
     return kinds.get(Path(path).suffix, TorchFile)(Path(path))
 
 
-class TensorFile:
+class TensorFile(ABC):
     """
     Tensors of a file by name, of which no more is in memory than is asked for.
 
@@ -42,13 +43,13 @@ class TensorFile:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
 
+    @abstractmethod
     def whole(self, name: str) -> Tensor:
         """A tensor as it lies in the file, mapped from there where that can be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The rows of a tensor, some at a time."""
-        raise NotImplementedError
 
     def matrix(self, name: str, transposed: bool = False, factor: float = 1.0) -> Tensor:
         """
@@ -152,6 +153,7 @@ class TorchFile(TensorFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        self._can_map = zipfile.is_zipfile(path)
         content = self._load()
         self.shapes = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
         self.values = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
@@ -162,12 +164,16 @@ class TorchFile(TensorFile):
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Each through a mapping of its own, because pages that were read stay in memory as long as it lives."""
+        if not self._can_map:
+            # Every look at such a file reads all of it.
+            yield self.whole(name)
+            return
         for start, stop in self._bounds(name, 4):
             yield self._load()[name].detach()[start:stop]
 
     def _load(self) -> dict[str, Any]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._can_map)
         except (pickle.UnpicklingError, EOFError, LookupError) as error:
             raise InputError(
                 f"{str(self.path)!r} is no file of tensors alone: it is damaged, or holds objects that could run code "

@@ -1,9 +1,8 @@
-import difflib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, near
 from ..formats import LAYOUTS, Place, torch_files
 from ..formats.folders import folders_of
 from .modeling_head import HeadModel
@@ -85,9 +84,9 @@ def _check_names(given: dict[str, Any]) -> None:
     allowed = ("hookpoint", "subfolder", *HUB_OPTIONS, *TELLING, *_LOADING)
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-            question = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(f"AutoSae takes no argument {name!r}.{question} It takes {', '.join(allowed)}.")
+            raise InputError(
+                f"AutoSae takes no argument {name!r}.{near(name, allowed)} It takes {', '.join(allowed)}."
+            )
 
 
 def find_heads(files: list[str], origin: str) -> dict[str, Place]:

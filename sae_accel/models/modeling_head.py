@@ -364,8 +364,11 @@ class HeadModel(PreTrainedModel):
     def _smallest(self, acts: Tensor) -> Tensor | None:
         if not self.training or self.config.activation != "batchtopk":
             return None
-        above_zero = acts[acts > 0]
-        return above_zero.min().float() if len(above_zero) else acts.new_zeros((), dtype=torch.float32)
+        if not acts.numel():
+            return acts.new_zeros((), dtype=torch.float32)
+        # Without a look at how many there are, which would wait for the device.
+        smallest = torch.where(acts > 0, acts, torch.inf).min().detach().float()
+        return torch.where(smallest.isfinite(), smallest, 0.0)
 
     def _activate(self, values: Tensor, indices: Tensor) -> Tensor:
         return self._selection.activate(self, self._largest(values), indices)

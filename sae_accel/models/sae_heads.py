@@ -2,6 +2,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,7 @@ def _check_shapes(place: Place, config: HeadConfig) -> None:
 
 
 def _told(place: Place, options: dict[str, Any]) -> Place:
-    place.given = {key: value for key, value in options.items() if key in TELLING}
-    return place
+    return replace(place, given={key: value for key, value in options.items() if key in TELLING})
 
 
 def _our_config(place: Place) -> HeadConfig:
@@ -292,7 +292,7 @@ def _complete(config: HeadConfig, name: str, place: Place) -> None:
     """What names tell of where a head sits, where its files do not."""
     if place.layout is None and config.hookpoint is None and name:
         config.hookpoint = name.split("/")[0]
-    if place.layout is not None and config.hookpoint is None and "hookpoint" not in place.given:
+    if place.layout is not None and config.hookpoint is None:
         config.hookpoint = place.hookpoint
     if place.layout is not None and place.name and place.name.split("/")[0] != config.hookpoint:
         config.aliases = list(dict.fromkeys([*(config.aliases or []), place.name]))

@@ -318,7 +318,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, w):
         with pytest.raises(InputError, match="cannot be loaded|" + path.split(".")[0]) as error:
             AutoSae.from_pretrained(tmp_path / path)
         assert "\n" not in str(error.value)
-    assert list(AutoSae.open(tmp_path)) == ["layer_1", "layer_3"] or "b" not in AutoSae.open(tmp_path)
+    assert {"b", "c"}.isdisjoint(AutoSae.open(tmp_path))
 
 
 def test_llama_scope_transcoders_give_outputs_the_scale_of_outputs(tmp_path, w, x):
