@@ -242,7 +242,7 @@ def test_one_head_a_branch_and_a_private_repo(hub, run, capsys):
         ("secret", ["someone/open"], "don't have write access"),
         ("secret", ["someone/gated"], "'someone/gated' cannot be pushed to: 403"),
         ("other", ["user/closed"], "'user/closed' cannot be pushed to: 403"),
-        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head."),
+        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head of ours."),
         ("secret", ["user/a/b"], "'repo_name' or 'namespace/repo_name': 'user/a/b'"),
         ("secret", ["user/two words"], "alphanumeric"),
         ("secret", ["user/new", "--include", "layer.1"], "'layer.1' matches. Near names: layers.1, layers.2."),
