@@ -1,5 +1,6 @@
 """What the processes of one run owe each other before and around training: agreement, order and word of a death."""
 
+import atexit
 import hashlib
 import importlib.metadata
 import os
@@ -183,8 +184,9 @@ def _patient_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
-def end_processes() -> None:
-    """Takes leave of the other processes, which would else be told of a connection that broke."""
+@atexit.register
+def _end_processes() -> None:
+    """Else a thread of the group that outlives the interpreter now and then aborts a process whose work is done."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -209,19 +211,26 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.process.num_processes > 1:
             self._store = self._connect()
-            threading.Thread(target=self._run, daemon=True).start()
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.process.num_processes == 1:
             return
-        if error is not None and not isinstance(error, InputError | KeyboardInterrupt):
+        unforeseen = error is not None and not isinstance(error, InputError | KeyboardInterrupt)
+        if unforeseen:
             self._explain(error)
         self._closed.set()
         try:
             self._store.set(f"closed/{self.process.process_index}", "1")
+            if self.process.is_main_process and not unforeseen:
+                # To the others a store that is gone means that this process has died.
+                everyone = [f"closed/{index}" for index in range(self.process.num_processes)]
+                self._store.wait(everyone, timedelta(seconds=4 * BEAT))
         except RuntimeError:
-            pass  # The first process, which kept the store, has gone.
+            pass  # The first process, which kept the store, has gone, or one of the others.
+        self._thread.join()
 
     def _connect(self) -> dist.TCPStore:
         first = self.process.is_main_process
@@ -256,6 +265,8 @@ class Watch:
                 self._store.set(f"alive/{self.process.process_index}", str(count))
                 found = self._ended(SILENCE) if self.process.is_main_process else None
             except RuntimeError:
+                if self._closed.is_set():
+                    return
                 # The first process has gone, and with it the run.
                 os._exit(1)
             if found:

@@ -1,4 +1,3 @@
-import atexit
 import os
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from .processes import (
     agreed,
     check_alike,
     check_launched,
-    end_processes,
     first_on_node,
     this_process,
 )
@@ -156,7 +154,6 @@ def main(argv: list[str] | None = None) -> int:
     """The command `python -m sae_accel.train`: 0 if all went well, 2 for bad input, 130 after Ctrl-C."""
     transformers_logging.disable_progress_bar()
     words = sys.argv[1:] if argv is None else argv
-    atexit.register(end_processes)
     try:
         words, planned = split_dry_run(words)
         if planned is not None:

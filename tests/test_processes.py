@@ -166,3 +166,25 @@ def _wait(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+LEAVING = """
+import atexit, sys, time
+
+import torch.distributed as dist
+
+# What is registered first is called last.
+atexit.register(lambda: print(f"group left: {not dist.is_initialized()}"))
+
+from sae_accel.processes import BEAT, Watch, this_process
+
+with Watch():
+    time.sleep(2.5 * BEAT * this_process().process_index)
+"""
+
+
+def test_processes_that_end_well_at_different_times_leave_each_other_in_order(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    done = torchrun(2, ["leaving.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("group left: True") == 2, done.stdout

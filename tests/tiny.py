@@ -118,6 +118,7 @@ def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.Comp
     """Processes on CPUs, started as users start them, with the package of this checkout."""
     root = Path(__file__).parent.parent
     variables = {"PYTHONPATH": f"{root}:{root / 'tests'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    variables["PYTHONFAULTHANDLER"] = "1"
     command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(processes), *map(str, words)]
     return subprocess.run(
         command,
