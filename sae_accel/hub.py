@@ -14,6 +14,7 @@ from .errors import InputError
 from .formats.folders import ADAPTER, RUN_FILES
 from .model_card import CARD, write_card
 from .models.auto import AutoSae, find_heads
+from .models.sae_heads import SaeHeads
 from .tables import aligned
 
 
@@ -31,11 +32,19 @@ class Pushed(NamedTuple):
         url (`str`): Of the repo.
         commit (`str`): The commit that holds it.
         is_new (`bool`): Whether there was anything to send.
+        left (`tuple[str, ...]`): Heads of the repo that are no part of the release, and that its card does not name.
     """
 
     url: str
     commit: str
     is_new: bool
+    left: tuple[str, ...] = ()
+
+    def about_left(self) -> str:
+        """A line, or nothing, about heads that an earlier release put there."""
+        if not self.left:
+            return ""
+        return f"\nHeads that were there, and that the new card does not name, were left: {', '.join(self.left)}."
 
 
 class Release:
@@ -60,7 +69,8 @@ class Release:
             raise InputError(f"There is no folder {str(folder)!r}.")
         with pushing(repo_id):
             validate_repo_id(repo_id)
-        self.files = _files(self.folder, self.include)
+        self.heads = _heads(self.folder, self.include)
+        self.files = _files(self.folder, self.heads)
 
     def table(self) -> str:
         """One line a file, with its size, and the sum."""
@@ -100,10 +110,12 @@ class Release:
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             before = api.model_info(repo_id, revision=revision).sha
+            there = find_heads(api.list_repo_files(repo_id, revision=revision), repo_id)
             files = self.files | _card(self, repo_id, Path(place)) | (extra or {})
             operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
             commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before)
+        left = tuple(name for name in there if name not in self.heads)
+        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before, left)
 
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -152,8 +164,7 @@ def pushing(repo_id: str) -> Iterator[None]:
         client_logging.set_verbosity(said)
 
 
-def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
-    """By their paths in the repo."""
+def _heads(folder: Path, include: Sequence[str]) -> SaeHeads:
     heads = AutoSae.open(folder)
     heads = heads.select(*include) if include else heads
     if foreign := [name for name in heads if not heads.is_ours(name)]:
@@ -161,6 +172,11 @@ def _files(folder: Path, include: Sequence[str]) -> dict[str, Path]:
             f"Head {foreign[0]!r} of {str(folder)!r} is in another library's layout. Load the folder by "
             "AutoSae.open and push that."
         )
+    return heads
+
+
+def _files(folder: Path, heads: SaeHeads) -> dict[str, Path]:
+    """By their paths in the repo."""
     names = [file for name in heads for file in heads.files(name)]
     names += [name for name in RUN_FILES if (folder / name).is_file()]
     names += [str(path.relative_to(folder)) for path in sorted((folder / ADAPTER).glob("adapter_*")) if path.is_file()]

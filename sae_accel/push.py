@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sae_accel: Stopped. {AGAIN}", file=sys.stderr)
         return 130
     what = "Pushed" if pushed.is_new else "There was nothing new to push"
-    print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.")
+    print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
     return 0
 
 

@@ -54,7 +54,7 @@ def run(recipe: Recipe) -> SaeTrainer:
             if trainer.metrics and trainer.accelerator.is_main_process:
                 print(closing_message(trainer, trainer.metrics))
         if trainer.pushed is not None:
-            print(f"Released: {trainer.pushed.url}")
+            print(f"Released: {trainer.pushed.url}{trainer.pushed.about_left()}")
     return trainer
 
 

@@ -166,6 +166,12 @@ def test_a_release_is_one_commit_of_heads_and_report_alone_and_is_sent_once(hub,
     assert _push(run, "user/saes", "--license", "mit") == 0
     assert _changed(hub, "user/saes") == ["README.md"]
     assert "license: mit" in hub.files("user/saes")["README.md"].decode()
+    capsys.readouterr()
+    assert _push(run, "user/saes", "--include", "layers.2") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "Heads that were there, and that the new card does not name, were left: layers.1."
+    ]
+    assert set(HEADS) < set(hub.files("user/saes")) and "layers.1 " not in hub.files("user/saes")["README.md"].decode()
 
 
 def test_a_push_that_is_cut_off_changes_nothing_and_goes_on_when_run_again(hub, run, capsys):
