@@ -67,7 +67,7 @@ def signed_topk(pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def above(pre_activations: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
     """All that lie above a threshold, in descending order; as many columns as the token with the most has."""
     active = pre_activations > threshold
-    most = int(active.sum(-1).max()) if len(active) else 0
+    most = int(active.sum(-1, dtype=torch.int32).max()) if len(active) else 0
     return pre_activations.masked_fill(~active, -math.inf).topk(max(most, 1), dim=-1)
 
 

@@ -199,7 +199,7 @@ class HeadModel(PreTrainedModel):
         tokens, _ = normalize(self._tokens(activations), self.config.normalize_input)
         values, selection, _ = self._encode(tokens, self.config.k)
         shape = (*activations.shape[:-1], values.shape[1])
-        return Latents(self._activate(values, selection.indices).view(shape), selection.indices.view(shape))
+        return Latents(self._activate(values, selection).view(shape), selection.indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor, activations: Tensor | None = None) -> Tensor:
         """
@@ -218,9 +218,12 @@ class HeadModel(PreTrainedModel):
             `ValueError`: if the head was loaded without its decoder, or `activations` is missing.
         """
         shape = (*top_acts.shape[:-1], self.config.d_out)
-        selection = Selection(top_indices.reshape(-1, top_indices.shape[-1]), self.num_latents)
+        acts = top_acts.reshape(-1, top_acts.shape[-1])
+        # What fills up the columns of tokens with few latents is no work, but zeros may be asked for their gradients.
+        used = None if self._selection.counts or acts.requires_grad else acts != 0
+        selection = Selection(top_indices.reshape(acts.shape), self.num_latents, used)
         tokens = None if activations is None else self._tokens(activations)
-        return self._decode(top_acts.reshape(-1, top_acts.shape[-1]), selection, tokens).view(shape)
+        return self._decode(acts, selection, tokens).view(shape)
 
     def forward(
         self,
@@ -272,7 +275,7 @@ class HeadModel(PreTrainedModel):
         )
         columns = self._here(k) if multi_topk else values.shape[1]
         chosen = selection.columns(0, columns)
-        acts = self._activate(values[:, :columns], chosen.indices)
+        acts = self._activate(values[:, :columns], chosen)
         reconstruction = self._decode(acts, chosen, tokens)
         losses: dict[str, Tensor] = {}
         if return_loss:
@@ -286,10 +289,10 @@ class HeadModel(PreTrainedModel):
                 residual = wanted - reconstruction.detach()
                 losses["auxk_loss"] = self._auxk_error(*dead, dead_mask, residual) / denominator
             if multi_topk:
-                wide = self._decode(self._activate(values, selection.indices), selection, tokens)
+                wide = self._decode(self._activate(values, selection), selection, tokens)
                 losses["multi_topk_fvu"] = squared_error(wanted, wide) / denominator
             if self._has_sparsity_loss:
-                l0 = self._summed(self._steps(values, chosen.indices).sum()) / max(len(tokens), 1)
+                l0 = self._summed(self._steps(values, chosen).sum()) / max(len(tokens), 1)
                 losses["sparsity_loss"] = (l0 / k - 1) ** 2 * own_variance / denominator
             weights = {"fvu": 1.0, "auxk_loss": auxk_alpha, "multi_topk_fvu": MULTI_TOPK_WEIGHT}
             weights["sparsity_loss"] = sparsity_weight
@@ -358,8 +361,8 @@ class HeadModel(PreTrainedModel):
     def _has_sparsity_loss(self) -> bool:
         return self.learns_threshold and self.training
 
-    def _steps(self, values: Tensor, indices: Tensor) -> Tensor:
-        return step(values, self.threshold[indices], self.config.bandwidth)
+    def _steps(self, values: Tensor, selection: Selection) -> Tensor:
+        return step(selection.flat(values), self.threshold[selection.latents], self.config.bandwidth)
 
     def _smallest(self, acts: Tensor) -> Tensor | None:
         if not self.training or self.config.activation != "batchtopk":
@@ -370,8 +373,9 @@ class HeadModel(PreTrainedModel):
         smallest = torch.where(acts > 0, acts, torch.inf).min().detach().float()
         return torch.where(smallest.isfinite(), smallest, 0.0)
 
-    def _activate(self, values: Tensor, indices: Tensor) -> Tensor:
-        return self._selection.activate(self, self._largest(values), indices)
+    def _activate(self, values: Tensor, selection: Selection) -> Tensor:
+        uses = selection.flat(self._largest(values))
+        return selection.by_token(self._selection.activate(self, uses, selection.latents))
 
     def _here(self, k: int) -> int:
         """Of k latents of the head, as many as are selected here."""
@@ -412,9 +416,8 @@ class HeadModel(PreTrainedModel):
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
         if shift is not None and self.latent_slice is not None:
             shift = self.latent_slice.shared(shift)
-        values, selection = sparse_encode(
-            tokens, self.encoder.weight, self.encoder.bias, shift, select, settle if choose.settle else None
-        )
+        weights, settling = (self.encoder.weight, self.encoder.bias, shift), settle if choose.settle else None
+        values, selection = sparse_encode(tokens, *weights, select, settling, is_ragged=not choose.counts)
         if not aux:
             return values, selection, None
         return values[:, aux:], selection.columns(aux, None), (values[:, :aux], selection.columns(0, aux))

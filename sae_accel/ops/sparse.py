@@ -17,29 +17,79 @@ class Selection:
     Args:
         indices (`torch.LongTensor` of shape `(num_tokens, k)`): Latents of each token.
         num_latents (`int`): Latents of the head.
+        used (`torch.BoolTensor` of shape `(num_tokens, k)`, *optional*): Which entries count; all if not given. Where
+            one token uses thousands and most use a few, all work is that of the entries that count.
     """
 
-    def __init__(self, indices: Tensor, num_latents: int):
+    def __init__(self, indices: Tensor, num_latents: int, used: Tensor | None = None):
         self.indices = indices
         self.num_latents = num_latents
+        self.used = used
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """The latent of each use, token by token: `(num_uses,)`."""
+        return self.flat(self.indices)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The token of each use: `(num_uses,)`."""
+        every_token = torch.arange(len(self.indices), device=self.indices.device)
+        return (
+            every_token.repeat_interleave(self.indices.shape[1]) if self.used is None else self._places // self._width
+        )
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where the run of each token begins in `latents`: `(num_tokens,)`."""
+        if self.used is None:
+            return torch.arange(0, self.indices.numel(), self._width, device=self.indices.device)
+        numbers = self.used.sum(1)
+        return numbers.cumsum(0) - numbers
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """
-        The entries of `indices` sorted by latent, stably so that sums have one order.
+        The uses sorted by latent, stably so that sums have one order.
 
         Returns:
-            `tuple[Tensor, Tensor]`: positions in the flattened indices, `(num_tokens * k,)`, and for each latent where
-            its run starts, `(num_latents,)`.
+            `tuple[Tensor, Tensor]`: positions in `latents`, `(num_uses,)`, and for each latent where its run starts,
+            `(num_latents,)`.
         """
-        latents, order = self.indices.flatten().sort(stable=True)
+        latents, order = self.latents.sort(stable=True)
         every_latent = torch.arange(self.num_latents, device=latents.device)
         return order, torch.searchsorted(latents, every_latent)
 
     def columns(self, start: int, stop: int | None) -> "Selection":
         """The selection of these columns of `indices`; itself if that is all of them, so that the order is shared."""
         columns = self.indices[:, start:stop]
-        return self if columns.shape == self.indices.shape else Selection(columns.contiguous(), self.num_latents)
+        if columns.shape == self.indices.shape:
+            return self
+        used = None if self.used is None else self.used[:, start:stop]
+        return Selection(columns.contiguous(), self.num_latents, used)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """Of values `(num_tokens, k)`, those of the uses: `(num_uses,)`."""
+        return values.flatten() if self.used is None else values.flatten().index_select(0, self._places)
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """The values of the uses, `(num_uses,)`, where they belong in `(num_tokens, k)`, and zeros elsewhere."""
+        if self.used is None:
+            return values.view_as(self.indices)
+        return values.new_zeros(self.indices.numel()).index_copy_(0, self._places, values).view_as(self.indices)
+
+    def sum_by_token(self, weights: Tensor, table: Tensor) -> Tensor:
+        """
+        For each token, the weighted sum of the rows of the latents that it uses.
+
+        Args:
+            weights (`torch.Tensor` of shape `(num_tokens, k)`): Weight of each use.
+            table (`torch.Tensor` of shape `(num_latents, d)`): One row a latent.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tokens, d)`. The `(num_tokens, k, d)` products are never stored.
+        """
+        return F.embedding_bag(self.latents, table, self.starts, mode="sum", per_sample_weights=self.flat(weights))
 
     def sum_by_latent(self, weights: Tensor, rows: Tensor) -> Tensor:
         """
@@ -50,15 +100,32 @@ class Selection:
             rows (`torch.Tensor` of shape `(num_tokens, d)`): One row a token.
 
         Returns:
-            `torch.Tensor` of shape `(num_latents, d)`. The `(num_tokens, k, d)` products are never stored.
+            `torch.Tensor` of shape `(num_latents, d)`.
         """
         order, starts = self.by_latent
-        tokens = order.div(self.indices.shape[1], rounding_mode="floor")
-        return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights.flatten()[order])
+        weights = self.flat(weights)[order]
+        return F.embedding_bag(self.tokens[order], rows, starts, mode="sum", per_sample_weights=weights)
+
+    def dot(self, rows: Tensor, table: Tensor) -> Tensor:
+        """Products of each token's row with the rows of the latents that it uses: `(num_tokens, k)`."""
+        # The kernel behind embedding_bag's own gradient: it never gathers the (tokens, k, d) rows that bmm would need.
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows, table, self.latents, self.starts, self.tokens, mode=0
+        )
+        return self.by_token(products)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Sums `values` `(num_tokens, k)` by latent: `(num_latents,)`."""
-        return values.new_zeros(self.num_latents).scatter_add_(0, self.indices.flatten(), values.flatten())
+        return values.new_zeros(self.num_latents).scatter_add_(0, self.latents, self.flat(values))
+
+    @property
+    def _width(self) -> int:
+        return self.indices.shape[1]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Positions of the uses in the flattened `indices`."""
+        return self.used.flatten().nonzero().squeeze(1)
 
 
 def sparse_encode(
@@ -68,6 +135,7 @@ def sparse_encode(
     shift: Tensor | None,
     select: Callable[[Tensor], tuple[Tensor, Tensor]],
     settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    is_ragged: bool = False,
 ) -> tuple[Tensor, Selection]:
     """
     Pre-activations `weight (x - shift) + bias` of the latents that `select` picks for each token.
@@ -85,6 +153,8 @@ def sparse_encode(
             values and indices of some, each `(num_tokens, n)`. It is given the tokens in pieces, and n may differ in
             these.
         settle (`Callable`, *optional*): From values and indices of all tokens to those that stay.
+        is_ragged (`bool`, defaults to `False`): Whether tokens select different numbers of latents, so that values of
+            -inf fill up the rest and are not to be worked on.
 
     Returns:
         `tuple[Tensor, Selection]`: the values, `(num_tokens, n)` in the weight's dtype, and the selection.
@@ -94,7 +164,7 @@ def sparse_encode(
         values, indices = _select_in_pieces(shifted, weight, bias, select)
         if settle is not None:
             values, indices = (kept.contiguous() for kept in settle(values, indices))
-    selection = Selection(indices, weight.shape[0])
+    selection = Selection(indices, weight.shape[0], values > -torch.inf if is_ragged else None)
     return _SelectedLinear.apply(shifted, weight, bias, shift, values.to(weight.dtype), selection), selection
 
 
@@ -153,7 +223,7 @@ class _SelectedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_shift = ctx.needs_input_grad[:4]
         grad_x = grad_weight = grad_bias = grad_shift = None
         if needs_x:
-            grad_x = F.embedding_bag(selection.indices, weight, mode="sum", per_sample_weights=grad_values).to(x.dtype)
+            grad_x = selection.sum_by_token(grad_values, weight).to(x.dtype)
         if needs_weight:
             grad_weight = selection.sum_by_latent(grad_values, x.to(weight.dtype))
         if needs_bias or needs_shift:
@@ -169,24 +239,12 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx, acts, weight, selection):
         ctx.save_for_backward(acts, weight)
         ctx.selection = selection
-        return F.embedding_bag(selection.indices, weight, mode="sum", per_sample_weights=acts)
+        return selection.sum_by_token(acts, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
         acts, weight = ctx.saved_tensors
         grad_output = grad_output.contiguous()
-        grad_acts = _dot_selected_rows(grad_output, weight, ctx.selection.indices) if ctx.needs_input_grad[0] else None
+        grad_acts = ctx.selection.dot(grad_output, weight) if ctx.needs_input_grad[0] else None
         grad_weight = ctx.selection.sum_by_latent(acts, grad_output) if ctx.needs_input_grad[1] else None
         return grad_acts, grad_weight, None
-
-
-def _dot_selected_rows(rows: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
-    """Products of each token's row with the weight rows that it selects: `(num_tokens, k)`."""
-    tokens, k = indices.shape
-    starts = torch.arange(0, tokens * k, k, device=indices.device)
-    bags = torch.arange(tokens, device=indices.device).repeat_interleave(k)
-    # The kernel behind embedding_bag's own gradient: it never gathers the (tokens, k, d) rows that bmm would need.
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows, weight, indices.flatten(), starts, bags, mode=0
-    )
-    return products.view(tokens, k)

@@ -81,6 +81,32 @@ def test_gradients_through_encoder_and_decoder_are_those_of_dense_autograd():
         torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 7.0, 1e9], ids=["many", "few", "none"])
+def test_where_tokens_use_different_numbers_only_uses_are_worked_on(threshold):
+    def select(pre_activations):
+        values, indices = pre_activations.topk(40, dim=-1)
+        return values.masked_fill(values < threshold, -torch.inf), indices
+
+    inputs = draw(30, 5), draw(64, 5), draw(64), draw(5), draw(64, 7)
+    x, weight, bias, shift, decoder = inputs
+    pre_activations = (x - shift) @ weight.T + bias
+    active = pre_activations >= threshold
+    assert active.sum(-1).max() <= 40 and (active.sum(-1) == 0).any() == (threshold > 1)
+    values, selection = sparse_encode(*inputs[:4], select, is_ragged=True)
+    assert selection.latents.shape == selection.tokens.shape == (active.sum(),)
+    assert torch.equal(selection.by_token(selection.flat(values)), values.masked_fill(values == -torch.inf, 0))
+    acts = selection.by_token(selection.flat(values).pow(2))
+    found = (sparse_decode(acts, selection, decoder), selection.scatter(acts))
+    dense = pre_activations.masked_fill(~active, 0).pow(2)
+    torch.testing.assert_close(found, (dense @ decoder, dense.sum(0)))
+    upstream = draw(30, 7, seed=9).detach()
+    pair = [torch.autograd.grad(result, inputs, upstream) for result in (found[0], dense @ decoder)]
+    for grad, expected in zip(*pair, strict=True):
+        torch.testing.assert_close(grad, expected)
+    narrow = selection.columns(0, 3)
+    assert torch.equal(narrow.latents, narrow.indices[values[:, :3] > -torch.inf])
+
+
 def test_latents_that_no_token_uses_get_zero_gradient():
     weight, decoder = draw(64, 5), draw(64, 7)
     indices = draw_indices(9, 4, 12) + 20
