@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from .models.quiet import quiet_files
 from .tables import aligned
 
 
-def convert(source: str, target: str | Path, to: str, include: Sequence[str] = ()) -> list[tuple[str, HeadConfig]]:
+def convert(
+    source: str, target: str | Path, to: str, include: Sequence[str] = (), **told: Any
+) -> list[tuple[str, HeadConfig]]:
     """
     Writes heads, in whatever layout they are, in another. All are written, or none.
 
@@ -23,6 +26,7 @@ def convert(source: str, target: str | Path, to: str, include: Sequence[str] = (
         target (`str` or `Path`): A folder that does not exist yet, or is empty.
         to (`str`): `"sparsify"`, `"saelens"`, or `"sae_accel"` for our own.
         include (`Sequence[str]`): Globs over the names of heads; all if not given.
+        told (*optional*): What files do not tell, and other arguments of [`AutoSae.from_pretrained`].
 
     Returns:
         `list[tuple[str, HeadConfig]]`: names, which are those of folders in `target`, and what the heads are.
@@ -35,12 +39,14 @@ def convert(source: str, target: str | Path, to: str, include: Sequence[str] = (
     target = Path(target).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
-    heads = AutoSae.open(source)
+    heads = AutoSae.open(source, **told)
     heads = heads.select(*include) if include else heads
     check, write = WRITERS[to]
     configs = {name: heads.config(name) for name in heads}
     for name, config in configs.items():
         try:
+            if config.encoder_only and to != "sae_accel":
+                raise InputError("it was saved without its decoder.")
             check(config)
         except InputError as error:
             raise InputError(f"Head {name!r} of {source!r} cannot be written for {to}: {error}") from error
@@ -78,11 +84,15 @@ WRITERS = {
 }
 
 
+_TOLD = ("k", "input_scale", "apply_b_dec_to_input")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input."""
     options = _parser().parse_args(argv)
     try:
-        written = convert(options.source, options.target, options.to, options.include)
+        told = {name: value for name in _TOLD if (value := getattr(options, name)) is not None}
+        written = convert(options.source, options.target, options.to, options.include, **told)
     except InputError as error:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
@@ -109,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="GLOB",
         help="heads, such as 'layers.*'; may recur",
+    )
+    told = parser.add_argument_group("what the files of SRC may not tell")
+    told.add_argument("--k", type=int, help="latents a token, for a file of Qwen Scope outside of its repo")
+    told.add_argument("--input-scale", type=float, help="what inputs of SAELens heads were multiplied by")
+    told.add_argument(
+        "--apply-b-dec-to-input",
+        action="store_true",
+        default=None,
+        help="for transcoders that sparsify trained before February 2025",
     )
     return parser
 

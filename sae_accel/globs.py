@@ -1,10 +1,15 @@
 import re
 
+from .errors import InputError
+
 
 def glob_to_regex(pattern: str) -> str:
     """
     A regular expression for a glob over dotted names, in which `*`, `?` and `[012]` stay within one component and `**`
     crosses dots. It has a group for each wildcard, which tells what that stood for.
+
+    Raises:
+        `InputError`: if brackets hold no set of characters.
     """
     pieces = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
     wild = {"**": "(.*)", "*": "([^.]*)", "?": "([^.])"}
@@ -15,4 +20,9 @@ def glob_to_regex(pattern: str) -> str:
 
 def _character_set(piece: str) -> str:
     inside = piece[1:-1].replace("\\", r"\\")
-    return f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"
+    regex = f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise InputError(f"{piece!r} in a glob is no set of characters; [03], [0-3] and [!0-3] are.") from error
+    return regex

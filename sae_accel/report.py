@@ -54,6 +54,7 @@ def closing_message(trainer, metrics: Mapping[str, float]) -> str:
     """What a run ends with: the table, the speed, and the next commands."""
     folder = trainer.args.output_dir
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
     adapter = "" if trainer.adapter is None else f" The LoRA is in {folder}/{ADAPTER}, as peft reads it."
     return f"""
 {metrics_table(trainer.heads, metrics)}
@@ -61,8 +62,7 @@ def closing_message(trainer, metrics: Mapping[str, float]) -> str:
 {held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
 Saved in {folder}.{adapter}
 
-Next:
-  {_program("tensorboard")} --logdir {folder}/logs
+Next:{logs}
   {_program("python")} -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
   {_program("python")} -m sae_accel.push {folder} NAME --dry-run
   {_program("accelerate")} launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"

@@ -112,6 +112,8 @@ def test_saelens_computes_the_same(tmp_path, fields, peer_class):
         ("sparsify", False, {"normalize_input": "layer_norm"}, "it has normalize_input layer_norm"),
         ("sparsify", True, {"d_out": 8}, "it has d_out 8 beside d_in 12"),
         ("sparsify", False, {"apply_b_dec_to_input": False}, "it has apply_b_dec_to_input False"),
+        ("sparsify", False, {"encoder_only": True}, "it was saved without its decoder"),
+        ("saelens", False, {"encoder_only": True}, "it was saved without its decoder"),
     ],
 )
 def test_a_head_that_the_other_does_not_have_is_refused_and_nothing_written(tmp_path, to, transcoder, fields, reason):
@@ -120,6 +122,19 @@ def test_a_head_that_the_other_does_not_have_is_refused_and_nothing_written(tmp_
     with pytest.raises(InputError, match=f"Head 'layers.3' of .* cannot be written for {to}: {reason}"):
         convert(str(tmp_path / "run"), tmp_path / "out", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_command_takes_what_files_do_not_tell(tmp_path):
+    head = _save(tmp_path / "run", activation="relu", k=None)
+    convert(str(tmp_path / "run"), tmp_path / "lens", "saelens")
+    config = tmp_path / "lens" / "layers.3" / "cfg.json"
+    config.write_text(config.read_text().replace('"none",\n  "resh', '"expected_average_only_in",\n  "resh'))
+    words = [str(tmp_path / "lens"), str(tmp_path / "out"), "--to", "sae_accel"]
+    assert main(words) == 2 and main([*words, "--input-scale", "4"]) == 0
+    x = torch.randn(9, D)
+    torch.testing.assert_close(
+        AutoSae.from_pretrained(tmp_path / "out")(x).reconstruction, head(4 * x).reconstruction / 4
+    )
 
 
 def test_the_command_says_what_it_wrote_and_refuses_in_one_line(tmp_path, capsys):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama
@@ -28,6 +30,12 @@ NAMES = ["layers", "layers.0", "layers.0.mlp", "layers.0.mlp.act", "layers.1", "
 )
 def test_a_glob_stays_within_a_component_unless_it_is_doubled(pattern, expected):
     assert [name for name, _ in match_modules(pattern, NAMES)] == expected
+
+
+@pytest.mark.parametrize("piece", ["[]", "[3-0]", "[!]"])
+def test_brackets_without_a_set_of_characters_are_refused(piece):
+    with pytest.raises(InputError, match=f"'{re.escape(piece)}' in a glob is no set of characters"):
+        list(match_modules(f"layers.{piece}", NAMES))
 
 
 def test_wildcards_are_kept_in_order():

@@ -32,8 +32,8 @@ def small_world(tmp_path, monkeypatch):
     (tmp_path / "EleutherAI" / "SmolLM2-135M-10B").mkdir(parents=True)
     texts = Dataset.from_dict({"text": [" ".join(f"w{(i * j) % 90}" for j in range(3000)) for i in range(24)]})
     texts.to_json(tmp_path / "EleutherAI" / "SmolLM2-135M-10B" / "train.jsonl")
-    for i in (2, 10):
-        sae = SaeModel(SaeConfig(d_in=24, k=4, hookpoint="layers.1" if i == 10 else "layers.2"))
+    for i in (1, 2, 10):
+        sae = SaeModel(SaeConfig(d_in=24, k=4, hookpoint="layers.1" if i == 10 else f"layers.{i}"))
         sae.save_pretrained(tmp_path / "EleutherAI" / "sae-llama-3-8b-32x" / f"layers.{i}")
 
 
@@ -52,7 +52,14 @@ def test_the_snippet_that_trains_runs(small_world):
 def test_the_snippets_that_load_and_splice_run(small_world):
     names = {}
     exec(SNIPPETS["load"], names)
-    assert [latents.top_acts.shape[-1] for latents in names["latent_acts"]] == [4, 4]
+    layers = {}
+    for i, layer in enumerate(names["lm"].model.layers):
+        layer.register_forward_hook(lambda _, args, output, i=i: layers.update({i: output}))
+    with torch.inference_mode():
+        names["lm"](**names["inputs"])
+    for i in (1, 2):
+        expected = names["saes"][f"layers.{i}"].encode(layers[i])
+        assert torch.equal(names["latent_acts"][i].top_indices, expected.top_indices)
     exec(SNIPPETS["splice"].replace('latents["layers.10"]', 'latents["layers.1"]'), names)
     assert torch.isfinite(names["loss"])
 

@@ -135,12 +135,17 @@ def foreign_head(
     if place.given.get("encoder_only") and finish is None:
         sources = {name: source for name, source in sources.items() if name not in ("W_dec", "W_skip")}
     shapes = {name: _shape(file, source) for name, source in sources.items()}
+    for name, dimensions in {"encoder.weight": 2, "W_dec": 2, "b_dec": 1}.items():
+        if len(shapes.get(name, [0] * dimensions)) != dimensions:
+            found = f"{sources[name].name} of {str(file.path)!r} has shape {file.shapes[sources[name].name]}"
+            raise InputError(f"{found}, where a {dimensions}-dimensional tensor is read. Fetch the file again.")
     num_latents, d_in = shapes["encoder.weight"]
     d_out = shapes["W_dec"][1] if "W_dec" in shapes else shapes["b_dec"][0]
     for name, expected in {"d_in": d_in, "num_latents": num_latents, "d_out": d_out}.items():
         told = (declared or {}).get(name)
         if told is not None and told != expected:
-            raise InputError(f"its configuration says {name} = {told}, but its weights have {expected}.")
+            kind = "" if isinstance(told, int) else f", a {type(told).__name__}"
+            raise InputError(f"its configuration says {name} = {told!r}{kind}, but its weights have {expected}.")
     _check_shapes(shapes, num_latents, d_in, d_out)
     kind = TranscoderConfig if transcoder else SaeConfig
     own = {"d_out": d_out, "skip_connection": skips} if transcoder else {}

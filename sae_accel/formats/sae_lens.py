@@ -1,6 +1,7 @@
 """SAELens, before and since version 6: `cfg.json` and `sae_weights.safetensors`."""
 
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,15 @@ _ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+# Tensors that only some activations have.
+_OF_ACTIVATIONS = {
+    "threshold": ("jumprelu", "batchtopk"),
+    "log_threshold": ("jumprelu", "batchtopk"),
+    "topk_threshold": ("jumprelu", "batchtopk"),
+    "b_gate": ("gated",),
+    "b_mag": ("gated",),
+    "r_mag": ("gated",),
+}
 _NORMS = {
     None: None,
     "none": None,
@@ -74,11 +84,13 @@ def open_head(place: Place) -> ForeignHead:
     Raises:
         `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
     """
-    keys = _current(place.json("config"))
+    stored = place.json("config")
+    keys = _current(stored)
     architecture, file = keys.get("architecture", "standard"), open_tensors(place.paths["weights"])
-    if architecture not in _ACTIVATIONS:
+    if not isinstance(architecture, str) or architecture not in _ACTIVATIONS:
         raise InputError(f"it is a {architecture!r} of SAELens, of which {', '.join(_ACTIVATIONS)} can be read.")
     transcoder = "transcoder" in architecture
+    _check_tensors(file, architecture, is_named="architecture" in stored)
     norm = keys.get("normalize_activations")
     if norm not in _NORMS or (transcoder and norm not in (None, "none")):
         raise InputError(f"its inputs are normalised by {norm!r}, which is not done here.")
@@ -213,9 +225,22 @@ def _scale(place: Place) -> float:
             "its inputs are multiplied by sqrt(d_in) over their average norm, which its files do not tell. Give that "
             "number as input_scale, or input_scale=1 for inputs that have been multiplied."
         )
-    if not float(scale):
-        raise InputError("input_scale is 0; it is sqrt(d_in) over the average norm of inputs.")
+    if not 0 < float(scale) < math.inf:
+        raise InputError(f"input_scale is {scale}; it is sqrt(d_in) over the average norm of inputs, above 0.")
     return float(scale)
+
+
+def _check_tensors(file: TensorFile, architecture: str, is_named: bool) -> None:
+    """Holds weights to an architecture, which is `standard` where a file of before the key existed tells nothing."""
+    activation, transcoder = _ACTIVATIONS[architecture], "transcoder" in architecture
+    unused = [name for name in file.shapes if activation not in _OF_ACTIVATIONS.get(name, (activation,))]
+    unused += ["W_skip"] if "W_skip" in file.shapes and not transcoder else []
+    if unused:
+        says = f"says {architecture!r}" if is_named else f"names no architecture, for which {architecture!r} is taken"
+        raise InputError(
+            f"its {CONFIG_FILE} {says}, but its weights hold {', '.join(sorted(unused))}, which that does not have. "
+            f"Set its architecture to one of {', '.join(_ACTIVATIONS)}."
+        )
 
 
 def _sources(file: TensorFile, architecture: str, scale: float, own: bool) -> dict[str, Source | Tensor]:

@@ -1,13 +1,17 @@
+import errno
 import pickle
+import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
@@ -15,6 +19,8 @@ from ..errors import InputError
 
 # Of a tensor that is turned or scaled, as much is held twice.
 _PIECE_BYTES = 8 * 2**20
+# What readers of zip archives, arrays and safetensors say of bytes that are missing or have changed.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, SafetensorError)
 
 
 def open_tensors(path: str | Path) -> "TensorFile":
@@ -77,7 +83,7 @@ class SafetensorsFile(TensorFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        with safe_open(path, framework="pt") as file:
+        with _telling_damage(path), safe_open(path, framework="pt") as file:
             self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
     def whole(self, name: str) -> Tensor:
@@ -99,16 +105,13 @@ class NumpyFile(TensorFile):
         super().__init__(path)
         self._dtypes: dict[str, np.dtype] = {}
         self._by_columns: set[str] = set()
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    with archive.open(member) as file:
-                        name = member.removesuffix(".npy")
-                        self.shapes[name], self._dtypes[name], by_columns = _npy_header(file)
-                        if by_columns and len(self.shapes[name]) > 1:
-                            self._by_columns.add(name)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise InputError(f"{str(path)!r} is no whole .npz file: {error}.") from error
+        with _telling_damage(path), zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    name = member.removesuffix(".npy")
+                    self.shapes[name], self._dtypes[name], by_columns = _npy_header(file)
+                    if by_columns and len(self.shapes[name]) > 1:
+                        self._by_columns.add(name)
 
     def whole(self, name: str) -> Tensor:
         """Read."""
@@ -123,14 +126,22 @@ class NumpyFile(TensorFile):
         shape, dtype = self.shapes[name], self._dtypes[name]
         if not shape or name in self._by_columns:
             # An array that lies in the file by its columns has no rows to be read one after the other.
-            yield torch.from_numpy(np.ascontiguousarray(np.load(self.path, allow_pickle=False)[name]).reshape(shape))
+            with _telling_damage(self.path), np.load(self.path, allow_pickle=False) as arrays:
+                whole = np.ascontiguousarray(arrays[name]).reshape(shape)
+            yield _tensor(whole)
             return
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
             _npy_header(file)
             for start, stop in self._bounds(name, dtype.itemsize):
                 rows = (stop - start, *shape[1:])
-                content = bytearray(file.read(int(np.prod(rows)) * dtype.itemsize))
-                yield torch.from_numpy(np.frombuffer(content, dtype).reshape(rows))
+                with _telling_damage(self.path):
+                    content = bytearray(file.read(int(np.prod(rows)) * dtype.itemsize))
+                    part = np.frombuffer(content, dtype).reshape(rows)
+                yield _tensor(part)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
@@ -153,13 +164,18 @@ class TorchFile(TensorFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._can_map = zipfile.is_zipfile(path)
+        with _telling_damage(path), path.open("rb") as file:
+            self._can_map = zipfile.is_zipfile(path)
+            if file.read(4) == b"PK\3\4" and not self._can_map:
+                raise _damaged(path, "its end is missing")
+        self._is_checked = not self._can_map
         content = self._load()
         self.shapes = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
         self.values = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
 
     def whole(self, name: str) -> Tensor:
         """Mapped, if the file is of torch 1.6 or later."""
+        self._check()
         return self._load()[name].detach()
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -168,8 +184,21 @@ class TorchFile(TensorFile):
             # Every look at such a file reads all of it.
             yield self.whole(name)
             return
+        self._check()
         for start, stop in self._bounds(name, 4):
             yield self._load()[name].detach()[start:stop]
+
+    def _check(self) -> None:
+        """Reads the file once against its checksums, which torch writes but does not look at."""
+        if self._is_checked:
+            return
+        with _telling_damage(self.path), zipfile.ZipFile(self.path) as archive:
+            # Where torch was told to compute none, they are 0.
+            for record in (record for record in archive.infolist() if record.CRC):
+                with archive.open(record) as file:
+                    while file.read(_PIECE_BYTES):
+                        pass
+        self._is_checked = True
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -179,6 +208,26 @@ class TorchFile(TensorFile):
                 f"{str(self.path)!r} is no file of tensors alone: it is damaged, or holds objects that could run code "
                 "when they are read. It was not read further."
             ) from error
+        except (RuntimeError, struct.error) as error:
+            raise _damaged(self.path, error) from error
         if not isinstance(content, dict):
             raise InputError(f"{str(self.path)!r} holds a {type(content).__name__}, where tensors by name are read.")
         return content
+
+
+@contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (*_DAMAGE, OSError) as error:
+        # A damaged directory of an archive points before its beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    words = " ".join(str(reason).split()).rstrip(".")
+    return InputError(f"{str(path)!r} is damaged ({words}). Fetch it again, from the Hub with force_download=True.")

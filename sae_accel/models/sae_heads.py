@@ -1,33 +1,20 @@
 import difflib
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig
-
 from ..errors import InputError
 from ..formats import Place
-from ..formats.tensor_file import open_tensors
+from ..formats.hook_names import lens_name
 from ..globs import glob_to_regex
 from .configuration_head import HeadConfig
-from .configuration_sae import SaeConfig
+from .loading import check_devices, load_head, reading, stored_config
 from .modeling_head import HeadModel, push_saved
-from .modeling_sae import SaeModel
-from .modeling_transcoder import TranscoderModel
 from .quiet import quiet_files
 from .repository import Repository
-
-
-# What a user may say of a head that the files of its library do not tell.
-TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
-# What a damaged file, or one that holds something else than it should, makes a reader run into.
-_BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
 
 
 class HeadNotFound(InputError, KeyError):
@@ -73,8 +60,8 @@ class SaeHeads(Mapping):
         The heads whose names match, still to be loaded, in natural order.
 
         Args:
-            patterns (`str`): Globs over names, or over the hookpoints that they begin with: `*`, `?` and `[012]` stay
-                within one component, `**` crosses dots.
+            patterns (`str`): Globs over names, ours or another library's, or over the hookpoints that they begin with:
+                `*`, `?` and `[012]` stay within one component, `**` crosses dots.
 
         Raises:
             `HeadNotFound`: if a pattern matches nothing.
@@ -82,8 +69,7 @@ class SaeHeads(Mapping):
         chosen: dict[str, Place] = {}
         for pattern in patterns:
             matches = re.compile(glob_to_regex(pattern)).fullmatch
-            found = [name for name in self if matches(name) or matches(name.split("/")[0])]
-            found = found or self._by_config(pattern)
+            found = [name for name in self if any(map(matches, self._names(name)))] or self._by_config(pattern)
             if not found:
                 raise HeadNotFound(f"{self.origin!r} has no head that {pattern!r} matches. {self._near(pattern)}")
             chosen |= {name: self._places[name] for name in found}
@@ -100,10 +86,14 @@ class SaeHeads(Mapping):
         """
         name = self._name(name)
         place = self._places[name]
-        with _reading(self._repository, name):
+        with reading(self._repository, name):
+            check_devices(self._options.get("device_map"))
+            if place.layout is None:
+                # An LM has files of the same names, and must not be fetched to find that out.
+                self._stored_config(place)
             self._fetch(place)
             with quiet_files():
-                head = _load(place, dict(self._options))
+                head = load_head(place, dict(self._options))
         head.config.name_or_path = self.origin
         _complete(head.config, name, place)
         return head
@@ -117,13 +107,10 @@ class SaeHeads(Mapping):
         """
         name = self._name(name)
         place = self._places[name]
-        with _reading(self._repository, name):
-            if place.layout is None:
-                place.paths = {"config": Path(self._repository.fetch(place.files["config"]))}
-                config = _our_config(place)
-            else:
+        with reading(self._repository, name):
+            if place.layout is not None:
                 self._fetch(place)
-                config = place.layout.open_head(_told(place, self._options)).config
+            config = self._stored_config(place)
         _complete(config, name, place)
         return config
 
@@ -147,15 +134,26 @@ class SaeHeads(Mapping):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Writes every head in our layout, one folder each, loading one at a time.
+        Writes every head in our layout, one folder each, loading one at a time: all, or none.
 
         Args:
             save_directory (`str` or `Path`): Where; made if it does not exist.
+
+        Raises:
+            `InputError`: if a head cannot be read.
         """
-        for name in self:
-            head = self._loaded.get(name) or self.load(name)
-            with quiet_files():
-                head.save_pretrained(Path(save_directory) / name)
+        target = Path(save_directory).resolve()
+        staging = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            for name in self:
+                head = self._loaded.get(name) or self.load(name)
+                with quiet_files():
+                    head.save_pretrained(staging / name)
+            for name in self:
+                _replace_head(staging / name, target / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
         """
@@ -178,6 +176,16 @@ class SaeHeads(Mapping):
     def _fetch(self, place: Place) -> None:
         place.paths = {role: Path(self._repository.fetch(file)) for role, file in place.files.items()}
 
+    def _stored_config(self, place: Place) -> HeadConfig:
+        if place.layout is None:
+            place.paths |= {"config": Path(self._repository.fetch(place.files["config"]))}
+        return stored_config(place, self._options)
+
+    def _names(self, ours: str) -> tuple[str, ...]:
+        """What a head is called, as far as names of files tell: here, by its own library, and by where it sits."""
+        hookpoint = ours.split("/")[0]
+        return (ours, self._places[ours].name, hookpoint, lens_name(hookpoint) or hookpoint)
+
     def _name(self, name: str) -> str:
         """The name of a head here, by that, by another library's, or by a hookpoint with no other head."""
         if name in self._places:
@@ -185,7 +193,7 @@ class SaeHeads(Mapping):
         for ours, place in self._places.items():
             if name == place.name:
                 return ours
-        at_hookpoint = [ours for ours in self._places if ours.split("/")[0] == name] or self._by_config(name)
+        at_hookpoint = [ours for ours in self._places if name in self._names(ours)] or self._by_config(name)
         if len(at_hookpoint) == 1:
             return at_hookpoint[0]
         if at_hookpoint:
@@ -212,7 +220,10 @@ class SaeHeads(Mapping):
         return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places or any(place.name == name for place in self._places.values())
+        try:
+            return isinstance(name, str) and self._name(name) in self._places
+        except HeadNotFound:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -230,64 +241,6 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-@contextmanager
-def _reading(repository: Repository, name: str) -> Iterator[None]:
-    """Says of what cannot be read which head it is."""
-    where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        if isinstance(error, InputError) and repository.name in str(error):
-            raise
-        raise InputError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
-    except _BROKEN as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{where} cannot be loaded, because its files hold what they should not ({what}).") from error
-
-
-def _load(place: Place, options: dict[str, Any]) -> HeadModel:
-    if place.layout is None:
-        # An LM has files of the same names, and must not be loaded to find that out.
-        if "input_scale" in options:
-            raise ValueError("input_scale was given, which is for heads of SAELens.")
-        config = _our_config(place)
-        model_class = _model_class(config)
-        _check_shapes(place, config)
-        return model_class.from_pretrained(place.paths["config"].parent, use_safetensors=True, **options)
-    # As transformers, which takes the older name too.
-    if "torch_dtype" in options:
-        options["dtype"] = options.pop("torch_dtype")
-    head = place.layout.open_head(_told(place, options))
-    tensors = head.read()
-    options = {key: value for key, value in options.items() if key not in TELLING}
-    options.setdefault("dtype", tensors["encoder.weight"].dtype)
-    return _model_class(head.config).from_pretrained(None, config=head.config, state_dict=tensors, **options)
-
-
-def _check_shapes(place: Place, config: HeadConfig) -> None:
-    """What transformers would report in a table of its own."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in _model_class(config)(config).state_dict().items()}
-    for role, path in place.paths.items():
-        if role.endswith(".safetensors"):
-            for name, shape in open_tensors(path).shapes.items():
-                if shape != expected.get(name, shape):
-                    raise ValueError(
-                        f"by config.json {name} should have shape {expected[name]}, but in {role} it has {shape}."
-                    )
-
-
-def _told(place: Place, options: dict[str, Any]) -> Place:
-    return replace(place, given={key: value for key, value in options.items() if key in TELLING})
-
-
-def _our_config(place: Place) -> HeadConfig:
-    config = AutoConfig.from_pretrained(place.paths["config"].parent)
-    if not isinstance(config, HeadConfig):
-        raise ValueError(f"it is a {config.model_type}, not an SAE or transcoder.")
-    return config
-
-
 def _complete(config: HeadConfig, name: str, place: Place) -> None:
     """What names tell of where a head sits, where its files do not."""
     if place.layout is None and config.hookpoint is None and name:
@@ -298,5 +251,11 @@ def _complete(config: HeadConfig, name: str, place: Place) -> None:
         config.aliases = list(dict.fromkeys([*(config.aliases or []), place.name]))
 
 
-def _model_class(config: HeadConfig) -> type[HeadModel]:
-    return SaeModel if isinstance(config, SaeConfig) else TranscoderModel
+def _replace_head(source: Path, target: Path) -> None:
+    """Moves a head's files, and takes away the weights that an earlier one left, which would be read instead."""
+    target.mkdir(parents=True, exist_ok=True)
+    files = [path for path in source.iterdir() if path.is_file()]
+    for old in {*target.glob("model*.safetensors*")} - {target / file.name for file in files}:
+        old.unlink()
+    for file in files:
+        os.replace(file, target / file.name)

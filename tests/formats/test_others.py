@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -321,6 +323,81 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, w):
     assert {"b", "c"}.isdisjoint(AutoSae.open(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_dec"])
+def test_a_tensor_of_another_number_of_dimensions_is_told_by_name(tmp_path, w, name):
+    wrong = w[name][None] if name == "b_dec" else w[name][0]
+    save_file(w | {name: wrong.contiguous()}, tmp_path / "layer_3.safetensors")
+    shape = re.escape(str(tuple(wrong.shape)))
+    with pytest.raises(InputError, match=f"{name} of .*layer_3.safetensors' has shape {shape}, where a .-dimensional"):
+        AutoSae.from_pretrained(tmp_path)
+
+
+def _relu_state(w: dict) -> dict:
+    """Of dictionary_learning's AutoEncoder."""
+    weights = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
+    return weights | {"encoder.bias": w["b_enc"], "bias": w["b_dec"]}
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _change(content: bytes) -> bytes:
+    """Another byte in the middle, which is in the largest tensor."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("params.npz", _cut, "File is not a zip file"),
+        ("params.npz", _change, "Bad CRC-32"),
+        ("by_columns/params.npz", _change, "Bad CRC-32"),
+        ("compressed/params.npz", _change, "Error -3|Bad CRC-32"),
+        ("params.npz", lambda content: b"not found", "File is not a zip file"),
+        ("text/params.npz", lambda content: content, "EOF: reading magic string"),
+        ("ae.pt", _cut, "its end is missing"),
+        ("ae.pt", _change, "Bad CRC-32"),
+        ("layer_3.safetensors", _cut, "incomplete metadata"),
+        ("layer_3.safetensors", lambda content: b"", "header too small"),
+    ],
+)
+def test_of_a_damaged_file_it_is_said_what_is_wrong_and_what_to_do(tmp_path, w, file, damage, reason):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    match file:
+        case "text/params.npz":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("notes.txt", "hello")
+        case "ae.pt":
+            torch.save(_relu_state(w), path)
+            (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder"}}')
+        case "layer_3.safetensors":
+            save_file(w | {"W_enc": w["W_enc"].T.contiguous()}, path)
+        case "compressed/params.npz":
+            np.savez_compressed(path, **{name: tensor.numpy() for name, tensor in w.items()})
+        case _:
+            order = np.asfortranarray if "columns" in file else np.asarray
+            np.savez(path, **{name: order(tensor.numpy()) for name, tensor in w.items()})
+    if "text" not in file:
+        AutoSae.from_pretrained(path.parent)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"is damaged \(.*({reason}).*\). Fetch it again") as error:
+        AutoSae.from_pretrained(path.parent)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torch_file_that_was_written_without_checksums_is_read(tmp_path, w):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(_relu_state(w), tmp_path / "ae.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder"}}')
+    assert torch.equal(AutoSae.from_pretrained(tmp_path).W_dec, w["W_dec"])
+
+
 def test_llama_scope_transcoders_give_outputs_the_scale_of_outputs(tmp_path, w, x):
     reads, writes = D**0.5 / 7.0, D**0.5 / 3.0
     tensors = {"W_E": w["W_enc"], "b_E": w["b_enc"], "W_D": w["W_dec"], "b_D": w["b_dec"]}
@@ -357,6 +434,8 @@ def test_arrays_that_lie_by_columns_and_in_other_precisions(tmp_path, w, x):
     head = AutoSae.from_pretrained(root, dtype=torch.float32)
     _agrees(head, x, acts, acts @ w["W_dec"] + w["b_dec"])
     assert AutoSae.from_pretrained(root).dtype == torch.float64
+    np.savez(root / "params.npz", **{name: tensor.numpy().astype(">f4") for name, tensor in w.items()})
+    _agrees(AutoSae.from_pretrained(root), x, acts, acts @ w["W_dec"] + w["b_dec"])
 
 
 def test_folders_around_a_repo_have_no_say_in_what_it_is(tmp_path, w):

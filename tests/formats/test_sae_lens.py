@@ -107,6 +107,9 @@ def test_the_average_norm_of_inputs_is_folded_into_the_weights(tmp_path):
     given = AutoSae.from_pretrained(tmp_path, input_scale=0.3)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.3}')
     found = AutoSae.from_pretrained(tmp_path)
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"input_scale is {wrong}; it is .* above 0"):
+            AutoSae.from_pretrained(tmp_path, input_scale=wrong)
     sae.fold_activation_norm_scaling_factor(0.3)
     for head in (given, found):
         _same(sae, head, 3 * torch.randn(20, D))
@@ -175,6 +178,8 @@ def test_hooks_are_our_names_where_the_lm_is_known_and_stay_as_aliases(tmp_path)
         ({"normalize_activations": "covariance_whitening"}, "inputs are normalised by 'covariance_whitening'"),
         ({"d_sae": 41}, "says num_latents = 41, but its weights have 40"),
         ({"d_in": 13}, "says d_in = 13, but its weights have 12"),
+        ({"d_in": "12"}, "says d_in = '12', a str, but its weights have 12"),
+        ({"architecture": ["standard"]}, "it is a \\['standard'\\] of SAELens"),
     ],
 )
 def test_what_is_not_done_here_is_said(tmp_path, changes, message):
@@ -183,6 +188,32 @@ def test_what_is_not_done_here_is_said(tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
         AutoSae.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("jumprelu", "threshold"),
+        ("gated", "b_gate, b_mag, r_mag"),
+        ("skip_transcoder", "W_skip"),
+        ("jumprelu_skip_transcoder", "W_skip, threshold"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(tmp_path, architecture, names):
+    subtracts = "transcoder" not in architecture
+    sae, x = _peer(tmp_path, architecture, apply_b_dec_to_input=subtracts), torch.randn(5, D)
+    for keys, says in (("{}", "names no architecture"), ('{"architecture": "standard"}', "says 'standard'")):
+        (tmp_path / "cfg.json").write_text(keys)
+        with pytest.raises(InputError, match=f"{says}.* its weights hold {names}, which .* Set its architecture to"):
+            AutoSae.from_pretrained(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": architecture, "apply_b_dec_to_input": subtracts}))
+    _same(sae, AutoSae.from_pretrained(tmp_path), x)
+
+
+def test_a_configuration_that_tells_nothing_is_of_a_standard_sae_as_wide_as_its_weights(tmp_path):
+    sae = _peer(tmp_path, "standard")
+    (tmp_path / "cfg.json").write_text("{}")
+    _same(sae, AutoSae.from_pretrained(tmp_path), torch.randn(20, D))
 
 
 def test_factors_of_an_old_fine_tuning_are_folded_into_the_decoder(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModel
 
 from sae_accel.errors import InputError
 from sae_accel.models import AutoSae, HeadNotFound, SaeConfig, SaeHeads, SaeModel, TranscoderConfig, TranscoderModel
+from sae_accel.models.repository import Repository
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,6 +103,39 @@ def test_what_is_not_there_is_named_with_what_is(folder, tmp_path):
         AutoSae.from_pretrained(tmp_path / "empty")
 
 
+def test_two_names_for_one_head_must_agree(folder):
+    for names in ({"subfolder": "layers.2", "hookpoint": "layers.10"}, {"subfolder": "x", "hookpoint": ""}):
+        with pytest.raises(InputError, match="both name the head to load. Give one"):
+            AutoSae.from_pretrained(folder, **names)
+    same = AutoSae.from_pretrained(folder, subfolder="layers.2", hookpoint="layers.2")
+    assert same.config.hookpoint == "layers.2" and len(AutoSae.from_pretrained(folder, subfolder="")) == 3
+    with pytest.raises(InputError, match="AutoSae.open takes no argument 'hookpoint'"):
+        AutoSae.open(folder, hookpoint="layers.2")
+
+
+def test_a_run_that_was_interrupted_names_its_newest_checkpoint_with_heads(folder, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(folder / "layers.2", tmp_path / "half" / f"checkpoint-{step}" / "layers.2")
+    (tmp_path / "half" / "checkpoint-11").mkdir()
+    (tmp_path / "half" / "checkpoint-11" / "training_state.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="holds no SAE or transcoder at its top.* Load the newest, ") as error:
+        AutoSae.from_pretrained(tmp_path / "half")
+    newest = re.search("the newest, '(.*)'", str(error.value))[1]
+    assert newest == str(tmp_path / "half" / "checkpoint-10") and isinstance(AutoSae.from_pretrained(newest), SaeModel)
+
+
+def test_of_what_is_no_head_only_the_config_is_fetched(folder, monkeypatch):
+    fetched, fetch = [], Repository.fetch
+    monkeypatch.setattr(Repository, "fetch", lambda self, file: fetched.append(file) or fetch(self, file))
+    (folder / "layers.10" / "config.json").write_text('{"model_type": "llama"}')
+    for load in (AutoSae.from_pretrained, lambda path: AutoSae.open(path).load("")):
+        with pytest.raises(InputError, match="it is a llama, not an SAE or transcoder"):
+            load(folder / "layers.10")
+    assert set(fetched) == {"config.json"}
+    AutoSae.from_pretrained(folder / "layers.2")
+    assert "model.safetensors" in fetched
+
+
 def test_broken_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
     file = folder / "layers.2" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-64])
@@ -167,9 +202,21 @@ def test_a_hub_repo_is_listed_once_and_one_heads_files_are_fetched(folder, tmp_p
     assert float(total) == expected
     assert {f"layers.10/{name}" for name in ("config.json", "model.safetensors")} <= fetched
     assert not any(name.startswith("layers.2") and name.endswith(".safetensors") for name in fetched)
-    offline = "print(AutoSae.from_pretrained('user/saes', hookpoint='layers.10').W_dec.sum().item())"
+    # One head in the cache is not the only one of the repo, and must not be given where a mapping is given online.
+    offline = """
+print(AutoSae.from_pretrained('user/saes', hookpoint='layers.10').W_dec.sum().item())
+print(*AutoSae.open('user/saes'))
+try:
+    print(AutoSae.from_pretrained('user/saes'))
+except ValueError as error:
+    print(error)
+"""
     again = _in_fresh_process(offline, tmp_path / "home", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and float(again.stdout) == expected, again.stderr
+    assert again.returncode == 0, again.stderr
+    total, names, line = again.stdout.splitlines()
+    assert float(total) == expected and names == "layers.10"
+    assert "has head 'layers.10' in the cache, and may have others" in line
+    assert "hookpoint='layers.10'" in line and "AutoSae.open" in line
 
 
 def test_the_hubs_own_reason_is_given(folder, tmp_path):
