@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as client_logging
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError
-from .formats.folders import ADAPTER, RUN_FILES
-from .model_card import CARD, write_card
-from .models.auto import AutoSae, find_heads
-from .models.sae_heads import SaeHeads
+from .model_card import CARD, is_ours, is_somebodys, write_card
+from .models.auto import find_heads
+from .models.quiet import quiet_files
+from .release_files import is_config_of_ours, outdated_files, released_files, whole_heads
 from .tables import aligned
 
 
@@ -33,18 +33,27 @@ class Pushed(NamedTuple):
         commit (`str`): The commit that holds it.
         is_new (`bool`): Whether there was anything to send.
         left (`tuple[str, ...]`): Heads of the repo that are no part of the release, and that its card does not name.
+        left_card (`bool`): Whether the repo's card is somebody's own, and was left as it is.
     """
 
     url: str
     commit: str
     is_new: bool
     left: tuple[str, ...] = ()
+    left_card: bool = False
 
     def about_left(self) -> str:
-        """A line, or nothing, about heads that an earlier release put there."""
-        if not self.left:
-            return ""
-        return f"\nHeads that were there, and that the new card does not name, were left: {', '.join(self.left)}."
+        """A line each, or nothing, about heads that an earlier release put there, and a card that somebody wrote."""
+        lines = []
+        if self.left:
+            names = ", ".join(name or "the one at the top" for name in self.left)
+            lines.append(f"\nHeads that were there, and that the new card does not name, were left: {names}.")
+        if self.left_card:
+            lines.append(
+                f"\nThe repo's {CARD} was left, since somebody wrote it: it lacks the last line of a card of ours. "
+                "Delete it there and push again to have a new one."
+            )
+        return "".join(lines)
 
 
 class Release:
@@ -59,23 +68,25 @@ class Release:
         license (`str`, *optional*): The Hub's identifier of a license, for the card.
 
     Raises:
-        `InputError`: if there is no head in the folder, or a glob matches none.
+        `InputError`: if there is no head in the folder, one is damaged, or a glob matches none.
     """
 
     def __init__(self, folder: str | Path, repo_id: str, include: Sequence[str] = (), license: str | None = None):
+        if folder == "":
+            raise InputError("The folder's name is empty. Name the run's folder, or '.' for the one that you are in.")
         self.folder, self.repo_id = Path(folder), repo_id
         self.include, self.license = list(include), license
         if not self.folder.is_dir():
             raise InputError(f"There is no folder {str(folder)!r}.")
         with pushing(repo_id):
             validate_repo_id(repo_id)
-        self.heads = _heads(self.folder, self.include)
-        self.files = _files(self.folder, self.heads)
+        self.heads = whole_heads(self.folder, self.include)
+        self.files = released_files(self.folder, self.heads)
 
-    def table(self) -> str:
-        """One line a file, with its size, and the sum."""
+    def table(self, revision: str | None = None) -> str:
+        """One line a file, with its size, and the sum; `revision` as of `push`."""
         with tempfile.TemporaryDirectory() as place:
-            files = self.files | _card(self, self.repo_id, Path(place))
+            files = self.files | _card(self, self.repo_id, Path(place), revision)
             sizes = {name: path.stat().st_size for name, path in files.items()}
         rows = [(name, f"{size:,}") for name, size in sizes.items()]
         return "\n".join(aligned([("file", "bytes"), *rows, ("in all", f"{sum(sizes.values()):,}")]))
@@ -91,7 +102,8 @@ class Release:
     ) -> Pushed:
         """
         Sends all of it in one commit, and of that only what the repo does not have. Until the commit the repo stays as
-        it was, so that a push that was interrupted can be run again.
+        it was, so that a push that was interrupted can be run again. The commit also deletes what would tell of the
+        weights that it replaces. A card that somebody wrote on the Hub stays, unless the folder has one too.
 
         Args:
             private (`bool`, *optional*): Whether a repo that is made for it is private; the namespace's default if not
@@ -110,12 +122,20 @@ class Release:
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             before = api.model_info(repo_id, revision=revision).sha
-            there = find_heads(api.list_repo_files(repo_id, revision=revision), repo_id)
-            files = self.files | _card(self, repo_id, Path(place)) | (extra or {})
+            there = api.list_repo_files(repo_id, revision=before)
+            left = tuple(name for name in find_heads(there, repo_id) if name not in self.heads)
+            files = self.files | _card(self, repo_id, Path(place), revision, among_others=bool(left)) | (extra or {})
+            left_card = CARD in there and is_ours(files[CARD]) and is_somebodys(_fetch(api, repo_id, CARD, before))
+            if left_card:
+                del files[CARD]
             operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-            commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        left = tuple(name for name in there if name not in self.heads)
-        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before, left)
+            old = outdated_files(there, self.heads, files, replaces_all=not left)
+            operations += [CommitOperationDelete(name, is_folder=False) for name in old]
+            # What was decided by the repo's files holds for that commit alone.
+            commit = api.create_commit(
+                repo_id, operations, commit_message=message, revision=revision, parent_commit=before
+            )
+        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before, left, left_card)
 
 
 def open_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -132,13 +152,13 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
         api.auth_check(repo_id, write=True)
         there = api.list_repo_files(repo_id)
         is_public = private and api.model_info(repo_id).private is False
+        other = sorted(set(there) - _EMPTY_REPO)
+        is_taken = bool(other) and not _has_head(api, repo_id, there)
     if is_public:
         raise InputError(
             f"{repo_id!r} is there and public, but private was asked for. Make it private on the Hub, or name another."
         )
-    ours = [name for name, place in find_heads(there, repo_id).items() if place.layout is None]
-    other = sorted(set(there) - _EMPTY_REPO)
-    if other and (not ours or ("" in ours and _is_an_lm(repo_id, token))):
+    if is_taken:
         raise InputError(
             f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head of ours. Name another repo."
         )
@@ -164,47 +184,39 @@ def pushing(repo_id: str) -> Iterator[None]:
         client_logging.set_verbosity(said)
 
 
-def _heads(folder: Path, include: Sequence[str]) -> SaeHeads:
-    heads = AutoSae.open(folder)
-    heads = heads.select(*include) if include else heads
-    if foreign := [name for name in heads if not heads.is_ours(name)]:
-        raise InputError(
-            f"Head {foreign[0]!r} of {str(folder)!r} is in another library's layout. Load the folder by "
-            "AutoSae.open and push that."
-        )
-    return heads
-
-
-def _files(folder: Path, heads: SaeHeads) -> dict[str, Path]:
-    """By their paths in the repo."""
-    names = [file for name in heads for file in heads.files(name)]
-    names += [name for name in RUN_FILES if (folder / name).is_file()]
-    names += [str(path.relative_to(folder)) for path in sorted((folder / ADAPTER).glob("adapter_*")) if path.is_file()]
-    return {name: folder / name for name in names}
-
-
-def _card(release: Release, repo_id: str, place: Path) -> dict[str, Path]:
+def _card(
+    release: Release, repo_id: str, place: Path, revision: str | None, among_others: bool = False
+) -> dict[str, Path]:
     """The card with the repo's name in it, and its plots, beside the run's folder."""
-    card = write_card(release.folder, repo_id, release.license, release.include, into=place)
+    card = write_card(
+        release.folder, repo_id, release.license, release.include, place, revision=revision, among_others=among_others
+    )
     plots = {str(path.relative_to(place)): path for path in sorted(place.glob("plots/*.png"))}
     return plots | {CARD: card}
 
 
-def _is_an_lm(repo_id: str, token: str | bool | None) -> bool:
-    """Whether what looks like a head at the top, by the names of files, is another model."""
-    try:
-        AutoSae.open(repo_id, token=token).config("")
-    except InputError:
-        return True
-    return False
+def _has_head(api: HfApi, repo_id: str, there: list[str]) -> bool:
+    """Whether what looks like a head of ours, by the names of files, is one; other models have such files too."""
+    ours = [place for place in find_heads(there, repo_id).values() if place.layout is None]
+    # What lies at the top is what the repo is of.
+    ours = [place for place in ours if not place.name] or ours
+    return any(is_config_of_ours(_fetch(api, repo_id, place.files["config"])) for place in ours)
+
+
+def _fetch(api: HfApi, repo_id: str, file: str, revision: str | None = None) -> Path:
+    with quiet_files():
+        return Path(api.hf_hub_download(repo_id, file, revision=revision))
 
 
 def _advice(error: BaseException) -> str:
     cause = _cause(error)
     response = cause.response if isinstance(cause, HfHubHTTPError) else None
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "Unset HF_HUB_OFFLINE."
     if response is not None and response.status_code == 401:
         return _LOG_IN
-    is_busy = response is None or response.status_code == 429 or response.status_code >= 500
+    # With 412 the Hub says that somebody else's commit came first.
+    is_busy = response is None or response.status_code in (412, 429) or response.status_code >= 500
     # A ValueError is the client's own: of a name that no repo can have, for one.
     return AGAIN if is_busy and not isinstance(cause, ValueError) else ""
 

@@ -1,23 +1,18 @@
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from .errors import InputError
-from .formats.folders import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
-from .models import AutoSae, HeadConfig, TranscoderConfig
+from .formats.folders import ADAPTER
+from .models import HeadConfig, TranscoderConfig
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
+from .run_folder import Run, frequencies_of, log_history, read_run
 from .text_sources import BUILDERS
 
 
@@ -25,6 +20,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 CARD = "README.md"
 # What a card of ours ends with; without it, a card is somebody's own.
 MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
 _KINDS = {
     "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
@@ -55,30 +51,14 @@ _ALT_TEXTS = {
 }
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What lies in a run's folder: by head its config, and what the run wrote of itself, empty where it did not."""
-
-    folder: Path
-    configs: dict[str, HeadConfig]
-    recipe_text: str
-    recipe: dict[str, Any]
-    metrics: dict[str, float]
-
-    def section(self, name: str) -> dict[str, Any]:
-        return self.recipe.get(name) or {}
-
-    @property
-    def has_adapter(self) -> bool:
-        return (self.folder / ADAPTER / "adapter_config.json").is_file()
-
-
 def write_card(
     folder: Path,
     repo_id: str | None = None,
     license: str | None = None,
     include: Sequence[str] = (),
     into: Path | None = None,
+    revision: str | None = None,
+    among_others: bool = False,
 ) -> Path:
     """
     Writes the model card of a run's heads, and its plots, from what lies in the run's folder. The same folder gives
@@ -91,6 +71,8 @@ def write_card(
         license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.
         include (`Sequence[str]`, *optional*): Globs over the names of heads; all if not given.
         into (`Path`, *optional*): Where to write; the run's folder if not given.
+        revision (`str`, *optional*): Branch of the repo from which the card says to load.
+        among_others (`bool`): Whether the repo has other heads too, so that these have to be named to be loaded.
 
     Returns:
         `Path`: the card, `README.md`.
@@ -100,10 +82,10 @@ def write_card(
     """
     folder = Path(folder)
     into = folder if into is None else into
-    run = _read_run(folder, include)
+    run = read_run(folder, include)
     # Somebody's own card may show them too.
-    _draw(run, into)
-    if (folder / CARD).is_file() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
+    draw_plots(into, list(run.configs), log_history(run), frequencies_of(run))
+    if (folder / CARD).is_file() and not is_ours(folder / CARD):
         return folder / CARD
     title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     card = ModelCard.from_template(
@@ -115,58 +97,28 @@ def write_card(
         heads="\n\n".join(part for part in (_heads_table(run), _columns(run)) if part),
         losses=_losses_table(run.metrics),
         plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
-        adapter=_adapter_snippet(run, repo_id),
+        adapter=_adapter_snippet(run, repo_id, revision, among_others),
         recipe=run.recipe_text and _fenced(run.recipe_text, "yaml"),
         credits=_credits(run),
         mark=MARK,
-        **_snippet_values(run, repo_id),
+        **_snippet_values(run, repo_id, revision, among_others),
     )
     card.save(into / CARD)
     return into / CARD
 
 
-def _read_run(folder: Path, include: Sequence[str]) -> _Run:
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {str(folder)!r}.")
-    heads = AutoSae.open(folder)
-    if include:
-        heads = heads.select(*include)
-    file = folder / RECIPE
-    recipe = _mapping(file, yaml.safe_load)
-    metrics = _mapping(folder / METRICS, json.loads)
-    return _Run(
-        folder,
-        {name: heads.config(name) for name in heads},
-        file.read_text(encoding="utf-8") if recipe else "",
-        recipe,
-        {key: value for key, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)},
-    )
+def is_ours(card: Path) -> bool:
+    """Whether a card may be written anew."""
+    return MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    """What a file says; nothing if it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds a {type(content).__name__}, but must hold a mapping.")
-    return content
+def is_somebodys(card: Path) -> bool:
+    """Whether a card may not be written anew because of its text; that the Hub makes for a license has none."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return MARK not in text and bool(_FRONT_MATTER.sub("", text).strip())
 
 
-def _draw(run: _Run, into: Path) -> None:
-    state = _mapping(run.folder / TRAINER_STATE, json.loads)
-    path = run.folder / FREQUENCIES
-    try:
-        frequencies = load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    draw_plots(into, list(run.configs), state.get("log_history", []), frequencies)
-
-
-def _metadata(run: _Run, model_name: str, license: str | None) -> ModelCardData:
+def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
     lms = [lm for lm in _lms(run) if _is_hub_id(lm, run)]
     dataset = _dataset_id(run)
     results = _eval_results(run)
@@ -184,7 +136,7 @@ def _metadata(run: _Run, model_name: str, license: str | None) -> ModelCardData:
     )
 
 
-def _eval_results(run: _Run) -> list[EvalResult]:
+def _eval_results(run: Run) -> list[EvalResult]:
     """Every metric on held-out tokens: of heads, and of the LM with them."""
     data = run.section("data")
     dataset = {
@@ -211,7 +163,7 @@ def _eval_results(run: _Run) -> list[EvalResult]:
     ]
 
 
-def _about(run: _Run) -> str:
+def _about(run: Run) -> str:
     """What was trained, on what, and how."""
     kinds = Counter(_kind(config) for config in run.configs.values())
     counts = [
@@ -224,7 +176,7 @@ def _about(run: _Run) -> str:
     return " ".join(part for part in (sentence, _how_trained(run)) if part)
 
 
-def _of_lm(run: _Run) -> str:
+def _of_lm(run: Run) -> str:
     model = run.section("model")
     lms = [_code(_shown(lm, run)) for lm in _lms(run)]
     if not lms:
@@ -239,7 +191,7 @@ def _of_lm(run: _Run) -> str:
     return "".join(parts)
 
 
-def _how_trained(run: _Run) -> str:
+def _how_trained(run: Run) -> str:
     data, training = run.section("data"), run.section("training")
     tokens = run.metrics.get("train/tokens")
     parts = [f" on {tokens:,.0f} tokens" if tokens else ""]
@@ -258,7 +210,7 @@ def _how_trained(run: _Run) -> str:
     return f"Trained{''.join(parts)}." if any(parts) else ""
 
 
-def _heads_table(run: _Run) -> str:
+def _heads_table(run: Run) -> str:
     rows = []
     for name, config in run.configs.items():
         size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
@@ -271,7 +223,7 @@ def _heads_table(run: _Run) -> str:
     return _table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
 
 
-def _columns(run: _Run) -> str:
+def _columns(run: Run) -> str:
     """What the columns mean that hold measurements; nothing where there are none."""
     fvu, l0, dead = (
         any(f"{key}/{name}" in run.metrics for name in run.configs) for key in ("eval/fvu", "eval/l0", "train/dead")
@@ -296,15 +248,16 @@ def _losses_table(metrics: Mapping[str, float]) -> str:
     return _table(["", "before", "after"], rows) if rows else ""
 
 
-def _snippet_values(run: _Run, repo_id: str | None) -> dict[str, Any]:
+def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
     """What the loading snippet names: the first head, and where in the LM its input comes from."""
     name, config = next(iter(run.configs.items()))
     hookpoint = config.hookpoint or name.split("/")[0]
     side = "input" if isinstance(config, TranscoderConfig) and config.source is None else "output"
     module = config.source or hookpoint
     lm = next((f"AutoModel.from_pretrained({_quoted(lm)})" for lm in _lms(run) if _is_hub_id(lm, run)), "the LM")
+    which = f", hookpoint={_quoted(name)}" if among_others and len(run.configs) == 1 else ""
     return {
-        "source": _source(run, repo_id),
+        "source": f"{_source(run, repo_id)}{which}{_at(revision)}",
         "head": _quoted(name),
         "reads": f"the {side} of module {module} of {lm}" if module else f"activations of {lm}",
         "d_in": config.d_in,
@@ -312,28 +265,35 @@ def _snippet_values(run: _Run, repo_id: str | None) -> dict[str, Any]:
     }
 
 
-def _adapter_snippet(run: _Run, repo_id: str | None) -> str:
+def _adapter_snippet(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> str:
     if not run.has_adapter:
         return ""
-    lm, source = next(iter(_lms(run)), "the LM"), _source(run, repo_id)
+    lm, source, at = next(iter(_lms(run)), "the LM"), _source(run, repo_id), _at(revision)
+    heads = f"AutoSae.from_pretrained({source}{at})"
+    if among_others:
+        heads += f".select({', '.join(map(_quoted, run.configs))})"
     lines = [
         "from peft import PeftModel",
         "from sae_accel import AutoSae, splice",
         "from transformers import AutoModelForCausalLM",
         "",
         f"lm = AutoModelForCausalLM.from_pretrained({_quoted(_shown(lm, run))})",
-        f'lm = PeftModel.from_pretrained(lm, {source}, subfolder="{ADAPTER}")',
-        f"with splice(lm.get_base_model(), AutoSae.from_pretrained({source})):",
+        f'lm = PeftModel.from_pretrained(lm, {source}, subfolder="{ADAPTER}"{at})',
+        f"with splice(lm.get_base_model(), {heads}):",
         "    logits = lm(input_ids).logits",
     ]
     return "\n".join(lines)
 
 
-def _source(run: _Run, repo_id: str | None) -> str:
+def _source(run: Run, repo_id: str | None) -> str:
     return _quoted(repo_id or run.folder.as_posix())
 
 
-def _credits(run: _Run) -> str:
+def _at(revision: str | None) -> str:
+    return f", revision={_quoted(revision)}" if revision else ""
+
+
+def _credits(run: Run) -> str:
     activations = {config.activation for config in run.configs.values()}
     applies = {
         "topk": bool(activations & {"topk", "groupmax", "signed_topk", "batchtopk"}),
@@ -350,18 +310,18 @@ def _credits(run: _Run) -> str:
     return "\n".join(["- Saved and loaded by the Python package `sae_accel`.", *papers])
 
 
-def _lms(run: _Run) -> list[str]:
+def _lms(run: Run) -> list[str]:
     """The LMs whose activations the heads read, as they were named when they were loaded."""
     named = dict.fromkeys(config.base_model_name_or_path for config in run.configs.values())
     return [lm for lm in named if lm] or [lm for lm in [run.section("model").get("name_or_path")] if lm]
 
 
-def _revision(run: _Run) -> str | None:
+def _revision(run: Run) -> str | None:
     revisions = {config.base_model_revision for config in run.configs.values()}
     return revisions.pop() if len(revisions) == 1 and None not in revisions else run.section("model").get("revision")
 
 
-def _dataset_id(run: _Run) -> str | None:
+def _dataset_id(run: Run) -> str | None:
     data = run.section("data")
     path = data.get("path")
     # Builders of datasets, such as json, are named as old repos are, and are told by the files that they are given.
@@ -369,7 +329,7 @@ def _dataset_id(run: _Run) -> str | None:
     return path if path and not builder and _is_hub_id(path, run) else None
 
 
-def _is_hub_id(name: str, run: _Run) -> bool:
+def _is_hub_id(name: str, run: Run) -> bool:
     """Whether a name is that of a repo: it has the form of one, and no file or folder of the name is in sight."""
     try:
         validate_repo_id(name)
@@ -383,7 +343,7 @@ def _is_hub_id(name: str, run: _Run) -> bool:
     )
 
 
-def _shown(name: str, run: _Run) -> str:
+def _shown(name: str, run: Run) -> str:
     """A repo's name whole; of a path, which means nothing elsewhere, the last part."""
     return name if _is_hub_id(name, run) else Path(name).name or name
 

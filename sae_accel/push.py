@@ -1,4 +1,5 @@
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         release = Release(options.folder, options.repo_id, options.include, options.license)
         if options.dry_run:
-            print(f"{release.table()}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
+            table = release.table(options.revision)
+            _say(f"{table}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
             return 0
         pushed = release.push(private=options.private, revision=options.revision, message=options.message)
     except InputError as error:
@@ -22,8 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sae_accel: Stopped. {AGAIN}", file=sys.stderr)
         return 130
     what = "Pushed" if pushed.is_new else "There was nothing new to push"
-    print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
+    _say(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
     return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever read this, such as `head`, has enough. At exit Python would write what is left once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -402,6 +402,8 @@ class SaeTrainer:
             folder = self.saver.save_checkpoint(position)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if stops:
+            if self.publisher is not None:
+                self.publisher.finish(interrupted=True)
             raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
 
     def _write_log(self) -> None:

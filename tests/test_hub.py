@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from sae_accel.convert import convert
 from sae_accel.errors import InputError
 from sae_accel.hub import Release
 from sae_accel.models import AutoSae
+from sae_accel.publishing import hub_repo
 
 
 # The client gives httpx files to upload in a way that httpx has deprecated.
@@ -34,6 +37,8 @@ HEADS = [f"layers.{i}/{name}" for i in (1, 2) for name in ("config.json", "model
 REPORT = ["latent_frequency.safetensors", "metrics.json", "recipe.yaml", "trainer_state.json"]
 ONE_HEAD = ["README.md", "config.json", "model.safetensors"]
 RELEASE = sorted(["README.md", *HEADS, *REPORT, "plots/firing_frequency.png", "plots/fvu.png"])
+# A commit to a repo that no client makes.
+OTHER = ("main", "Other", {}, [], None)
 ACTIVATIONS = torch.linspace(-1, 1, 5 * 24).view(5, 24)
 
 
@@ -319,6 +324,21 @@ def test_a_push_that_is_at_work_is_not_waited_for_but_at_the_end(hub, tmp_path):
     assert _messages(hub, "user/saes") == ["Training in progress, step 1", "End of training"]
 
 
+@pytest.mark.parametrize("last", [3, 20])
+def test_the_checkpoint_of_an_interruption_arrives_even_if_a_push_was_at_work_or_it_is_the_last(hub, tmp_path, last):
+    trainer = tiny_trainer(tmp_path / "saes", max_steps=last, save_steps=1, push_to_hub=True)
+    lock = hub.repo("user/saes").lock
+
+    def at_third(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: call() if trainer.state.global_step == 3 else None
+
+    interrupt = at_third(lambda: os.kill(os.getpid(), signal.SIGINT))
+    trainer.add_callback(Calls(on_train_begin=lock.acquire, on_step_end=interrupt, on_save=at_third(lock.release)))
+    with pytest.raises(KeyboardInterrupt, match="Stopped after step 3"):
+        trainer.train()
+    assert _messages(hub, "user/saes") == ["Training in progress, step 1", "Training in progress, step 3"]
+
+
 @pytest.mark.parametrize(
     ("strategy", "steps", "checkpoints"),
     [
@@ -387,6 +407,118 @@ def test_a_run_that_could_not_push_is_refused_before_the_lm_is_loaded(hub, place
         assert not (tmp_path / "run").exists() and not _uploads(hub)
 
 
+def test_weights_that_were_replaced_are_deleted_with_what_told_of_them(hub, run, tmp_path):
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"LoRA")
+    Release(run, "user/saes").push()
+    assert "adapter/adapter_model.safetensors" in hub.files("user/saes")
+    shutil.rmtree(run / "adapter")
+    heads = AutoSae.open(run)
+    sharded = tmp_path / "sharded"
+    for name in heads:
+        heads[name].save_pretrained(sharded / name, max_shard_size="10KB")
+    heads["layers.1"].save_pretrained(tmp_path / "one" / "layers.1", max_shard_size="10KB")
+    pushed = Release(tmp_path / "one", "user/saes").push()
+    files = hub.files("user/saes")
+    assert pushed.left == ("layers.2",) and set(REPORT) < set(files) and "plots/fvu.png" in files
+    assert "layers.1/model.safetensors" not in files and "layers.1/model.safetensors.index.json" in files
+    assert HEADS[-1] in files and not Release(tmp_path / "one", "user/saes").push().is_new
+    Release(sharded, "user/saes").push()
+    here = {name for name in read_folder(sharded) if "layers" in name}
+    assert set(hub.files("user/saes")) == {".gitattributes", "README.md", *here} and len(hub.commits("user/saes")) == 4
+    Release(run, "user/saes").push()
+    assert set(hub.files("user/saes")) == {".gitattributes", *RELEASE}
+
+
+def test_a_repo_is_ours_if_what_looks_like_a_head_is_one_by_its_config(hub, run):
+    for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "unet/config.json", "model_index.json"):
+        (hub.root / "user" / "pipe" / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.root / "user" / "pipe" / name).write_text('{"model_type": "clip_text_model"}')
+    assert "'user/pipe' is taken: it holds model_index.json, " in _line(Release(run, "user/pipe").push)
+    assert len(hub.commits("user/pipe")) == 1
+    shutil.copytree(hub.root / "user" / "pipe", hub.root / "user" / "both")
+    shutil.copytree(run / "layers.1", hub.root / "user" / "both" / "z")
+    assert Release(run, "user/both").push().left == ("text_encoder", "z")
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_stays_and_that_is_said(hub, run, capsys):
+    for repo, text in (("notes", "# Mine\n"), ("licensed", "---\nlicense: mit\n---\n"), ("empty", "")):
+        (hub.root / "user" / repo).mkdir(parents=True)
+        (hub.root / "user" / repo / "README.md").write_text(text)
+        assert _push(run, f"user/{repo}") == 0
+        left = repo == "notes"
+        assert ("README.md was left, since somebody wrote it" in capsys.readouterr().out) == left
+        assert (hub.files(f"user/{repo}")["README.md"] == text.encode()) == left
+        assert set(RELEASE) <= set(hub.files(f"user/{repo}"))
+    assert _push(run, "user/notes") == 0 and "nothing new" in capsys.readouterr().out
+    # One beside the heads is meant to be sent.
+    (run / "README.md").write_text("# Here\n")
+    assert _push(run, "user/notes") == 0 and hub.files("user/notes")["README.md"] == b"# Here\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("short", "Head 'layers.2' of '.*' cannot be loaded, because its weights are damaged"),
+        ("shard", "Head 'layers.2' of '.*' cannot be loaded: .* which its weights lack"),
+        ("none", "Head 'layers.2' of '.*' has a config.json but no weights"),
+        ("config", "Head 'layers.2' of '.*' cannot be loaded: .*shape"),
+    ],
+)
+def test_damaged_heads_are_refused_by_name_before_anything_is_asked(hub, run, capsys, damage, says):
+    head, weights = AutoSae.open(run)["layers.2"], run / "layers.2" / "model.safetensors"
+    if damage == "short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if damage in ("shard", "none"):
+        weights.unlink()
+    if damage == "shard":
+        head.save_pretrained(run / "layers.2", max_shard_size="10KB")
+        next((run / "layers.2").glob("model-*")).unlink()
+    if damage == "config":
+        head.config.num_latents = 97
+        head.config.save_pretrained(run / "layers.2")
+    assert re.search(says, _refused(capsys, run, "user/saes"), re.IGNORECASE) and not hub.requests
+    assert _push(run, "user/saes", "--include", "layers.1") == 0
+
+
+def test_the_card_says_how_to_load_what_is_not_all_of_the_repo_or_on_a_branch(hub, run, capsys):
+    assert _push(run, "user/saes", "--include", "layers.1", "--revision", "v1") == 0
+    size = f"{len(hub.files('user/saes', 'v1')['README.md']):,}"
+    assert _push(run, "user/saes", "--include", "layers.1", "--revision", "v1", "--dry-run") == 0
+    assert re.search(rf"README.md +{size}\n", capsys.readouterr().out)
+    assert _push(run, "user/saes", "--include", "layers.2", "--revision", "v1") == 0
+    card = hub.files("user/saes", "v1")["README.md"].decode()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert 'AutoSae.from_pretrained("user/saes", hookpoint="layers.2", revision="v1")' in code
+    names: dict = {}
+    exec(code, names)
+    assert names["head"].config.hookpoint == "layers.2"
+    AutoSae.open(run)["layers.1"].push_to_hub("user/top")
+    capsys.readouterr()
+    assert _push(run, "user/top") == 0
+    assert "were left: the one at the top.\n" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error(run, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert _push(run, "user/saes", "--dry-run") == 0
+
+
+def test_refusals_say_what_would_help(hub, run, tmp_path, capsys, monkeypatch):
+    assert "The folder's name is empty" in _refused(capsys, "", "user/saes")
+    line = _line(hub_repo, SimpleNamespace(hub_model_id=None, output_dir=tmp_path / "my run"))
+    assert "'my run'" in line and "training.hub_model_id" in line
+    # Somebody's commit comes between.
+    monkeypatch.setattr("sae_accel.hub.outdated_files", lambda *_, **__: hub.repo("user/saes").commit(*OTHER) and [])
+    assert "A commit has happened since" in (line := _refused(capsys, run, "user/saes")) and "Push again" in line
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = _refused(capsys, run, "user/saes")
+    assert line.endswith("Unset HF_HUB_OFFLINE.\n") and "Push again" not in line
+
+
 def _fetched(hub) -> set[str]:
     return {line.split("/resolve/main/")[-1] for line in hub.requests if "/resolve/" in line}
 
@@ -441,7 +573,7 @@ def test_broken_files_and_repos_without_heads_are_told_in_one_line(hub, run):
         shutil.copytree(run / "layers.1", hub.root / "user" / name)
         (hub.root / "user" / name / "model.safetensors").write_bytes(content)
         line = _line(AutoSae.from_pretrained, f"user/{name}")
-        assert line.startswith(f"'user/{name}' cannot be loaded: ") and "header" in line
+        assert line.startswith(f"'user/{name}' cannot be loaded, because its weights are") and "header" in line
     other = shutil.copytree(run / "layers.1", hub.root / "user" / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_latents": 97}))

@@ -22,7 +22,7 @@ LAYERS = [
     {"splicing", "probe", "recipe", "data"},
     {"hooks", "checks"},
     {"token_file"},
-    {"models", "formats", "model_card", "hub"},
+    {"models", "formats", "model_card", "hub", "release_files", "run_folder"},
     {"ops", "metrics", "text_sources"},
     {"processes"},
     {"arguments", "errors", "bitsandbytes_backend", "tables", "rows", "peak_memory", "globs", "plots"},

@@ -227,6 +227,9 @@ def test_a_run_by_the_lms_loss_shows_it_before_and_after(tmp_path):
         assert f"| {words} | {metrics[f'initial/{key}']:.4f} | {metrics[f'eval/{key}']:.4f} |" in card.text
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["kl"] == metrics["eval/kl"] and results["fvu"] == metrics["eval/fvu/layers.1"]
+    elsewhere = write_card(folder, "acme/saes", into=tmp_path, revision="v1", among_others=True).read_text()
+    assert 'subfolder="adapter", revision="v1")' in elsewhere
+    assert 'AutoSae.from_pretrained("acme/saes", revision="v1").select("layers.1")):' in elsewhere
     code = re.search(r"## LoRA.*?```python\n(.*?)```", card.text, re.DOTALL)[1]
     tiny_llama().save_pretrained(tmp_path / LM)
     names = {"input_ids": tiny_tokens(2).with_format("torch")["input_ids"][:]}
@@ -256,6 +259,30 @@ def test_what_cannot_be_read_is_named(bare, tmp_path):
         (bare / file).unlink()
     (bare / "latent_frequency.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="latent_frequency.safetensors' cannot be read"):
+        write_card(bare)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("recipe.yaml", "model: 3", "int 3 as model, but must hold a mapping"),
+        ("recipe.yaml", "data: {ctx_len: long}", "str 'long' as data.ctx_len, but must hold a whole number"),
+        ("recipe.yaml", "heads: [3]", r"int 3 as heads\[0\], but must hold a mapping"),
+        ("recipe.yaml", "training: {optim: [adam]}", "as training.optim, but must hold text"),
+        ("trainer_state.json", '{"log_history": 3}', "int 3 as log_history, but must hold a list"),
+        ("trainer_state.json", '{"log_history": [1]}', r"int 1 as log_history\[0\], but must hold a mapping"),
+        ("trainer_state.json", '{"log_history": [{"train/tokens": "x"}]}', "train/tokens, but must hold a number"),
+        ("metrics.json", '{"eval/fvu/h.0": "low"}', "str 'low' as eval/fvu/h.0, but must hold a number"),
+        ("latent_frequency.safetensors", np.full(20, np.nan), r"of shape \(20,\); it holds other values"),
+        ("latent_frequency.safetensors", np.zeros((4, 5)), r"another shape: \(4, 5\)"),
+    ],
+)
+def test_a_report_that_holds_what_it_should_not_is_named(bare, file, content, says):
+    if isinstance(content, str):
+        (bare / file).write_text(content)
+    else:
+        save_file({"h.0": content}, bare / file)
+    with pytest.raises(InputError, match=rf"{file}' (holds|must hold) .*{says}"):
         write_card(bare)
 
 
