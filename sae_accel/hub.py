@@ -15,6 +15,7 @@ from .model_card import CARD, is_ours, is_somebodys, write_card
 from .models.auto import find_heads
 from .models.quiet import quiet_files
 from .release_files import is_config_of_ours, outdated_files, released_files, whole_heads
+from .run_folder import check_run
 from .tables import aligned
 
 
@@ -68,7 +69,8 @@ class Release:
         license (`str`, *optional*): The Hub's identifier of a license, for the card.
 
     Raises:
-        `InputError`: if there is no head in the folder, one is damaged, or a glob matches none.
+        `InputError`: if there is no head in the folder, one or what the run told of itself is damaged, or a glob
+            matches none.
     """
 
     def __init__(self, folder: str | Path, repo_id: str, include: Sequence[str] = (), license: str | None = None):
@@ -81,6 +83,7 @@ class Release:
         with pushing(repo_id):
             validate_repo_id(repo_id)
         self.heads = whole_heads(self.folder, self.include)
+        check_run(self.folder, self.include)
         self.files = released_files(self.folder, self.heads)
 
     def table(self, revision: str | None = None) -> str:

@@ -76,6 +76,18 @@ def read_run(folder: Path, include: Sequence[str]) -> Run:
     )
 
 
+def check_run(folder: Path, include: Sequence[str]) -> None:
+    """
+    Reads all that a card tells of a run, before anything is done with it.
+
+    Raises:
+        `InputError`: if a file cannot be read, or holds what it should not.
+    """
+    run = read_run(folder, include)
+    log_history(run)
+    frequencies_of(run)
+
+
 def log_history(run: Run) -> list[dict[str, Any]]:
     """What the trainer logged, with numbers where the plots read them."""
     path = run.folder / TRAINER_STATE

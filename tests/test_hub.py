@@ -279,6 +279,8 @@ def test_folders_without_heads_of_ours_are_refused_before_anything_is_asked(hub,
     assert "There is no folder" in _refused(capsys, tmp_path / "nowhere", "user/new")
     convert(str(run), tmp_path / "theirs", "sparsify")
     assert "another library's layout" in _refused(capsys, tmp_path / "theirs", "user/new")
+    (run / "trainer_state.json").write_text('{"log_history": 3}')
+    assert "log_history, but must hold a list" in _refused(capsys, run, "user/new")
     assert not hub.requests
 
 
