@@ -67,7 +67,8 @@ class Saver:
             for name, head in trainer.heads.items()
             if name in frequencies
         }
-        everyone = {name: part for one in gather_object([own]) for name, part in one.items()}
+        # Of the processes that hold a head, the first writes it, and so has got all of it.
+        everyone = {name: part for one in reversed(gather_object([own])) for name, part in one.items()}
         if self.accelerator.is_main_process:
             (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
             trainer.state.save_to_json(str(folder / TRAINER_STATE))

@@ -149,7 +149,9 @@ def test_weights_metrics_and_state_are_those_of_one_process(alone, together, way
         assert one.keys() == other.keys()
         kept = [key for key in one if key.split("/", 2)[-1] not in left_out]
         assert [one[key] for key in kept] == pytest.approx([other[key] for key in kept], rel=1e-5)
+    expected, found = (load_file(f / "latent_frequency.safetensors") for f in (alone / optim, together.folder / name))
     for head in COMPARED[optim]:
+        torch.testing.assert_close(found[head], expected[head])
         one, other = _state(alone / optim, head), _state(together.folder / name, head)
         assert torch.equal(one["tokens_since_fired"], other["tokens_since_fired"])
         assert one["optimizer"].keys() == other["optimizer"].keys()
