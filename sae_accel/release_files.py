@@ -67,7 +67,7 @@ def outdated_files(there: Iterable[str], heads: SaeHeads, files: Mapping[str, Pa
     paths = [PurePosixPath(file) for file in there if file not in files]
     # Weights in one file would be loaded in the place of the shards beside them.
     replaced = [path for path in paths if path.parent in folders and _WEIGHTS.fullmatch(path.name)]
-    told = [path for path in paths if str(path) in _REPORT or path.match(f"{ADAPTER}/adapter_*")]
+    told = [path for path in paths if str(path) in _REPORT or str(path).startswith(f"{ADAPTER}/adapter_")]
     return [str(path) for path in [*replaced, *(told if replaces_all else [])]]
 
 

@@ -414,6 +414,9 @@ def test_weights_that_were_replaced_are_deleted_with_what_told_of_them(hub, run,
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"LoRA")
     Release(run, "user/saes").push()
     assert "adapter/adapter_model.safetensors" in hub.files("user/saes")
+    # What a checkpoint holds is another's, and stays.
+    kept = "last-checkpoint/adapter/adapter_model.safetensors"
+    Release(run, "user/saes").push(extra={kept: run / "adapter" / "adapter_model.safetensors"})
     shutil.rmtree(run / "adapter")
     heads = AutoSae.open(run)
     sharded = tmp_path / "sharded"
@@ -427,9 +430,9 @@ def test_weights_that_were_replaced_are_deleted_with_what_told_of_them(hub, run,
     assert HEADS[-1] in files and not Release(tmp_path / "one", "user/saes").push().is_new
     Release(sharded, "user/saes").push()
     here = {name for name in read_folder(sharded) if "layers" in name}
-    assert set(hub.files("user/saes")) == {".gitattributes", "README.md", *here} and len(hub.commits("user/saes")) == 4
+    assert set(hub.files("user/saes")) == {".gitattributes", "README.md", kept, *here}
     Release(run, "user/saes").push()
-    assert set(hub.files("user/saes")) == {".gitattributes", *RELEASE}
+    assert set(hub.files("user/saes")) == {".gitattributes", kept, *RELEASE} and len(hub.commits("user/saes")) == 6
 
 
 def test_a_repo_is_ours_if_what_looks_like_a_head_is_one_by_its_config(hub, run):

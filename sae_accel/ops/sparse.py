@@ -34,10 +34,9 @@ class Selection:
     @cached_property
     def tokens(self) -> Tensor:
         """The token of each use: `(num_uses,)`."""
-        every_token = torch.arange(len(self.indices), device=self.indices.device)
-        return (
-            every_token.repeat_interleave(self.indices.shape[1]) if self.used is None else self._places // self._width
-        )
+        if self.used is not None:
+            return self._places // self._width
+        return torch.arange(len(self.indices), device=self.indices.device).repeat_interleave(self._width)
 
     @cached_property
     def starts(self) -> Tensor:
