@@ -179,7 +179,9 @@ class SaeTrainingArguments:
 
     output_dir: str = _option("runs/sae", "Folder for the heads, checkpoints, logs and metrics.")
     run_name: str | None = _option(None, "Name of the run in the trackers; the last part of output_dir if not set.")
-    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds, and start anew.")
+    overwrite_output_dir: bool = _option(
+        False, "Start anew, and delete the heads, checkpoints and reports that a run left in output_dir; nothing else."
+    )
     per_device_train_batch_size: int = _option(8, "Sequences in a batch, on each process.", minimum=1)
     gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.", minimum=1)
     micro_batches: int = _option(

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 from .errors import InputError
-from .formats.folders import ADAPTER, RUN_FILES
 from .models import HeadModel
 from .models.quiet import quiet_files
 
@@ -23,7 +22,6 @@ MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
 WEIGHTS = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LEFT_BY_RUNS = (*RUN_FILES, "README.md", "plots", "logs", "best", ADAPTER)
 
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
@@ -114,47 +112,6 @@ def drop_old(output_dir: Path, keep: int | None) -> None:
     if keep is not None:
         for path in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(path)
-
-
-def where_to_begin(output_dir: Path, resume: bool | str, overwrite: bool) -> Path | None:
-    """
-    The checkpoint that a run goes on from, or None if it starts anew.
-
-    Args:
-        output_dir (`Path`): The run's folder.
-        resume (`bool` or `str`): A checkpoint folder; `True` is the newest whole one, if there is one.
-        overwrite (`bool`): Whether a run that starts anew may delete another that the folder holds.
-
-    Raises:
-        `InputError`: if the folder holds another run that must be kept.
-    """
-    checkpoint = newest_complete(output_dir) if resume is True else Path(resume) if resume else None
-    left = run_files(output_dir)
-    if left and checkpoint is None and not overwrite:
-        raise InputError(
-            f"Output folder {str(output_dir)!r} holds another run ({left[0].name}). Set "
-            "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or another "
-            "training.output_dir."
-        )
-    return checkpoint
-
-
-def run_files(output_dir: Path) -> list[Path]:
-    """What a run left in a folder: its checkpoints, logs, metrics, recipe and heads."""
-    if not output_dir.is_dir():
-        return []
-    heads = [path.parent for path in output_dir.rglob("config.json") if (path.parent / WEIGHTS).exists()]
-    inside = [
-        path for path in heads if path != output_dir and not _CHECKPOINT.match(path.relative_to(output_dir).parts[0])
-    ]
-    known = [output_dir / name for name in _LEFT_BY_RUNS if (output_dir / name).exists()]
-    return checkpoints(output_dir) + known + inside
-
-
-def delete_run(output_dir: Path) -> None:
-    """Deletes what a run left in a folder, and nothing else that lies there."""
-    for path in run_files(output_dir):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

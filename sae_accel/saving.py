@@ -73,7 +73,8 @@ class Saver:
             (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
             trainer.state.save_to_json(str(folder / TRAINER_STATE))
             save_file(everyone, folder / FREQUENCIES)
-            write_card(folder)
+            # Other models may lie in the folder.
+            write_card(folder, include=list(trainer.plans))
 
     def save_checkpoint(self, position: Position) -> Path:
         """Everything that going on needs, complete or absent."""

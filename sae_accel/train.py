@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from .bitsandbytes_backend import require_bitsandbytes
-from .checkpoint import newest_complete, where_to_begin
+from .checkpoint import newest_complete
 from .command_line import parse_command_line, split_dry_run
 from .data import load_tokens
 from .end_to_end import check_end_to_end
@@ -13,6 +13,7 @@ from .errors import InputError
 from .hookpoints import HeadPlan, plan_heads
 from .hub import open_repo
 from .lm import load_architecture, load_lm, load_tokenizer
+from .output_folder import OutputFolder, written_places
 from .pretrained import match_heads, matches_table, open_pretrained
 from .probe import ProbeFailed
 from .processes import (
@@ -60,11 +61,8 @@ def run(recipe: Recipe) -> SaeTrainer:
 
 def _trainer(recipe: Recipe) -> SaeTrainer:
     training = recipe.training
-    output_dir = Path(training.output_dir)
-    checkpoint = agreed(
-        lambda: where_to_begin(output_dir, training.resume_from_checkpoint, training.overwrite_output_dir)
-    )
     plans = agreed(lambda: _plans_before_loading(recipe))
+    checkpoint = agreed(lambda: _where_to_begin(recipe, plans))
     if training.push_to_hub:
         agreed(lambda: this_process().is_main_process and open_repo(hub_repo(training), training.hub_private_repo))
     starts_anew = training.init_from is not None and checkpoint is None
@@ -116,6 +114,14 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
 
         lora_targets(architecture.base_model, plans, recipe.lora)
     return plans
+
+
+def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None) -> Path | None:
+    """The checkpoint that the run goes on from, if any; refuses before the LM is read what the trainer would."""
+    training = recipe.training
+    places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
+    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True)
+    return folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
 
 
 def _show_matches(plans: list[HeadPlan], init_from: str) -> None:

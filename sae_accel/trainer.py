@@ -28,6 +28,7 @@ from .interruption import Interruption
 from .local import LocalObjective, StepResult, over_processes
 from .models import HeadModel
 from .optim import Signum, build_optimizer, build_scheduler
+from .output_folder import OutputFolder, written_places
 from .pretrained import load_into, match_heads, open_pretrained
 from .processes import agreed, gathered
 from .publishing import Publisher, hub_repo
@@ -110,6 +111,9 @@ class SaeTrainer:
         self.lora, self.adapter = lora, None if lora is None else self._add_lora(model, plans, lora)
         self.objective = self._objective(model, list(exclude_tokens))
         self.saver = Saver(self)
+        self._folder = OutputFolder(
+            self.output_dir, written_places(self.plans, args, lora), args.run_name, writes_recipe=recipe is not None
+        )
         self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self.optimizer = self.own_optimizer = self.lr_scheduler = None
         self.state = TrainerState(
@@ -177,7 +181,7 @@ class SaeTrainer:
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = files.where_to_begin(self.output_dir, resume, self.args.overwrite_output_dir)
+        checkpoint = self._folder.where_to_begin(resume, self.args.overwrite_output_dir)
         batches = self._batches(self.train_dataset)
         position = self._begin(batches, checkpoint)
         if checkpoint is None and self.args.loss != "fvu":
@@ -278,7 +282,7 @@ class SaeTrainer:
                 self.publisher.finish()
             repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
             try:
-                release = Release(self.output_dir, repo_id)
+                release = Release(self.output_dir, repo_id, include=list(self.plans))
                 return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
             except InputError as error:
                 by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
@@ -327,7 +331,7 @@ class SaeTrainer:
         else:
             self._initialize_biases(batches)
         if checkpoint is None and self.accelerator.is_main_process:
-            files.delete_run(self.output_dir)
+            self._folder.delete_leftovers()
         self.own_optimizer = build_optimizer(self.bank, self.args, self.lora, self.objective.scale)
         self.lr_scheduler = build_scheduler(self.own_optimizer, self.args, self.state.max_steps)
         self.bank, self.optimizer = self.spread.prepare(self.bank, self.own_optimizer)

@@ -14,6 +14,7 @@ LAYERS = [
     {"saving", "end_to_end"},
     {"local", "pretrained", "spliced_lm"},
     {"spread", "batches"},
+    {"output_folder"},
     {"optim", "checkpoint", "publishing", "callbacks", "running_means", "interruption", "trackers"},
     {"bank", "logit_loss"},
     {"activations", "command_line", "lm"},
