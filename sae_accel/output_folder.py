@@ -61,8 +61,8 @@ class OutputFolder:
         if in_the_way := self.in_the_way():
             where = in_the_way[0].relative_to(self.path)
             raise InputError(
-                f"Output folder {str(self.path)!r} holds {str(where)!r}, which no run of sae_accel has left there, and "
-                "in whose place this run would write. Move it, or set another training.output_dir."
+                f"Output folder {str(self.path)!r} holds {str(where)!r}, which no run of sae_accel has left there, "
+                "and this run would write in its place. Move it, or set another training.output_dir."
             )
         left = self.leftovers()
         if left and not overwrite:

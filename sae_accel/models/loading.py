@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from ..errors import InputError
 from ..formats import Place
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
+from .configuration_transcoder import TranscoderConfig
 from .modeling_head import HeadModel
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
@@ -25,6 +25,7 @@ TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "i
 _BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER = {"W_dec", "W_skip"}
+_CONFIGS = {config_class.model_type: config_class for config_class in (SaeConfig, TranscoderConfig)}
 
 
 @contextmanager
@@ -58,10 +59,13 @@ def stored_config(place: Place, options: dict[str, Any]) -> HeadConfig:
         return place.layout.open_head(replace(place, given=told)).config
     if "input_scale" in told:
         raise ValueError("input_scale was given, which is for heads of SAELens.")
-    config = AutoConfig.from_pretrained(place.paths["config"].parent)
-    if not isinstance(config, HeadConfig):
-        raise ValueError(f"it is a {config.model_type}, not an SAE or transcoder.")
-    return type(config).from_dict(config.to_dict() | told) if told else config
+    keys = place.json("config")
+    config_class = _CONFIGS.get(keys.get("model_type"))
+    if config_class is None:
+        raise ValueError(f"it is a {keys.get('model_type')}, not an SAE or transcoder.")
+    # Not by AutoConfig, which asks whether to run the code that an `auto_map` names.
+    config = config_class.from_pretrained(place.paths["config"].parent)
+    return config_class.from_dict(config.to_dict() | told) if told else config
 
 
 def load_head(place: Place, options: dict[str, Any]) -> HeadModel:

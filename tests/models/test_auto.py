@@ -176,7 +176,9 @@ def test_a_mapping_is_written_in_our_layout(folder, tmp_path):
     assert list(AutoSae.open(tmp_path / "copy")) == list(AutoSae.open(folder))
 
 
-def _in_fresh_process(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
+def _in_fresh_process(
+    code: str, home: Path, input: str = "", cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """The Hub's client reads its settings when it is imported, so each case has a process and a cache of its own."""
     fixed = {
         "HF_HOME": str(home),
@@ -186,7 +188,8 @@ def _in_fresh_process(code: str, home: Path, **environment: str) -> subprocess.C
     }
     kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     command = [sys.executable, "-c", "from sae_accel import AutoSae\n" + code]
-    return subprocess.run(command, env=kept | fixed | environment, capture_output=True, text=True)
+    variables = kept | fixed | environment
+    return subprocess.run(command, env=variables, input=input, cwd=cwd, capture_output=True, text=True)
 
 
 def test_a_hub_repo_is_listed_once_and_one_heads_files_are_fetched(folder, tmp_path):
@@ -236,3 +239,28 @@ for name, token in (("user/nothing", None), ("user/gated", None), ("user/gated",
     assert allowed == "3"
     unreachable = _in_fresh_process(code, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
     assert "is not in the cache, and the Hub cannot be reached" in unreachable.stdout.splitlines()[0]
+
+
+def test_code_that_comes_with_a_repo_is_neither_run_nor_asked_about(folder, tmp_path):
+    code = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
+    for name, changes in (("layers.2", {}), ("layers.10", {"model_type": "evil"})):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code} | changes))
+        (folder / name / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    os.renames(folder, tmp_path / "hub" / "user" / "saes")
+    load = """
+for where in ("user/saes", "hub/user/saes"):
+    for name in ("layers.2", "layers.10"):
+        for get in (lambda: AutoSae.from_pretrained(where, hookpoint=name), lambda: AutoSae.open(where).config(name)):
+            try:
+                print(type(get()).__name__)
+            except ValueError as error:
+                print(error)
+"""
+    with HubServer(tmp_path / "hub") as hub:
+        done = _in_fresh_process(load, tmp_path / "home", input="y\n" * 20, cwd=tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0:2] == lines[4:6] == ["SaeModel", "SaeConfig"]
+    assert all("it is a evil, not an SAE or transcoder" in line for line in lines[2:4] + lines[6:8])
+    assert len(lines) == 8 and not (tmp_path / "ran").exists()
