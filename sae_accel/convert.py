@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import InputError
+from .common.errors import InputError
+from .common.quiet import quiet_files
+from .common.tables import aligned
 from .formats import sae_lens, sparsify
-from .models import AutoSae, HeadConfig, HeadModel
-from .models.quiet import quiet_files
-from .tables import aligned
+from .loading.auto import AutoSae
+from .models import HeadConfig, HeadModel
 
 
 def convert(

@@ -3,8 +3,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import InputError
-from .hub import AGAIN, Release
+from .common.errors import InputError
+from .hub.release import AGAIN, Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:

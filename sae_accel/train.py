@@ -4,19 +4,16 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from .bitsandbytes_backend import require_bitsandbytes
-from .checkpoint import newest_complete
-from .command_line import parse_command_line, split_dry_run
-from .data import load_tokens
-from .end_to_end import check_end_to_end
-from .errors import InputError
-from .hookpoints import HeadPlan, plan_heads
-from .hub import open_repo
-from .lm import load_architecture, load_lm, load_tokenizer
-from .output_folder import OutputFolder, written_places
-from .pretrained import match_heads, matches_table, open_pretrained
-from .probe import ProbeFailed
-from .processes import (
+from .bank.init_from import match_heads, matches_table, open_pretrained
+from .bank.plans import HeadPlan, plan_heads
+from .common.errors import InputError
+from .data.tokens import load_tokens
+from .hub.publisher import hub_repo
+from .hub.release import open_repo
+from .lm.bitsandbytes_backend import require_bitsandbytes
+from .lm.load import load_architecture, load_lm, load_tokenizer
+from .lm.probe import ProbeFailed
+from .processes.agreement import (
     ProcessDied,
     Watch,
     agreed,
@@ -25,11 +22,14 @@ from .processes import (
     first_on_node,
     this_process,
 )
-from .publishing import hub_repo
-from .recipe import Recipe
-from .report import closing_message
+from .recipe.command_line import parse_command_line, split_dry_run
+from .recipe.recipe import Recipe
+from .runs.checkpoint import newest_complete
+from .runs.closing_message import closing_message
+from .runs.output_folder import OutputFolder, written_places
 from .spread import place_heads
-from .trainer import SaeTrainer
+from .training.end_to_end_objective import check_end_to_end
+from .training.trainer import SaeTrainer
 
 
 def run(recipe: Recipe) -> SaeTrainer:
@@ -110,7 +110,7 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
     if training.distribute_modules:
         place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
     if recipe.lora is not None:
-        from .adapters import lora_targets
+        from .lm.adapter import lora_targets
 
         lora_targets(architecture.base_model, plans, recipe.lora)
     return plans
@@ -143,7 +143,7 @@ def show_plan(recipe: Recipe, processes: int | None = None) -> None:
         `InputError`: if the run would be refused for its LM, its heads or the number of processes.
     """
     # Nothing else would make use of this, and those who train need not wait for it to be imported.
-    from .memory import Launch, memory_table, plan_memory
+    from .planning.memory import Launch, memory_table, plan_memory
 
     launch = Launch.of(recipe.training, processes)
     plan = plan_memory(recipe, launch)

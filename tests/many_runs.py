@@ -8,10 +8,10 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
-from sae_accel.command_line import parse_command_line
-from sae_accel.errors import InputError
-from sae_accel.processes import this_process
-from sae_accel.spread import ExchangedActivations
+from sae_accel.activations.exchanged import ExchangedActivations
+from sae_accel.common.errors import InputError
+from sae_accel.processes.agreement import this_process
+from sae_accel.recipe.command_line import parse_command_line
 from sae_accel.train import run
 
 

@@ -9,9 +9,10 @@ from tiny import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sae_accel.command_line import parse_command_line
-from sae_accel.models import AutoSae, SaeConfig, SaeModel
-from sae_accel.recipe import Recipe
+from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeConfig, SaeModel
+from sae_accel.recipe.command_line import parse_command_line
+from sae_accel.recipe.recipe import Recipe
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -7,13 +7,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_accel.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
-from sae_accel.data import chunk_and_tokenize
-from sae_accel.lm import load_lm
-from sae_accel.models import AutoSae
-from sae_accel.recipe import load_recipe
-from sae_accel.splicing import splice
-from sae_accel.trainer import SaeTrainer
+from sae_accel.data.tokens import chunk_and_tokenize
+from sae_accel.lm.load import load_lm
+from sae_accel.lm.splice import splice
+from sae_accel.loading.auto import AutoSae
+from sae_accel.recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
+from sae_accel.recipe.recipe import load_recipe
+from sae_accel.training.trainer import SaeTrainer
 
 
 @pytest.fixture(scope="module")

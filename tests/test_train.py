@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import command_words
 
-from sae_accel.models import AutoSae
+from sae_accel.loading.auto import AutoSae
 from sae_accel.train import main
 
 

@@ -19,8 +19,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from sae_accel.arguments import HeadArguments, SaeTrainingArguments
-from sae_accel.trainer import SaeTrainer
+from sae_accel.recipe.arguments import HeadArguments, SaeTrainingArguments
+from sae_accel.training.trainer import SaeTrainer
 
 
 VOCAB = 101

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError
-from .folders import folders_of
+from ..common.errors import InputError
+from ..common.run_files import folders_of
 from .foreign import ForeignHead, Place, Source, foreign_head, last_part
 from .hook_names import module_of
 from .tensor_file import open_tensors

@@ -3,9 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import InputError
-from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, full, last_part, number_in, require
+from ..common.errors import InputError
+from ..common.run_files import folders_of
+from .foreign import (
+    ForeignHead,
+    Place,
+    Source,
+    foreign_head,
+    full,
+    last_part,
+    number_in,
+    require,
+)
 from .hook_names import module_of
 from .tensor_file import TorchFile, open_tensors
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..common.errors import InputError
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_sae import SaeConfig
 from ..models.configuration_transcoder import TranscoderConfig

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import InputError
-from .folders import folders_of
+from ..common.errors import InputError
+from ..common.run_files import folders_of
 from .foreign import ForeignHead, Place, Source, foreign_head, last_part, number_in
 from .hook_names import module_of
 from .tensor_file import open_tensors

@@ -6,9 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError
-from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, full, names_in, require, weigh_by_norms
+from ..common.errors import InputError
+from ..common.run_files import folders_of
+from .foreign import (
+    ForeignHead,
+    Place,
+    Source,
+    foreign_head,
+    full,
+    names_in,
+    require,
+    weigh_by_norms,
+)
 from .hook_names import module_of
 from .tensor_file import TensorFile, open_tensors
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
-from .folders import folders_of
 from .foreign import (
     ForeignHead,
     Place,

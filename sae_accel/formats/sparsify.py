@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..common.errors import InputError
+from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
-from .folders import folders_of
 from .foreign import ForeignHead, Place, Source, foreign_head, last_part
 from .tensor_file import open_tensors
 

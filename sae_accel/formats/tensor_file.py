@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..common.errors import InputError
 
 
 # Of a tensor that is turned or scaled, as much is held twice.

@@ -5,9 +5,17 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import InputError
-from .folders import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, last_part, names_in, number_in
+from ..common.errors import InputError
+from ..common.run_files import folders_of
+from .foreign import (
+    ForeignHead,
+    Place,
+    Source,
+    foreign_head,
+    last_part,
+    names_in,
+    number_in,
+)
 from .hook_names import module_of
 from .tensor_file import TorchFile, open_tensors
 

@@ -1,6 +1,5 @@
 from transformers import AutoConfig, AutoModel
 
-from .auto import AutoSae
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
@@ -8,7 +7,6 @@ from .latent_slice import LatentSlice
 from .modeling_head import BY_LATENT, HeadModel, HeadOutput, Latents
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
-from .sae_heads import HeadNotFound, SaeHeads
 
 
 for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderModel)):
@@ -17,15 +15,12 @@ for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderMode
 
 __all__ = [
     "BY_LATENT",
-    "AutoSae",
     "HeadConfig",
     "HeadModel",
-    "HeadNotFound",
     "HeadOutput",
     "LatentSlice",
     "Latents",
     "SaeConfig",
-    "SaeHeads",
     "SaeModel",
     "TranscoderConfig",
     "TranscoderModel",

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..metrics import squared_error
-from ..metrics import total_variance as variance_of
+from ..common.quiet import quiet_files
 from ..ops import Selection, sparse_decode, sparse_encode
+from ..ops.metrics import squared_error
+from ..ops.metrics import total_variance as variance_of
 from .configuration_head import HeadConfig
 from .input_norm import normalize
 from .latent_selection import SELECTIONS, LatentSelection, first_thresholds, step, topk
 from .latent_slice import LatentSlice
-from .quiet import quiet_files
 
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
@@ -76,7 +76,7 @@ class HeadOutput(ModelOutput):
 def push_saved(save: Callable[[str], None], repo_id: str, license: str | None, **kwargs: Any) -> Any:
     """Releases what `save` writes into a folder."""
     # The releases' module reads heads, and so comes after this one.
-    from ..hub import Release
+    from ..hub.release import Release
 
     with tempfile.TemporaryDirectory() as folder:
         save(folder)

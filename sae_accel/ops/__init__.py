@@ -1,3 +1,5 @@
+"""The sparse products of heads, passes over their rows, and measures of a reconstruction: tensors in, tensors out."""
+
 from .sparse import Selection, sparse_decode, sparse_encode
 
 

@@ -11,12 +11,12 @@ from accelerate.utils import (
     patch_environment,
 )
 
-from ..arguments import SaeTrainingArguments
-from ..errors import InputError
-from ..hookpoints import HeadPlan
-from ..processes import this_process
-from ..trackers import wanted_trackers
-from .exchange import ExchangedActivations
+from ..activations.exchanged import ExchangedActivations
+from ..bank.plans import HeadPlan
+from ..common.errors import InputError
+from ..processes.agreement import this_process
+from ..processes.trackers import wanted_trackers
+from ..recipe.arguments import SaeTrainingArguments
 from .fsdp import FullyShardedHeads
 from .latents import SpreadLatents, latent_bounds
 from .modules import SpreadModules

@@ -3,9 +3,9 @@ from torch import Tensor
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..bank import SaeBank
+from ..bank.bank import SaeBank
 from ..models import HeadModel
-from ..processes import collected
+from ..processes.agreement import collected
 from .replicated import Replicated
 
 

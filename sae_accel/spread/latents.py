@@ -5,13 +5,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..activations import Activations, RunningLM
-from ..bank import SaeBank, build_head
-from ..errors import InputError
-from ..hookpoints import HeadPlan
+from ..activations.exchanged import ExchangedActivations
+from ..activations.running_lm import Activations, RunningLM
+from ..bank.bank import SaeBank, build_head
+from ..bank.plans import HeadPlan
+from ..common.errors import InputError
 from ..models import BY_LATENT, HeadModel, LatentSlice
-from ..processes import collected
-from .exchange import ExchangedActivations
+from ..processes.agreement import collected
 from .replicated import Replicated
 
 

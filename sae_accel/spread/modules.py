@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..activations import Activations, RunningLM
-from ..bank import SaeBank
-from ..hookpoints import HeadPlan, site_widths
-from ..processes import gathered
-from .exchange import ExchangedActivations
+from ..activations.exchanged import ExchangedActivations
+from ..activations.running_lm import Activations, RunningLM
+from ..bank.bank import SaeBank
+from ..bank.plans import HeadPlan, site_widths
+from ..processes.agreement import gathered
 from .placement import place_heads, placement_table
 from .replicated import Replicated
 

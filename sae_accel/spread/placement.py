@@ -1,8 +1,8 @@
 from collections.abc import Iterable
 
-from ..errors import InputError
-from ..hookpoints import HeadPlan
-from ..tables import aligned
+from ..bank.plans import HeadPlan
+from ..common.errors import InputError
+from ..common.tables import aligned
 
 
 # What a parameter costs in a step beside its part in the products with tokens: gradients, optimizer and norms pass

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..activations import Activations, RunningLM
-from ..bank import SaeBank, build_head
-from ..hookpoints import HeadPlan
+from ..activations.running_lm import Activations, RunningLM
+from ..bank.bank import SaeBank, build_head
+from ..bank.plans import HeadPlan
 from ..models import HeadModel
 
 

@@ -6,12 +6,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..bank import SaeBank
-from ..errors import InputError
-from ..hookpoints import HeadPlan
+from ..bank.bank import SaeBank
+from ..bank.plans import HeadPlan
+from ..common.errors import InputError
 from ..models import HeadModel
-from ..processes import collected
-from ..rows import Cut
+from ..ops.rows import Cut
+from ..processes.agreement import collected
 from .replicated import Replicated
 
 

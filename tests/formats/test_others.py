@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import relu
 
-from sae_accel.errors import InputError
+from sae_accel.common.errors import InputError
 from sae_accel.formats import tensor_file
-from sae_accel.models import AutoSae, SaeConfig, SaeModel, TranscoderModel
+from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeConfig, SaeModel, TranscoderModel
 
 
 D, M, K = 12, 40, 3

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae_accel.errors import InputError
-from sae_accel.models import AutoSae, SaeModel, TranscoderModel
+from sae_accel.common.errors import InputError
+from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeModel, TranscoderModel
 
 
 with warnings.catch_warnings():

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder, SparseCoderConfig
 
-from sae_accel.errors import InputError
-from sae_accel.models import AutoSae, SaeModel, TranscoderModel
+from sae_accel.common.errors import InputError
+from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeModel, TranscoderModel
 
 
 def _peer(folder, dtype=torch.float32, **options):

@@ -10,10 +10,11 @@ from torch.nn.functional import relu
 from transformers import TrainerCallback
 
 from sae_accel import HeadArguments, SaeTrainingArguments
-from sae_accel.checks import check_entry, check_objective
-from sae_accel.errors import InputError
-from sae_accel.models import AutoSae, SaeConfig, SaeModel, TranscoderConfig, TranscoderModel
+from sae_accel.common.errors import InputError
+from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeConfig, SaeModel, TranscoderConfig, TranscoderModel
 from sae_accel.ops import sparse
+from sae_accel.recipe.checks import check_entry, check_objective
 
 
 D, M, K, N = 12, 40, 3, 50

@@ -1,0 +1,154 @@
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lm.hooks import Site
+from ..models import HeadModel, HeadOutput, SaeConfig, SaeModel, TranscoderModel
+from ..ops import Selection
+from ..ops.metrics import total_variance
+from .plans import HeadPlan
+
+
+# What a head's loss is made of.
+LOSSES = ("fvu", "auxk_loss", "multi_topk_fvu", "sparsity_loss")
+
+
+@dataclass
+class Moments:
+    """
+    Count, mean and squared deviation of activations, which merge exactly over batches and processes.
+
+    Args:
+        count (`torch.Tensor` of shape `()`): Tokens. Float32, like the rest.
+        mean (`torch.Tensor` of shape `(d,)`): Their mean.
+        variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and dimensions.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, activations: Tensor) -> "Moments":
+        """Of activations `(num_tokens, d)`; none is allowed."""
+        wide = activations.float()
+        count = torch.tensor(float(len(wide)), device=wide.device)
+        if not len(wide):
+            return cls(count, wide.new_zeros(wide.shape[1]), wide.new_zeros(()))
+        return cls(count, wide.mean(0), total_variance(wide))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both together."""
+        count = self.count + other.count
+        share = other.count / count.clamp_min(1)
+        shift = other.mean - self.mean
+        between = shift.pow(2).sum() * self.count * share
+        return Moments(count, self.mean + share * shift, self.variance + other.variance + between)
+
+
+class SaeBank(nn.Module):
+    """
+    All heads that a process trains, as one module, because DeepSpeed prepares no more than one for an Accelerator.
+
+    Args:
+        plans (`list[HeadPlan]`): What the heads are; they start from their entries' seeds.
+        adapter (`Iterable[nn.Parameter]`): Parameters of a LoRA in the LM that train beside them.
+        build (`Callable[[HeadPlan], HeadModel]`, *optional*): Makes a head; `build_head` if not given.
+    """
+
+    def __init__(
+        self,
+        plans: list[HeadPlan],
+        adapter: Iterable[nn.Parameter] = (),
+        build: Callable[[HeadPlan], HeadModel] | None = None,
+    ):
+        super().__init__()
+        self.adapter = nn.ParameterList(adapter)
+        self.plans = {plan.name: plan for plan in plans}
+        self.heads = nn.ModuleDict({_key(plan.name): (build or build_head)(plan) for plan in plans})
+
+    def named_heads(self) -> Iterator[tuple[str, HeadModel]]:
+        """Name and head, in the order of the plans."""
+        for name in self.plans:
+            yield name, self.heads[_key(name)]
+
+    def forward(self, work: Callable[["SaeBank"], Any]) -> Any:
+        """
+        `work` on these heads. What trains them runs in here, so that DDP and FSDP see it.
+
+        Args:
+            work (`Callable[[SaeBank], Any]`): A forward pass, such as `local_losses` of a batch.
+        """
+        return work(self)
+
+    def local_losses(
+        self,
+        by_site: dict[Site, Tensor],
+        total_variance: dict[str, Tensor],
+        k: dict[str, int],
+        dead_masks: dict[str, Tensor],
+    ) -> dict:
+        """
+        The loss of every head on the same tokens. No head's loss depends on another's.
+
+        Args:
+            by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)`.
+            total_variance (`dict[str, torch.Tensor]`): By head, what squared errors are divided by, `()`.
+            k (`dict[str, int]`): By head, latents that are active for each token.
+            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`; heads without AuxK are left
+                out.
+
+        Returns:
+            `dict`: `loss`, their sum, `()`; and `heads`, by name what `measured` gives.
+        """
+        losses, heads = [], {}
+        for name, head in self.named_heads():
+            plan = self.plans[name]
+            device = head.b_dec.device
+            output = head(
+                by_site[plan.reads].to(device),
+                by_site[plan.predicts].to(device),
+                k=k[name],
+                total_variance=total_variance[name],
+                dead_mask=dead_masks.get(name),
+                auxk_alpha=plan.arguments.auxk_alpha,
+                multi_topk=plan.arguments.multi_topk,
+                sparsity_weight=plan.arguments.sparsity_weight,
+            )
+            losses.append(output.loss)
+            heads[name] = measured(output, head)
+        return {"loss": torch.stack(losses).sum(), "heads": heads}
+
+
+def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
+    """
+    What is counted of a head's forward pass: the losses that there are, `active`, the number of activations above
+    zero, `uses`, that number by latent, and with `batchtopk` its smallest activation, once for each token.
+    """
+    indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
+    uses = Selection(indices, head.num_latents).scatter((output.top_acts > 0).float())
+    values = {part: output[part].detach() for part in LOSSES if output.get(part) is not None}
+    if output.smallest_act is not None:
+        values["smallest_act"] = output.smallest_act * len(indices)
+    active = uses.sum() if head.latent_slice is None else head.latent_slice.sum(uses.sum())
+    return values | {"active": active, "uses": uses}
+
+
+def build_head(plan: HeadPlan) -> HeadModel:
+    """
+    A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints
+    differ and heads of a sweep at one hookpoint start alike.
+    """
+    model_class = SaeModel if isinstance(plan.config, SaeConfig) else TranscoderModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{plan.arguments.seed}:{plan.hookpoint}".encode()))
+        return model_class(plan.config)
+
+
+def _key(name: str) -> str:
+    """`nn.ModuleDict` takes no dots; module names have no colons, so that the map can be reversed."""
+    return name.replace(".", ":")

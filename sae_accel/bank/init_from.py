@@ -1,0 +1,191 @@
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+
+from ..common.errors import InputError
+from ..common.tables import aligned
+from ..loading.auto import AutoSae
+from ..loading.sae_heads import SaeHeads
+from ..models import HeadConfig, HeadModel
+from ..models.latent_selection import SELECTIONS
+from ..ops.rows import normalize_rows_
+from .bank import SaeBank
+from .plans import HeadPlan
+
+
+# Fields of a config that must agree for a head to be loaded into another, with what to do where they do not.
+_SAME = {
+    "d_in": "Use heads of this LM.",
+    "d_out": "Use heads of this LM.",
+    "num_latents": "Set num_latents or expansion_factor.",
+    "activation": "Set activation.",
+    "skip_connection": "Set skip_connection.",
+}
+# Rows farther from norm 1 than this were not kept there; nearer, it is the rounding of half precisions.
+_UNIT_NORM_TOLERANCE = 1e-2
+_FAR_FROM_UNIT_NORM = 0.1
+logger = get_logger(__name__)
+
+
+class Match(NamedTuple):
+    """
+    A head of a run and the pretrained one that it starts from.
+
+    Args:
+        plan (`HeadPlan`): The run's.
+        name (`str`): Name of the other in its folder or repo.
+        config (`HeadConfig`): The other's.
+    """
+
+    plan: HeadPlan
+    name: str
+    config: HeadConfig
+
+
+def match_heads(plans: Iterable[HeadPlan], heads: SaeHeads) -> list[Match]:
+    """
+    Finds for each head the pretrained one of the same name, and checks that it fits. No weights are loaded.
+
+    Args:
+        plans (`Iterable[HeadPlan]`): The run's heads.
+        heads ([`SaeHeads`]): Those of a folder or repo.
+
+    Raises:
+        `InputError`: if one has no such head, or a type or shape differs.
+    """
+    plans = list(plans)
+    with _of_init_from():
+        return _matches(plans, heads)
+
+
+def _matches(plans: list[HeadPlan], heads: SaeHeads) -> list[Match]:
+    names = {plan.name: _same_name(plan, plans, heads) for plan in plans}
+    if missing := [name for name, found in names.items() if found is None]:
+        there = ", ".join(repr(name) for name in heads)
+        raise InputError(
+            f"{heads.origin!r} has no head for {', '.join(map(repr, missing))}. It holds {there}. "
+            "Name the same hookpoints, or remove the entry."
+        )
+    matches = [Match(plan, names[plan.name], heads.config(names[plan.name])) for plan in plans]
+    for match in matches:
+        _check_same(match, heads)
+    return matches
+
+
+def matches_table(matches: list[Match], heads: SaeHeads) -> str:
+    """One line for each head of a run: what it starts from, and what of it the run changes."""
+    rows = [("head", "starts from", "type", "d_in -> latents -> d_out", "k", "trained on")]
+    for plan, name, config in matches:
+        ours = plan.config
+        rows.append(
+            (
+                plan.name,
+                name or "(the only one)",
+                config.model_type.removeprefix("sae_accel_"),
+                f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}",
+                str(ours.k) if ours.k == config.k else f"{config.k} -> {ours.k}",
+                config.base_model_name_or_path or "-",
+            )
+        )
+    used = {match.name for match in matches}
+    unused = [name for name in heads if name not in used]
+    last = [f"Not used: {', '.join(unused)}."] if unused else []
+    return "\n".join([f"Heads start from {heads.origin}:", *aligned(rows), *last])
+
+
+def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
+    """
+    Sets a bank's heads to pretrained weights, one at a time.
+
+    Raises:
+        `InputError`: if a head has no decoder, or cannot be read.
+    """
+    by_name = dict(bank.named_heads())
+    for plan, name, _ in matches:
+        head = by_name.get(plan.name)
+        if head is None:
+            continue  # Another process holds it.
+        with _of_init_from():
+            pretrained = heads.load(name)
+        if pretrained.W_dec is None:
+            raise InputError(
+                f"training.init_from: head {name!r} of {heads.origin!r} holds no decoder, so it cannot train."
+            )
+        if pretrained.config.normalize_input is not None:
+            raise InputError(
+                f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."
+            )
+        if head.config.normalize_decoder and head.W_dec.requires_grad:
+            _warn_of_norms(pretrained, name)
+            _fold_norms(pretrained)
+        head.load_whole(pretrained.state_dict())
+        head.config.apply_b_dec_to_input = pretrained.config.apply_b_dec_to_input
+
+
+def _warn_of_norms(head: HeadModel, name: str) -> None:
+    far = (head.W_dec.norm(dim=-1) - 1).abs().max().item()
+    if far > _FAR_FROM_UNIT_NORM and SELECTIONS[head.config.activation].counts:
+        logger.warning(
+            f"training.init_from: decoder rows of head {name!r} differ from norm 1 by up to {far:.2g}. Brought to it, "
+            "they select other latents. Set normalize_decoder: false to keep them."
+        )
+
+
+@torch.no_grad()
+def _fold_norms(head: HeadModel) -> None:
+    """
+    Brings decoder rows that were not kept at norm 1 back to it, as training will keep them, and gives their norms to
+    the encoder, so that what an active latent adds to the reconstruction stays the same.
+    """
+    norms = head.W_dec.norm(dim=-1)
+    if (norms - 1).abs().max() > _UNIT_NORM_TOLERANCE and norms.min() > 0:
+        head.encoder.weight.mul_(norms[:, None])
+        head.encoder.bias.mul_(norms)
+        if "threshold" in head.state_dict():
+            head.threshold.mul_(norms)
+        normalize_rows_(head.W_dec)
+
+
+def _same_name(plan: HeadPlan, plans: list[HeadPlan], heads: SaeHeads) -> str | None:
+    if plan.name in heads:
+        return plan.name
+    # A head that lies alone at the top of its folder has no name there, but may know its hookpoint.
+    if list(heads) == [""] and len(plans) == 1 and heads.config("").hookpoint in (None, plan.hookpoint):
+        return ""
+    return None
+
+
+def _check_same(match: Match, heads: SaeHeads) -> None:
+    plan, name, config = match
+    ours, where = plan.config, f"head {name!r} of {heads.origin!r}"
+    if ours.model_type != config.model_type:
+        kinds = [one.model_type.removeprefix("sae_accel_") for one in (config, ours)]
+        raise InputError(
+            f"{where} is of type {kinds[0]}, but the recipe's {plan.name!r} is of type {kinds[1]}. Set type."
+        )
+    for field, advice in _SAME.items():
+        found, wanted = (getattr(one, field, None) for one in (config, ours))
+        if found != wanted:
+            raise InputError(f"{where} has {field} {found}, but the recipe's {plan.name!r} has {wanted}. {advice}")
+
+
+def open_pretrained(init_from: str) -> SaeHeads:
+    """
+    The heads of a folder or repo, in float32 as they are trained.
+
+    Raises:
+        `InputError`: if there is no such folder or repo, or no head in it.
+    """
+    with _of_init_from():
+        return AutoSae.open(init_from, dtype=torch.float32)
+
+
+@contextmanager
+def _of_init_from() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"training.init_from: {error}") from error

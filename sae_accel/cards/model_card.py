@@ -1,0 +1,394 @@
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..common.run_files import ADAPTER
+from ..data.sources import BUILDERS
+from ..models import HeadConfig, TranscoderConfig
+from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
+from .run import Run, frequencies_of, log_history, read_run
+
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+CARD = "README.md"
+# What a card of ours ends with; without it, a card is somebody's own.
+MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
+_KINDS = {
+    "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
+    "transcoder": ("transcoder", "transcoders"),
+    "skip transcoder": ("skip transcoder", "skip transcoders"),
+}
+_OPTIMIZERS = {"adam": "Adam", "adam8bit": "8-bit Adam", "muon": "Muon"}
+_LOSSES = {
+    "fvu": "each head by its own squared error",
+    "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
+    "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
+}
+_LM_LOSSES = {
+    "ce_clean": "cross-entropy of the LM",
+    "ce": "cross-entropy with the heads",
+    "kl": "KL divergence between the two",
+}
+_PAPERS = {
+    "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
+    "batchtopk": ("BatchTopK", "Bussmann et al. 2024", "2412.06410"),
+    "jumprelu": ("JumpReLU", "Rajamanoharan et al. 2024", "2407.14435"),
+    "transcoder": ("Transcoders", "Dunefsky et al. 2024", "2406.11944"),
+    "lora": ("LoRA around SAEs", "Chen et al. 2025", "2501.19406"),
+}
+_ALT_TEXTS = {
+    FVU_PLOT: "FVU on training tokens by tokens trained, a curve for each head",
+    FREQUENCY_PLOT: "Histogram of how often latents are active, on a logarithmic scale, for each head",
+}
+
+
+def write_card(
+    folder: Path,
+    repo_id: str | None = None,
+    license: str | None = None,
+    include: Sequence[str] = (),
+    into: Path | None = None,
+    revision: str | None = None,
+    among_others: bool = False,
+) -> Path:
+    """
+    Writes the model card of a run's heads, and its plots, from what lies in the run's folder. The same folder gives
+    the same bytes. A card that somebody else wrote stays as it is.
+
+    Args:
+        folder (`Path`): Where heads were saved. `recipe.yaml`, `metrics.json`, `trainer_state.json`,
+            `latent_frequency.safetensors` and `adapter` are used if they are there.
+        repo_id (`str`, *optional*): Repo from which the card says to load; the folder if not given.
+        license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.
+        include (`Sequence[str]`, *optional*): Globs over the names of heads; all if not given.
+        into (`Path`, *optional*): Where to write; the run's folder if not given.
+        revision (`str`, *optional*): Branch of the repo from which the card says to load.
+        among_others (`bool`): Whether the repo has other heads too, so that these have to be named to be loaded.
+
+    Returns:
+        `Path`: the card, `README.md`.
+
+    Raises:
+        `InputError`: if there is no head in the folder, or a file in it cannot be read.
+    """
+    folder = Path(folder)
+    into = folder if into is None else into
+    run = read_run(folder, include)
+    # Somebody's own card may show them too.
+    draw_plots(into, list(run.configs), log_history(run), frequencies_of(run))
+    if (folder / CARD).is_file() and not is_ours(folder / CARD):
+        return folder / CARD
+    title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    card = ModelCard.from_template(
+        _metadata(run, repo_id or title, license),
+        template_path=str(TEMPLATE),
+        title=title,
+        about=_about(run),
+        many=len(run.configs) > 1,
+        heads="\n\n".join(part for part in (_heads_table(run), _columns(run)) if part),
+        losses=_losses_table(run.metrics),
+        plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
+        adapter=_adapter_snippet(run, repo_id, revision, among_others),
+        recipe=run.recipe_text and _fenced(run.recipe_text, "yaml"),
+        credits=_credits(run),
+        mark=MARK,
+        **_snippet_values(run, repo_id, revision, among_others),
+    )
+    card.save(into / CARD)
+    return into / CARD
+
+
+def is_ours(card: Path) -> bool:
+    """Whether a card may be written anew."""
+    return MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def is_somebodys(card: Path) -> bool:
+    """Whether a card may not be written anew because of its text; that the Hub makes for a license has none."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return MARK not in text and bool(_FRONT_MATTER.sub("", text).strip())
+
+
+def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
+    lms = [lm for lm in _lms(run) if _is_hub_id(lm, run)]
+    dataset = _dataset_id(run)
+    results = _eval_results(run)
+    transcoders = [isinstance(config, TranscoderConfig) for config in run.configs.values()]
+    kinds = [] if all(transcoders) else ["sparse-autoencoder"]
+    kinds += ["transcoder"] if any(transcoders) else []
+    return ModelCardData(
+        library_name="sae_accel",
+        license=license,
+        base_model=lms[0] if len(lms) == 1 else lms or None,
+        datasets=[dataset] if dataset else None,
+        tags=[*kinds, "mechanistic-interpretability", "sae_accel"],
+        model_name=model_name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(run: Run) -> list[EvalResult]:
+    """Every metric on held-out tokens: of heads, and of the LM with them."""
+    data = run.section("data")
+    dataset = {
+        "dataset_type": _dataset_id(run) or "unspecified",
+        "dataset_name": f"{_shown(data['path'], run)}, held out" if data.get("path") else "held-out tokens",
+        "dataset_config": data.get("name"),
+        "dataset_split": data.get("split"),
+        "dataset_revision": (data.get("load_args") or {}).get("revision"),
+    }
+    words = {"fvu": "FVU", "l0": "L0", "silent": "Silent latents"}
+    heads = [(kind, f"{words[kind]} of {name}", f"eval/{kind}/{name}", name) for name in run.configs for kind in words]
+    lm = [(kind, text, f"eval/{kind}", None) for kind, text in _LM_LOSSES.items()]
+    return [
+        EvalResult(
+            task_type="activation-reconstruction" if name is not None else "text-generation",
+            metric_type=kind,
+            metric_name=text,
+            metric_value=run.metrics[key],
+            metric_args={"head": name} if name else None,
+            **dataset,
+        )
+        for kind, text, key, name in heads + lm
+        if key in run.metrics
+    ]
+
+
+def _about(run: Run) -> str:
+    """What was trained, on what, and how."""
+    kinds = Counter(_kind(config) for config in run.configs.values())
+    counts = [
+        f"a {one}" if kinds[kind] == 1 else f"{kinds[kind]} {many}"
+        for kind, (one, many) in _KINDS.items()
+        if kinds[kind]
+    ]
+    what = _listed(counts)
+    sentence = f"{what[0].upper()}{what[1:]}{_of_lm(run)}."
+    return " ".join(part for part in (sentence, _how_trained(run)) if part)
+
+
+def _of_lm(run: Run) -> str:
+    model = run.section("model")
+    lms = [_code(_shown(lm, run)) for lm in _lms(run)]
+    if not lms:
+        return " for the activations of a language model"
+    parts = [f" on the activations of {_listed(lms)}"]
+    if (revision := _revision(run)) and len(lms) == 1:
+        parts.append(f" at revision {_code(revision)}")
+    if model.get("quantization"):
+        parts.append(f" in {model['quantization']}")
+    if model.get("adapter"):
+        parts.append(f" with the adapter {_code(_shown(model['adapter'], run))}")
+    return "".join(parts)
+
+
+def _how_trained(run: Run) -> str:
+    data, training = run.section("data"), run.section("training")
+    tokens = run.metrics.get("train/tokens")
+    parts = [f" on {tokens:,.0f} tokens" if tokens else ""]
+    if data.get("path"):
+        config = f" ({data['name']})" if data.get("name") else ""
+        parts.append(f"{' of' if tokens else ' on'} {_code(_shown(data['path'], run))}{config}")
+    if data.get("ctx_len"):
+        parts.append(f", in sequences of {data['ctx_len']:,}")
+    if optimizer := training.get("optim"):
+        rate = f" at a learning rate of {training['learning_rate']}" if training.get("learning_rate") else ""
+        parts.append(f", with {_OPTIMIZERS.get(optimizer, optimizer)}{rate}")
+    if training.get("loss") in _LOSSES:
+        parts.append(f": {_LOSSES[training['loss']]}")
+    if training.get("init_from"):
+        parts.append(f", starting from the heads of {_code(_shown(training['init_from'], run))}")
+    return f"Trained{''.join(parts)}." if any(parts) else ""
+
+
+def _heads_table(run: Run) -> str:
+    rows = []
+    for name, config in run.configs.items():
+        size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
+        k = "" if config.k is None else str(config.k)
+        metrics = [
+            _number(run.metrics.get(f"{key}/{name}"), form)
+            for key, form in (("eval/fvu", ".4f"), ("eval/l0", ".1f"), ("train/dead", ".1%"))
+        ]
+        rows.append([_code(_title(name, config)), _kind(config), size, config.activation, k, *metrics])
+    return _table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
+
+
+def _columns(run: Run) -> str:
+    """What the columns mean that hold measurements; nothing where there are none."""
+    fvu, l0, dead = (
+        any(f"{key}/{name}" in run.metrics for name in run.configs) for key in ("eval/fvu", "eval/l0", "train/dead")
+    )
+    on = f", on {run.metrics['eval/tokens']:,.0f} held-out tokens" if "eval/tokens" in run.metrics else ""
+    windows = {head.get("dead_after_tokens") for head in run.recipe.get("heads") or []} - {None}
+    window = f"the last {windows.pop():,} tokens" if len(windows) == 1 else "the latest tokens"
+    sentences = {
+        f"FVU: squared error over the variance of what is reconstructed{on}.": fvu,
+        f"L0: active latents by token{', on the same' if on and fvu else on}.": l0,
+        f"Dead: part of the latents that were not active on {window} of training.": dead,
+    }
+    return " ".join(sentence for sentence, applies in sentences.items() if applies)
+
+
+def _losses_table(metrics: Mapping[str, float]) -> str:
+    rows = []
+    for key, words in _LM_LOSSES.items():
+        before, after = (_number(metrics.get(f"{when}/{key}"), ".4f") for when in ("initial", "eval"))
+        if before or after:
+            rows.append([words, before, after])
+    return _table(["", "before", "after"], rows) if rows else ""
+
+
+def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
+    """What the loading snippet names: the first head, and where in the LM its input comes from."""
+    name, config = next(iter(run.configs.items()))
+    hookpoint = config.hookpoint or name.split("/")[0]
+    side = "input" if isinstance(config, TranscoderConfig) and config.source is None else "output"
+    module = config.source or hookpoint
+    lm = next((f"AutoModel.from_pretrained({_quoted(lm)})" for lm in _lms(run) if _is_hub_id(lm, run)), "the LM")
+    which = f", hookpoint={_quoted(name)}" if among_others and len(run.configs) == 1 else ""
+    return {
+        "source": f"{_source(run, repo_id)}{which}{_at(revision)}",
+        "head": _quoted(name),
+        "reads": f"the {side} of module {module} of {lm}" if module else f"activations of {lm}",
+        "d_in": config.d_in,
+        "decodes": not config.encoder_only,
+    }
+
+
+def _adapter_snippet(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> str:
+    if not run.has_adapter:
+        return ""
+    lm, source, at = next(iter(_lms(run)), "the LM"), _source(run, repo_id), _at(revision)
+    heads = f"AutoSae.from_pretrained({source}{at})"
+    if among_others:
+        heads += f".select({', '.join(map(_quoted, run.configs))})"
+    lines = [
+        "from peft import PeftModel",
+        "from sae_accel import AutoSae, splice",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"lm = AutoModelForCausalLM.from_pretrained({_quoted(_shown(lm, run))})",
+        f'lm = PeftModel.from_pretrained(lm, {source}, subfolder="{ADAPTER}"{at})',
+        f"with splice(lm.get_base_model(), {heads}):",
+        "    logits = lm(input_ids).logits",
+    ]
+    return "\n".join(lines)
+
+
+def _source(run: Run, repo_id: str | None) -> str:
+    return _quoted(repo_id or run.folder.as_posix())
+
+
+def _at(revision: str | None) -> str:
+    return f", revision={_quoted(revision)}" if revision else ""
+
+
+def _credits(run: Run) -> str:
+    activations = {config.activation for config in run.configs.values()}
+    applies = {
+        "topk": bool(activations & {"topk", "groupmax", "signed_topk", "batchtopk"}),
+        "batchtopk": "batchtopk" in activations,
+        "jumprelu": "jumprelu" in activations,
+        "transcoder": any(isinstance(config, TranscoderConfig) for config in run.configs.values()),
+        "lora": run.has_adapter,
+    }
+    papers = [
+        f"- {what}: {who}, [arXiv:{number}](https://arxiv.org/abs/{number})."
+        for key, (what, who, number) in _PAPERS.items()
+        if applies[key]
+    ]
+    return "\n".join(["- Saved and loaded by the Python package `sae_accel`.", *papers])
+
+
+def _lms(run: Run) -> list[str]:
+    """The LMs whose activations the heads read, as they were named when they were loaded."""
+    named = dict.fromkeys(config.base_model_name_or_path for config in run.configs.values())
+    return [lm for lm in named if lm] or [lm for lm in [run.section("model").get("name_or_path")] if lm]
+
+
+def _revision(run: Run) -> str | None:
+    revisions = {config.base_model_revision for config in run.configs.values()}
+    return revisions.pop() if len(revisions) == 1 and None not in revisions else run.section("model").get("revision")
+
+
+def _dataset_id(run: Run) -> str | None:
+    data = run.section("data")
+    path = data.get("path")
+    # Builders of datasets, such as json, are named as old repos are, and are told by the files that they are given.
+    builder = path and "/" not in path and {"data_files", "data_dir"} & set(data.get("load_args") or {})
+    return path if path and not builder and _is_hub_id(path, run) else None
+
+
+def _is_hub_id(name: str, run: Run) -> bool:
+    """Whether a name is that of a repo: it has the form of one, and no file or folder of the name is in sight."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    here = run.folder.resolve()
+    # The run was not always started in the folder in which its card is written.
+    places = [root / name for root in (Path.cwd(), *here.parents)]
+    return Path(name).suffix not in _FILE_ENDINGS and not any(
+        place.exists() for place in places if place not in (here, *here.parents)
+    )
+
+
+def _shown(name: str, run: Run) -> str:
+    """A repo's name whole; of a path, which means nothing elsewhere, the last part."""
+    return name if _is_hub_id(name, run) else Path(name).name or name
+
+
+def _kind(config: HeadConfig) -> str:
+    if not isinstance(config, TranscoderConfig):
+        return "SAE"
+    return "skip transcoder" if config.skip_connection else "transcoder"
+
+
+def _title(name: str, config: HeadConfig) -> str:
+    return name or config.hookpoint or "head"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of the columns in which some cell says something."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [header, ["---"] * len(header), *([cell or "-" for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """Text as it is, in Markdown and in its tables, whatever characters it has."""
+    ticks = _longer_than_any(text, 1)
+    blank = " " if "`" in text else ""
+    return f"{ticks}{blank}{text}{blank}{ticks}".replace("|", "\\|")
+
+
+def _fenced(text: str, language: str) -> str:
+    ticks = _longer_than_any(text, 3)
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def _longer_than_any(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

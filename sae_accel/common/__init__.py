@@ -1,0 +1,1 @@
+"""What every room may use: errors, tables, globs, and the names of the files that a run leaves."""

@@ -1,0 +1,1 @@
+"""Where tokens come from. A recipe's `data` comes in; batches of token ids go out, the same on every run."""

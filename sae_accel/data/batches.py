@@ -1,0 +1,172 @@
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from ..common.errors import InputError
+from ..processes.agreement import gathered
+from ..recipe.arguments import SaeTrainingArguments
+from .tokens import collate
+
+
+class Position(NamedTuple):
+    """
+    A place in the training data.
+
+    Args:
+        epoch (`int`): Passes over the data that are complete.
+        batches (`int`): Batches of each process that are done in the present one.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+
+
+class Batches:
+    """
+    The batches of tokens that this process reads, in an order that any process can start from anywhere.
+
+    Of data with a length, process `r` of `n` reads batches `r`, `r + n`, ... Of a stream it reads its own part. Every
+    process gives as many batches as every other; one whose part of a stream has ended gives batches of no sequence.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or alike): Rows with `input_ids`.
+        args (`SaeTrainingArguments`): Batch size, accumulation and seed.
+        accelerator (`Accelerator`): Which process this is, and its device.
+        pad_token_id (`int`): Fills up rows that are shorter than others.
+    """
+
+    def __init__(self, dataset: Any, args: SaeTrainingArguments, accelerator: Accelerator, pad_token_id: int):
+        self.dataset = dataset
+        self.args = args
+        self.accelerator = accelerator
+        self.collate = partial(collate, pad_token_id=pad_token_id)
+        self.has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+    def windows(self, position: Position) -> Iterator[tuple[list[dict[str, Tensor]], Position]]:
+        """The batches of each optimizer step, without end, with the position that comes after them."""
+        epoch, done = position
+        while True:
+            batches = self.one_pass(epoch, skip=done)
+            while window := list(islice(batches, self.args.gradient_accumulation_steps)):
+                done += len(window)
+                yield window, Position(epoch, done)
+            if not done:
+                raise InputError(
+                    "The training data has no full batch. Use more data, or a smaller batch or data.ctx_len."
+                )
+            epoch, done = epoch + 1, 0
+
+    def one_pass(self, epoch: int = 0, skip: int = 0, drop_last: bool = True) -> Iterator[dict[str, Tensor]]:
+        """
+        One pass over the data, from the batch after `skip`: the first keeps the dataset's order, each later one has an
+        order of its own. What fills no batch is left out with `drop_last`.
+        """
+        read = self._from_places if self.has_length else self._from_stream
+        for batch in read(epoch, skip, drop_last):
+            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+    def max_steps(self) -> int:
+        """
+        Optimizer steps of the run: the shortest of `max_steps` and `max_tokens`, or one pass.
+
+        Raises:
+            `InputError`: if the data is streamed and neither is set, or there is less than a batch.
+        """
+        window = self.args.gradient_accumulation_steps
+        limits = [] if self.args.max_steps is None else [self.args.max_steps]
+        if self.args.max_tokens is not None:
+            batch = next(self.one_pass())
+            if "input_ids" not in batch:
+                raise InputError("training.max_tokens counts tokens of text, and the data has none. Set max_steps.")
+            tokens = max(gathered(batch["input_ids"].numel())) * self.accelerator.num_processes * window
+            limits.append(math.ceil(self.args.max_tokens / tokens))
+        if limits:
+            return min(limits)
+        if not self.has_length:
+            raise InputError(
+                "The length of streamed data is not known. Set training.max_steps or training.max_tokens."
+            )
+        return math.ceil(len(self._places(0, drop_last=True)) / window)
+
+    def _places(self, epoch: int, drop_last: bool) -> list[Tensor]:
+        """Where in the data each batch of this process lies; those that others read alone are empty."""
+        length, size, processes = (
+            len(self.dataset),
+            self.args.per_device_train_batch_size,
+            self.accelerator.num_processes,
+        )
+        if drop_last:
+            self._check_size(length)
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        order = torch.randperm(length, generator=generator) if epoch else torch.arange(length)
+        together = size * processes
+        rounds = length // together if drop_last else math.ceil(length / together)
+        start = self.accelerator.process_index * size
+        return [order[i * together + start :][:size] for i in range(rounds)]
+
+    def _from_places(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        places = self._places(epoch, drop_last)[skip:]
+        own = [batch for batch in places if len(batch)]
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=(batch.tolist() for batch in own),
+            collate_fn=self.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for _ in places[len(own) :]:
+            yield _without_rows(self.collate([self.dataset[0]]))
+
+    def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        size = self.args.per_device_train_batch_size
+        own = islice(DataLoader(self._own_part(epoch), size, drop_last=drop_last, collate_fn=self.collate), skip, None)
+        nothing = torch.zeros(0, 1, dtype=torch.long)
+        batch = {"input_ids": nothing, "attention_mask": nothing}
+        while True:
+            found = next(own, None)
+            if not any(gathered(found is not None)):
+                return
+            batch = _without_rows(batch) if found is None else found
+            yield batch
+
+    def _own_part(self, epoch: int) -> Any:
+        if epoch and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if processes == 1:
+            return self.dataset
+        if isinstance(self.dataset, IterableDataset):
+            return split_dataset_by_node(self.dataset, index, processes)
+        return _EveryNth(self.dataset, index, processes)
+
+    def _check_size(self, sequences: int) -> None:
+        size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        if sequences < size * processes:
+            raise InputError(
+                f"The training data has {sequences} sequences, fewer than one batch of {size} on {processes} "
+                "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use "
+                "more data."
+            )
+
+
+class _EveryNth(TorchIterableDataset):
+    """Rows `first`, `first + step`, ... of a stream that knows nothing of processes."""
+
+    def __init__(self, stream: Any, first: int, step: int):
+        self.stream, self.first, self.step = stream, first, step
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.stream, self.first, None, self.step)
+
+
+def _without_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:0] for name, value in batch.items()}

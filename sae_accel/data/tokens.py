@@ -1,0 +1,294 @@
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..common.errors import InputError
+from ..recipe.arguments import DataArguments
+from .sources import open_dataset
+from .token_file import TokenFile
+
+
+# Documents tokenised at once: what is left over from each such batch, less than one sequence, is dropped. More would
+# lose less, but a thousand books already fill gigabytes, and a stream gives nothing until it has read as many.
+DOCUMENTS_AT_ONCE = 1000
+# Sequences among which streamed data is shuffled.
+SHUFFLE_BUFFER = 1000
+
+
+def chunk_and_tokenize(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ctx_len: int = 2048,
+    text_column: str = "text",
+    num_proc: int | None = None,
+) -> Any:
+    """
+    Tokenises documents, joins them with EOS after each, and cuts the result into sequences.
+
+    No token but EOS is added: a BOS would stand in the middle of sequences. Of every 1,000 documents (of a process's
+    share, if that is less) what does not fill a last sequence is dropped.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of them): Rows of text.
+        tokenizer (`PreTrainedTokenizerBase`): The LM's tokenizer.
+        ctx_len (`int`, defaults to 2048): Tokens in a sequence.
+        text_column (`str`, defaults to `"text"`): Column with the text.
+        num_proc (`int`, *optional*): Processes; one if not given. Not used when streaming.
+
+    Returns:
+        A dataset of the same kind with one column, `input_ids`, of `ctx_len` ids each.
+
+    Raises:
+        `InputError`: if there is no such column of text, the tokenizer has no EOS, or there is less than one sequence.
+            What is wrong in a stream beyond its first row is raised when it is read.
+    """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return type(dataset)(
+            {split: _pack(rows, tokenizer, ctx_len, text_column, num_proc) for split, rows in dataset.items()}
+        )
+    return _pack(dataset, tokenizer, ctx_len, text_column, num_proc)
+
+
+def load_tokens(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> tuple[Any, Any]:
+    """
+    The sequences that a recipe's `data` describes: for training, shuffled, and held out for evaluation.
+
+    The first `eval_examples` sequences, in the dataset's own order, are held out.
+
+    Args:
+        arguments ([`DataArguments`]): What to read.
+        tokenizer (`PreTrainedTokenizerBase`): The LM's tokenizer.
+        vocab_size (`int`): Ids that the LM knows.
+
+    Returns:
+        `tuple`: rows with `input_ids` for training, and for evaluation or None. Both work in a `DataLoader` with
+        `collate`.
+
+    Raises:
+        `InputError`: if the data cannot be found or read, holds ids that the LM does not know, or is too little.
+    """
+    if arguments.path.endswith(".bin"):
+        sequences = TokenFile(arguments.path, arguments.ctx_len, vocab_size, arguments.token_dtype)
+    else:
+        sequences = _tokenized(open_dataset(arguments), arguments, tokenizer, vocab_size)
+    if isinstance(sequences, IterableDataset):
+        return _split_stream(sequences, arguments)
+    held_out = arguments.eval_examples
+    _check_enough(len(sequences), arguments)
+    train = sequences.select(range(held_out, len(sequences)))
+    if arguments.shuffle_seed is not None:
+        train = train.shuffle(seed=arguments.shuffle_seed)
+    if arguments.max_examples is not None:
+        train = train.select(range(min(arguments.max_examples, len(train))))
+    return train, sequences.select(range(held_out)) if held_out else None
+
+
+def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """
+    A batch of sequences, filled up on the right where they differ in length, or of images.
+
+    Args:
+        rows (`list[dict]`): Each with `input_ids`, and optionally `attention_mask`; or with `pixel_values`.
+        pad_token_id (`int`, defaults to 0): What stands where a sequence has ended.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask`, each `(batch, ctx_len)`, long; or `pixel_values`, `(batch, channels,
+        height, width)`.
+    """
+    if "pixel_values" in rows[0]:
+        return {"pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]).float() for row in rows])}
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+    masks = [
+        torch.as_tensor(row["attention_mask"], dtype=torch.long) if "attention_mask" in row else torch.ones_like(one)
+        for row, one in zip(rows, ids, strict=True)
+    ]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad(masks, batch_first=True, padding_value=0),
+    }
+
+
+def token_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tensor | None:
+    """
+    Which tokens train and are measured: those that are not padding and not excluded.
+
+    Args:
+        batch (`dict`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`; or `pixel_values`.
+        exclude_tokens (`Iterable[int]`): Ids that are left out.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, ctx_len)`; None for images, of which every patch trains.
+    """
+    if "input_ids" not in batch:
+        return None
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    excluded = torch.tensor(list(exclude_tokens), dtype=ids.dtype, device=ids.device)
+    return mask & ~torch.isin(ids, excluded) if len(excluded) else mask
+
+
+def _tokenized(
+    dataset: Dataset | IterableDataset,
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> Dataset | IterableDataset:
+    dataset = dataset.with_format(None)
+    first = _first_row(dataset)
+    columns = _columns(dataset, first)
+    if "input_ids" not in columns:
+        return _pack(
+            dataset, tokenizer, arguments.ctx_len, arguments.text_column, arguments.num_proc, vocab_size=vocab_size
+        )
+    kept = [column for column in ("input_ids", "attention_mask") if column in columns]
+    for column in kept:
+        if not isinstance(first[column], list) or not all(isinstance(value, int) for value in first[column]):
+            raise InputError(f"The data's column {column!r} does not hold lists of whole numbers. Rename or mend it.")
+    return dataset.map(
+        _cut_rows,
+        batched=True,
+        remove_columns=columns,
+        features=_features(kept),
+        fn_kwargs={"ctx_len": arguments.ctx_len, "columns": kept, "vocab_size": vocab_size},
+        **_progress(dataset, arguments.num_proc, "Cutting"),
+    )
+
+
+def _pack(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    text_column: str,
+    num_proc: int | None,
+    vocab_size: int | None = None,
+) -> Dataset | IterableDataset:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has no EOS token to put between documents. Set tokenizer.eos_token, or use data with "
+            "input_ids."
+        )
+    first = _first_row(dataset)
+    columns = _columns(dataset, first)
+    if text_column not in columns:
+        raise InputError(
+            f"data.text_column: the data has no column {text_column!r}; it has {', '.join(columns)}. Name one of them."
+        )
+    _check_text([first[text_column]], text_column)
+    options = {"tokenizer": tokenizer, "ctx_len": ctx_len, "text_column": text_column, "vocab_size": vocab_size}
+    packed = dataset.with_format(None).map(
+        _pack_documents,
+        batched=True,
+        batch_size=DOCUMENTS_AT_ONCE,
+        remove_columns=columns,
+        features=_features(["input_ids"]),
+        fn_kwargs=options,
+        **_progress(dataset, num_proc, "Tokenizing"),
+    )
+    if isinstance(packed, Dataset) and not len(packed):
+        count = sum(len(document) + 1 for document in _tokenize(dataset[text_column][:], tokenizer))
+        if count < ctx_len:
+            raise InputError(
+                f"The data has {count} tokens, less than one sequence of data.ctx_len = {ctx_len}. Lower it, or use "
+                "more data."
+            )
+        raise InputError(
+            f"The data has {count} tokens in {len(dataset)} documents, but no sequence of data.ctx_len = {ctx_len}: "
+            f"at most {DOCUMENTS_AT_ONCE} documents are joined, and each of {num_proc or 1} processes joins its own. "
+            "Lower data.ctx_len or data.num_proc, or use longer documents."
+        )
+    return packed
+
+
+def _pack_documents(
+    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, ctx_len: int, text_column: str, vocab_size: int | None
+) -> dict[str, list]:
+    _check_text(rows[text_column], text_column)
+    documents = _tokenize(rows[text_column], tokenizer)
+    ids = [token for document in documents for token in (*document, tokenizer.eos_token_id)]
+    if vocab_size is not None and max(ids) >= vocab_size:
+        raise InputError(
+            f"The tokenizer gives id {max(ids)}, but the LM knows {vocab_size} ids. Use the tokenizer of the LM."
+        )
+    return {"input_ids": [ids[i : i + ctx_len] for i in range(0, len(ids) - ctx_len + 1, ctx_len)]}
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose=False: documents longer than the LM's context are cut later, so the tokenizer's warning says nothing. It
+    # would also leave a mark in the tokenizer, by which datasets takes it for another one and misses its cache.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _cut_rows(rows: dict[str, list], ctx_len: int, columns: list[str], vocab_size: int) -> dict[str, list]:
+    """Rows that are longer than a sequence, in pieces; shorter ones as they are."""
+    for ids, *mask in zip(*(rows[column] for column in columns), strict=True):
+        if mask and len(mask[0]) != len(ids):
+            raise InputError(f"A row of the data has {len(ids)} input_ids, but an attention_mask of {len(mask[0])}.")
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise InputError(
+                f"The data's input_ids go from {min(ids)} to {max(ids)}, but the LM knows {vocab_size} ids, from 0. "
+                "Use data that was made with its tokenizer."
+            )
+    return {
+        column: [row[i : i + ctx_len] for row in rows[column] for i in range(0, len(row), ctx_len)]
+        for column in columns
+    }
+
+
+def _split_stream(stream: IterableDataset, arguments: DataArguments) -> tuple[IterableDataset, IterableDataset | None]:
+    held_out = arguments.eval_examples
+    # A stream's length is not known, but that it goes beyond what is held out is found by reading as far.
+    _check_enough(sum(1 for _ in stream.take(held_out + 1)), arguments)
+    train = stream.skip(held_out)
+    if arguments.shuffle_seed is not None:
+        train = train.shuffle(seed=arguments.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+    if arguments.max_examples is not None:
+        train = train.take(arguments.max_examples)
+    return train, stream.take(held_out) if held_out else None
+
+
+def _check_enough(sequences: int, arguments: DataArguments) -> None:
+    if sequences <= arguments.eval_examples:
+        raise InputError(
+            f"The data has {sequences} sequences of data.ctx_len = {arguments.ctx_len}, and data.eval_examples holds "
+            f"out {arguments.eval_examples}, so that none is left to train on. Lower one of them, or use more data."
+        )
+
+
+def _check_text(texts: list[Any], text_column: str) -> None:
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise InputError(
+            f"data.text_column: column {text_column!r} holds {type(wrong[0]).__name__}, not text. Name another "
+            "column, or drop such rows."
+        )
+
+
+def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    try:
+        first = next(iter(dataset), None)
+    # A stream opens its files only here, and passes on whatever its builder raises.
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The data cannot be read: {reason}. Check data.path, and what is there.") from error
+    if first is None:
+        raise InputError("The data has no rows. Use other data, or another data.split.")
+    return first
+
+
+def _columns(dataset: Dataset | IterableDataset, first: dict[str, Any]) -> list[str]:
+    """Names of a dataset's columns; of a stream that does not state them, those of its first row."""
+    return dataset.column_names or list(first)
+
+
+def _features(columns: list[str]) -> Features:
+    """Stated, as they cannot be told from a batch that gives no sequence."""
+    return Features({column: List(Value("int8" if column == "attention_mask" else "int32")) for column in columns})
+
+
+def _progress(dataset: Dataset | IterableDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
+    """Options of `map` that a stream does not take."""
+    return {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}

@@ -1,0 +1,204 @@
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..common.errors import InputError
+from ..processes.agreement import this_process
+from ..recipe.arguments import ModelArguments
+from ..recipe.checks import check_sharding
+from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
+from .sharding import modules_to_shard, shard_in_turn
+
+
+def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> PreTrainedModel:
+    """
+    The LM without weights: on the meta device, so that a recipe is checked before anything large is read.
+
+    Args:
+        arguments ([`ModelArguments`]): Which LM.
+        predicts (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
+
+    Raises:
+        `InputError`: if there is no such model, it has no head that predicts the next token where one is needed, the
+            adapter does not fit it, or it cannot be quantised on this machine or sharded in this run.
+    """
+    if arguments.quantization is not None:
+        require_bitsandbytes("model.quantization", arguments.quantization)
+    if arguments.shard:
+        check_sharding(predicts=predicts, processes=this_process().num_processes)
+    with reading(arguments):
+        config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        if predicts:
+            _check_predicts(config, arguments)
+        adapter = _adapter(arguments)
+        # An expert that is run only on its own tokens cannot be without values.
+        experts = {"experts_implementation": "batched_mm"} if hasattr(config, "_experts_implementation") else {}
+        with torch.device("meta"):
+            model = _auto_class(config, adapter, predicts).from_config(
+                config, trust_remote_code=arguments.trust_remote_code, **_attention(arguments), **experts
+            )
+    if adapter is not None:
+        adapter.check(model)
+    if arguments.shard:
+        modules_to_shard(model)
+    return model
+
+
+def load_lm(
+    arguments: ModelArguments, *, predicts: bool = False, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """
+    The frozen LM in evaluation mode, with its adapter if it is to carry one.
+
+    Args:
+        arguments ([`ModelArguments`]): Which LM, and in which precision. With `shard`, every process must call this.
+        predicts (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
+        device (`torch.device`, *optional*): Where a quantised LM is loaded to, unless there is a `device_map`.
+
+    Raises:
+        `InputError`: if there is no such model, it cannot be read, or its files lack weights of a head that is needed.
+            With `shard` on all processes, if it is raised on one, and if it cannot be sharded in this run.
+    """
+    if arguments.shard:
+        check_sharding(predicts=predicts, processes=this_process().num_processes)
+        whole = replace(arguments, shard=False)
+        return shard_in_turn(lambda: load_lm(whole, predicts=predicts, device=device))
+    if arguments.quantization is not None:
+        require_bitsandbytes("model.quantization", arguments.quantization)
+    with reading(arguments):
+        config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        adapter = _adapter(arguments)
+        model, report = _auto_class(config, adapter, predicts).from_pretrained(
+            arguments.name_or_path,
+            dtype=arguments.dtype,
+            output_loading_info=True,
+            **_source(arguments),
+            **_attention(arguments),
+            **_placement(arguments, config, device),
+        )
+    if predicts and (missing := sorted(report["missing_keys"])):
+        raise InputError(
+            f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
+            "predict tokens. Use files with its head, or loss: fvu."
+        )
+    if arguments.quantization == "4bit":
+        keep_unpacked(model)
+    if adapter is not None:
+        adapter.put_onto(model)
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """
+    The LM's tokenizer.
+
+    Raises:
+        `InputError`: if there is none.
+    """
+    with reading(arguments):
+        return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
+
+
+class reading:
+    """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
+
+    def __init__(self, arguments: ModelArguments):
+        self.arguments = arguments
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        # A device that this build of torch does not know ends in an AssertionError.
+        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
+        if isinstance(error, expected) and not isinstance(error, InputError):
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
+            ) from error
+
+
+def _adapter(arguments: ModelArguments) -> Any:
+    """The adapter that an LM is to carry. Only those who ask for one wait for PEFT to be imported."""
+    if arguments.adapter is None:
+        return None
+    from .adapter import Adapter
+
+    return Adapter(arguments)
+
+
+def _auto_class(config: PreTrainedConfig, adapter: Any, predicts: bool) -> type:
+    """Without its head, which is never run, unless the head or the names that an adapter's files use need it."""
+    if predicts:
+        return AutoModelForCausalLM
+    return AutoModel if adapter is None else adapter.auto_class(config)
+
+
+def _check_predicts(config: PreTrainedConfig, arguments: ModelArguments) -> None:
+    name, kind = arguments.name_or_path, type(config)
+    reason = None
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        reason = f"a {config.model_type} model does not predict the next token"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder:
+        reason = f"a {config.model_type} model predicts masked tokens, not the next one"
+    else:
+        bare = [known for known in config.architectures or [] if known.endswith("Model") and "LMHead" not in known]
+        if bare and not config.get_text_config().tie_word_embeddings:
+            reason = f"its files are those of a {bare[0]}, which has no LM head"
+    if reason is not None:
+        raise InputError(
+            f"training.loss: ce and kl need an LM with its head, and {name!r} has none: {reason}. Use loss: fvu, or "
+            "another LM."
+        )
+
+
+def _source(arguments: ModelArguments) -> dict[str, Any]:
+    options = {
+        "revision": arguments.revision or "main",
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    return options | ({"gguf_file": arguments.gguf_file} if arguments.gguf_file else {})
+
+
+def _placement(
+    arguments: ModelArguments, config: PreTrainedConfig, device: torch.device | str | None
+) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if arguments.device_map is not None:
+        options["device_map"] = arguments.device_map
+    elif arguments.quantization is not None and device is not None:
+        options["device_map"] = {"": device}
+    if arguments.max_memory is not None:
+        options["max_memory"] = {int(k) if k.isdigit() else k: memory for k, memory in arguments.max_memory.items()}
+    if arguments.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif arguments.quantization == "4bit":
+        # Products are taken in the precision of the other weights, where the library's own choice is float32.
+        dtype = config.dtype if arguments.dtype == "auto" else arguments.dtype
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return options
+
+
+def _attention(arguments: ModelArguments) -> dict[str, str]:
+    chosen = arguments.attn_implementation
+    return {} if chosen is None else {"attn_implementation": chosen}

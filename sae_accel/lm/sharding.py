@@ -1,0 +1,91 @@
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
+from transformers import PreTrainedModel
+
+from ..bank.plans import layer_list
+from ..common.errors import InputError
+from ..processes.agreement import agreed, gathered, this_process
+from .hooks import token_model
+
+
+def shard_in_turn(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """
+    The frozen LM that `load` gives, of whose layers each process holds a part. The processes of a machine load one
+    after the other, so that it never holds more than one whole LM beside the parts. Every process must call this.
+
+    Args:
+        load (`Callable`): Loads the LM whole, into the memory of the machine.
+
+    Raises:
+        `InputError`: on all processes if `load` raised it on one.
+    """
+    process = this_process()
+    mesh = init_device_mesh(process.device.type, (process.num_processes,))
+    own = process.local_process_index
+    turns = range(max(gathered(own)) + 1)
+    return [agreed((lambda: shard(load(), mesh)) if turn == own else lambda: None) for turn in turns][own]
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """
+    Leaves this process its part of an LM's modules, in place, each moved to this process's device as it is cut, and
+    moves what is not cut there after.
+
+    Each module is a root of its own. Were the LM one, a forward pass that stops early would leave it half-way.
+
+    Args:
+        model (`PreTrainedModel`): The LM, frozen, and the same on every process.
+        mesh (`DeviceMesh`): The processes that share it.
+    """
+    modules = modules_to_shard(model)
+    whole = _stay_whole(model, modules)
+    modules = [module for module in modules if not whole.issuperset(module.parameters())]
+    for module in modules:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        module.register_forward_hook(_forget_order)
+    # Memory that CUDA streams of their own have gathered into could not be used again by the next module.
+    share_comm_ctx(modules)
+    return model.to(this_process().device)
+
+
+def modules_to_shard(model: PreTrainedModel) -> list[nn.Module]:
+    """
+    The modules that hold nearly all of an LM's parameters: each is gathered as it starts and let go as it ends. The
+    LM's head and the decoder behind an encoder, which are never run, are never gathered.
+
+    Raises:
+        `InputError`: if it cannot be told which its layers are.
+    """
+    running = token_model(model.base_model)
+    try:
+        layers = running.get_submodule(layer_list(running))
+    except InputError as error:
+        raise InputError(
+            f"model.shard: the list of layers of {type(running).__name__} cannot be told, so the LM cannot be shared "
+            "out. Remove shard, or use another LM."
+        ) from error
+    never_run = [model.get_output_embeddings()]
+    if running is not model.base_model:
+        never_run.append(model.base_model.get_decoder())
+    return [module for module in (*layers, model.get_input_embeddings(), *never_run) if module is not None]
+
+
+def _stay_whole(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that cannot be cut: those without dimensions, and those that are not one module's alone."""
+    inside = {inner for module in modules for inner in module.modules()}
+    owners = Counter(parameter for module in modules for parameter in set(module.parameters()))
+    for outside in set(model.modules()) - inside:
+        owners.update(outside.parameters(recurse=False))
+    return {parameter for parameter, count in owners.items() if count > 1 or not parameter.ndim}
+
+
+def _forget_order(module: FSDPModule, *_: Any) -> None:
+    """For a backward pass, which never comes, FSDP remembers every forward pass of a module."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    group.comm_ctx.post_forward_order.clear()
+    group._post_forward_indices.clear()

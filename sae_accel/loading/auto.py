@@ -1,0 +1,161 @@
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ..common.errors import InputError, near
+from ..common.run_files import folders_of
+from ..formats import LAYOUTS, Place, torch_files
+from ..models.modeling_head import HeadModel
+from .head_files import TELLING
+from .repository import HUB_OPTIONS, Repository
+from .sae_heads import SaeHeads, natural_key
+
+
+# What becomes of a head once its files are here, as in transformers.
+_LOADING = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder")
+_INDEX = "model.safetensors.index.json"
+
+
+class AutoSae:
+    """
+    Loads SAEs and transcoders from a folder, a file or the Hub: ours, and those of sparsify, SAELens, Gemma Scope,
+    Llama Scope, dictionary_learning, OpenAI, Goodfire, Qwen Scope and circuit-tracer, told apart by their files.
+    """
+
+    def __init__(self) -> None:
+        raise TypeError("AutoSae is not instantiated. Use AutoSae.from_pretrained.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        hookpoint: str | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> HeadModel | SaeHeads:
+        """
+        The head of a folder or repo that holds one; the heads by name where it holds several.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A folder, a file, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
+            hookpoint (`str`, *optional*): Name of the head to load, ours or that of the library that it is from.
+            subfolder (`str`, *optional*): The same, as transformers calls it.
+            kwargs (*optional*): As in transformers: `dtype`, `device_map`, `revision`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`. `encoder_only=True` reads no decoder. What the files of another
+                library do not tell can be given: `base_model_name_or_path`, `normalize_input`,
+                `apply_b_dec_to_input=True` for sparsify's transcoders of before February 2025, `k` for Qwen Scope's
+                files outside of their repo, and `input_scale`, `sqrt(d_in)` over the average norm of inputs, for
+                heads of SAELens that were trained on inputs multiplied by it.
+
+        Returns:
+            [`SaeModel`], [`TranscoderModel`] or [`SaeHeads`].
+
+        Raises:
+            `InputError`: if there is no such folder, repo or head, no head in it, or no telling whether it holds one
+                or several, because the Hub is not asked.
+
+        Examples:
+            ```python
+            sae = AutoSae.from_pretrained("EleutherAI/sae-llama-3-8b-32x", hookpoint="layers.10")
+            ```
+        """
+        _check_names("from_pretrained", kwargs, ("hookpoint", "subfolder"))
+        # Transformers' own default is an empty one.
+        subfolder = subfolder or None
+        if None not in (hookpoint, subfolder) and hookpoint != subfolder:
+            raise InputError(
+                f"hookpoint is {hookpoint!r} and subfolder {subfolder!r}, but both name the head to load. Give one."
+            )
+        repository, places = _find(str(pretrained_model_name_or_path), kwargs)
+        heads = SaeHeads(repository, places, kwargs)
+        if hookpoint is not None or subfolder is not None:
+            return heads[hookpoint if subfolder is None else subfolder]
+        if len(heads) > 1:
+            return heads
+        (name, place), *_ = places.items()
+        if repository.from_cache and place.name:
+            raise InputError(
+                f"{repository.name!r} has head {name!r} in the cache, and may have others that only the Hub knows of. "
+                f"Name it by hookpoint={name!r}, or take the mapping of what is in the cache by AutoSae.open."
+            )
+        return heads[name]
+
+    @classmethod
+    def open(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> SaeHeads:
+        """
+        The heads of a folder or repo by name, be they one or many; otherwise like `from_pretrained`.
+
+        Raises:
+            `InputError`: if there is no such folder or repo, or no head in it.
+        """
+        _check_names("open", kwargs)
+        return SaeHeads(*_find(str(pretrained_model_name_or_path), kwargs), kwargs)
+
+
+def find_heads(files: list[str], origin: str) -> dict[str, Place]:
+    """
+    Heads by name, told by the names of files alone.
+
+    Args:
+        files (`list[str]`): All files of a folder or repo, by their paths in it.
+        origin (`str`): The folder or repo.
+    """
+    found = list(_our_places(files, origin))
+    for layout in LAYOUTS:
+        if layout is torch_files and found:
+            # Beside heads that say what they are, what torch saved is something else.
+            break
+        taken = {file for place in found for role, file in place.files.items() if role == "weights"}
+        for place in layout.find([file for file in files if file not in taken], origin):
+            place.layout = layout
+            found.append(place)
+    names = [place.name for place in found]
+    if twice := next((place.name for place in found if names.count(place.name) > 1), None):
+        both = [file for place in found if place.name == twice for file in place.files.values()]
+        raise InputError(f"{origin!r} has two heads in one folder: {', '.join(both)}. Keep one of them there.")
+    labels = [place.label for place in found]
+    return {place.label if labels.count(place.label) == 1 else place.name: place for place in found}
+
+
+def _check_names(method: str, given: dict[str, Any], own: tuple[str, ...] = ()) -> None:
+    allowed = (*own, *HUB_OPTIONS, *TELLING, *_LOADING)
+    for name in given:
+        if name not in allowed:
+            raise InputError(
+                f"AutoSae.{method} takes no argument {name!r}.{near(name, allowed)} It takes {', '.join(allowed)}."
+            )
+
+
+def _find(name: str, options: dict[str, Any]) -> tuple[Repository, dict[str, Place]]:
+    """A folder or repo and its heads by name; takes what says where files are out of the options."""
+    repository = Repository(name, **{key: options.pop(key, None) for key in HUB_OPTIONS})
+    places = find_heads(repository.files, name)
+    if places:
+        return repository, places
+    if repository.folder and (newest := _newest_checkpoint(repository.files, name)):
+        raise InputError(
+            f"{name!r} holds no SAE or transcoder at its top, as a run has when it ends, but checkpoints of one. Load "
+            f"the newest, {str(repository.folder / newest)!r}."
+        )
+    raise InputError(
+        f"{name!r} holds no SAE or transcoder: neither config.json with model.safetensors, nor the files of "
+        "sparsify, SAELens, Gemma Scope, Llama Scope, dictionary_learning or circuit-tracer, nor heads that "
+        "torch saved."
+    )
+
+
+def _newest_checkpoint(files: list[str], origin: str) -> str | None:
+    """The last of a run's checkpoint folders that holds heads."""
+    inside: dict[str, list[str]] = {}
+    for folder, _, file in (path.partition("/") for path in files):
+        if re.fullmatch(r"checkpoint-\d+", folder):
+            inside.setdefault(folder, []).append(file)
+    newest_first = sorted(inside, key=natural_key, reverse=True)
+    return next((folder for folder in newest_first if find_heads(inside[folder], origin)), None)
+
+
+def _our_places(files: list[str], origin: str) -> Iterator[Place]:
+    for folder, inside in folders_of(files):
+        weights = [name for name in inside if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
+        if "config.json" in inside and {"model.safetensors", _INDEX} & set(weights):
+            yield Place(folder, {"config": inside["config.json"]} | {name: inside[name] for name in weights}, origin)

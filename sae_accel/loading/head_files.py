@@ -1,0 +1,164 @@
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from ..common.errors import InputError
+from ..formats import Place
+from ..models.configuration_head import HeadConfig
+from ..models.configuration_sae import SaeConfig
+from ..models.configuration_transcoder import TranscoderConfig
+from ..models.modeling_head import HeadModel
+from ..models.modeling_sae import SaeModel
+from ..models.modeling_transcoder import TranscoderModel
+from .repository import Repository
+
+
+# What a user may say of a head that the files of its library do not tell.
+TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
+# What a damaged file, or one that holds something else than it should, makes a reader run into.
+_BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DECODER = {"W_dec", "W_skip"}
+_CONFIGS = {config_class.model_type: config_class for config_class in (SaeConfig, TranscoderConfig)}
+
+
+@contextmanager
+def reading(repository: Repository, name: str) -> Iterator[None]:
+    """Says of what cannot be read which head it is."""
+    where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(
+            f"{where} cannot be loaded, because its weights are damaged ({error}). Fetch them again."
+        ) from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        if isinstance(error, InputError) and repository.name in str(error):
+            raise
+        raise InputError(f"{where} cannot be loaded: {_reason(error)}") from error
+    except _BROKEN as error:
+        what = f"{type(error).__name__}: {_reason(error)}"
+        raise InputError(f"{where} cannot be loaded, because its files hold what they should not ({what}).") from error
+
+
+def stored_config(place: Place, options: dict[str, Any]) -> HeadConfig:
+    """
+    The config of a head whose files are here (of ours, its config alone), with what the user says of it.
+
+    Raises:
+        `ValueError`: if it is no head's, or what the user says does not fit.
+    """
+    told = {key: value for key, value in options.items() if key in TELLING}
+    if place.layout is not None:
+        return place.layout.open_head(replace(place, given=told)).config
+    if "input_scale" in told:
+        raise ValueError("input_scale was given, which is for heads of SAELens.")
+    keys = place.json("config")
+    config_class = _CONFIGS.get(keys.get("model_type"))
+    if config_class is None:
+        raise ValueError(f"it is a {keys.get('model_type')}, not an SAE or transcoder.")
+    # Not by AutoConfig, which asks whether to run the code that an `auto_map` names.
+    config = config_class.from_pretrained(place.paths["config"].parent)
+    return config_class.from_dict(config.to_dict() | told) if told else config
+
+
+def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
+    """
+    A head whose files are here.
+
+    Args:
+        place (`Place`): Where its files are.
+        options (`dict`): Those of transformers, and what the user says of the head.
+
+    Raises:
+        `ValueError`: if its config and its weights disagree, or an option does not fit.
+    """
+    if place.layout is None:
+        config = stored_config(place, options)
+        check_weights(place, config)
+        options = {key: value for key, value in options.items() if key not in TELLING}
+        folder = place.paths["config"].parent
+        return _model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **options)
+    # As transformers, which takes the older name too.
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
+    head = place.layout.open_head(
+        replace(place, given={key: value for key, value in options.items() if key in TELLING})
+    )
+    tensors = head.read()
+    options = {key: value for key, value in options.items() if key not in TELLING}
+    options.setdefault("dtype", tensors["encoder.weight"].dtype)
+    return _model_class(head.config).from_pretrained(None, config=head.config, state_dict=tensors, **options)
+
+
+def check_weights(place: Place, config: HeadConfig) -> None:
+    """
+    Holds the headers of a head's weights to its config; transformers would fill up what is missing.
+
+    Raises:
+        `ValueError`: if a tensor is missing, unknown, or of another shape or kind.
+        `SafetensorError`: if a file is damaged.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in _model_class(config)(config).state_dict().items()}
+    found = {
+        name: head for role in place.paths if role.endswith(".safetensors") for name, head in _headers(place, role)
+    }
+    for name, (shape, kind, role) in found.items():
+        if shape != expected.get(name, shape):
+            raise ValueError(
+                f"by config.json {name} should have shape {expected[name]}, but in {role} it has {shape}."
+            )
+        if kind not in _FLOATS:
+            raise ValueError(f"{name} in {role} is of type {kind}; allowed are {', '.join(_FLOATS)}.")
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"by config.json it has {', '.join(missing)}, which its weights lack.")
+    if unknown := sorted(found.keys() - expected.keys() - (_DECODER if config.encoder_only else set())):
+        raise ValueError(f"its weights hold {', '.join(unknown)}, which no head with that config.json has.")
+
+
+def _headers(place: Place, role: str) -> Iterator[tuple[str, tuple[tuple[int, ...], str, str]]]:
+    """Name, shape and type of each tensor in a file."""
+    with safe_open(place.paths[role], framework="pt") as file:
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            yield name, (tuple(tensor.get_shape()), tensor.get_dtype(), role)
+
+
+def check_devices(device_map: Any) -> None:
+    """
+    Before anything is fetched for them.
+
+    Raises:
+        `ValueError`: if one of the devices is not there.
+    """
+    for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        if device in (None, "auto", "balanced", "balanced_low_0", "sequential", "disk"):
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"device_map is {device_map!r}, but there is no such device here ({reason}).") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; of a config's checks, what they say and not which of them it was."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if kinds := re.findall(r"Field '(\w+)' expected (\w+), got (\w+) \(value: (.*?)\)", text):
+        name, _, kind, value = kinds[0]
+        allowed = " or ".join(allowed for _, allowed, *_ in kinds).replace("NoneType", "null")
+        return f"{name} is {value}, a {kind}; allowed is {allowed}."
+    return text
+
+
+def _model_class(config: HeadConfig) -> type[HeadModel]:
+    return SaeModel if isinstance(config, SaeConfig) else TranscoderModel

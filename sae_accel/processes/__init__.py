@@ -1,0 +1,3 @@
+"""
+What the processes of one run owe each other: agreement, one order, and word of a death. And their `Accelerator`.
+"""

@@ -1,0 +1,79 @@
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+
+from ..common.run_files import ADAPTER
+from ..models import HeadModel
+from ..common.tables import aligned
+
+
+def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:
+    """
+    One line for each head: its size, FVU and L0 on held-out tokens, and dead latents.
+
+    Args:
+        heads (`Mapping[str, HeadModel]`): Heads by name.
+        metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
+    """
+    rows = [("head", "type", "d_in -> latents -> d_out", "k", "FVU", "L0", "dead")]
+    for name, head in heads.items():
+        config = head.config
+        rows.append(
+            (
+                name,
+                config.model_type.removeprefix("sae_accel_"),
+                f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}",
+                str(config.k),
+                _number(metrics.get(f"eval/fvu/{name}"), ".4f"),
+                _number(metrics.get(f"eval/l0/{name}"), ".1f"),
+                _number(metrics.get(f"train/dead/{name}"), ".1%"),
+            )
+        )
+    title, *lines = aligned(rows)
+    return "\n".join([title, "-" * max(map(len, [title, *lines])), *lines])
+
+
+def losses_table(metrics: Mapping[str, float]) -> str:
+    """The LM's losses before and after a run that trained by them; nothing for other runs."""
+    if "initial/ce" not in metrics:
+        return ""
+    rows = [("", "before", "after")]
+    heads = [key.removeprefix("initial/") for key in metrics if key.startswith("initial/fvu/")]
+    for name, words in (
+        ("ce_clean", "cross-entropy of the LM"),
+        ("ce", "cross-entropy with the heads"),
+        ("kl", "KL between the two"),
+        *((head, head.replace("fvu/", "FVU of ")) for head in heads),
+    ):
+        rows.append((words, *(_number(metrics.get(f"{when}/{name}"), ".4f") for when in ("initial", "eval"))))
+    return "\n" + "\n".join(aligned(rows)) + "\n"
+
+
+def closing_message(trainer, metrics: Mapping[str, float]) -> str:
+    """What a run ends with: the table, the speed, and the next commands."""
+    folder = trainer.args.output_dir
+    held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
+    adapter = "" if trainer.adapter is None else f" The LoRA is in {folder}/{ADAPTER}, as peft reads it."
+    return f"""
+{metrics_table(trainer.heads, metrics)}
+{losses_table(metrics)}
+{held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
+Saved in {folder}.{adapter}
+
+Next:{logs}
+  {_program("python")} -c "from sae_accel import AutoSae; print(AutoSae.from_pretrained('{folder}'))"
+  {_program("python")} -m sae_accel.push {folder} NAME --dry-run
+  {_program("accelerate")} launch -m sae_accel.train --model.name_or_path gpt2 --heads.hookpoints "h.*.mlp.act"
+"""
+
+
+def _program(name: str) -> str:
+    """A command as it can be typed here: with its path, if the environment that it is in has not been activated."""
+    here = os.path.join(os.path.dirname(sys.executable), name)
+    return name if shutil.which(name) == here else os.path.relpath(here)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,129 @@
+import sys
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
+
+from ..models import HeadConfig
+from ..recipe.arguments import HeadArguments, SaeTrainingArguments
+
+
+def k_at(step: int, config: HeadConfig, arguments: HeadArguments) -> int:
+    """
+    Active latents of a head in an optimizer step, falling linearly from `min(10 * d_in, num_latents)` to the config's
+    k.
+
+    Args:
+        step (`int`): Steps done before this one.
+        config (`HeadConfig`): The head's, which is never changed.
+        arguments (`HeadArguments`): Its `k_decay_steps`, and whether 4k latents must exist for Multi-TopK.
+    """
+    if step >= arguments.k_decay_steps:
+        return config.k
+    start = min(10 * config.d_in, config.num_latents // 4 if arguments.multi_topk else config.num_latents)
+    progress = step / arguments.k_decay_steps
+    k = max(config.k, round(start * (1 - progress) + config.k * progress))
+    if config.activation == "groupmax":
+        # Groups must be equal, so k rises to the next number that divides the latents.
+        k = next(divisor for divisor in range(k, config.num_latents + 1) if config.num_latents % divisor == 0)
+    return k
+
+
+class FlowCallback(DefaultFlowCallback):
+    """Asks for logging, evaluation, checkpoints and the end, by the numbers of steps in the arguments."""
+
+    def on_step_end(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After each optimizer step; the last one is logged and saved whatever its number."""
+        step = state.global_step
+        last = step >= state.max_steps
+        control.should_log = control.should_log or step % args.logging_steps == 0 or last
+        control.should_save = control.should_save or step % args.save_steps == 0 or last
+        if args.eval_steps and step % args.eval_steps == 0:
+            control.should_evaluate = True
+        if last:
+            control.should_training_stop = True
+        return control
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with tokens/s and time left on a terminal; elsewhere, one line for each logging."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the bar."""
+        if not state.is_world_process_zero:
+            return
+        self.started, self.tokens_before, self.steps_before = (
+            time.monotonic(),
+            state.num_input_tokens_seen,
+            state.global_step,
+        )
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix_str(f"{self._speed(state):,.0f} tokens/s", refresh=False)
+
+    def on_log(
+        self,
+        args: SaeTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows the LM's loss, or the mean FVU of the heads."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if "initial/ce" in logs:
+            before = f"cross-entropy {logs['initial/ce']:.4f} with the heads, {logs['initial/ce_clean']:.4f} without"
+            tqdm.write(f"step 0/{state.max_steps}  {before}", file=sys.stderr)
+            return
+        loss = _headline(logs)
+        if loss is None:
+            return
+        if self.bar is not None:
+            self.bar.set_description(f"Training, {loss}")
+            return
+        left = (time.monotonic() - self.started) / (state.global_step - self.steps_before)
+        left *= state.max_steps - state.global_step
+        print(
+            f"step {state.global_step}/{state.max_steps}  {loss}  {self._speed(state):,.0f} tokens/s  "
+            f"{left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def on_train_end(
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _speed(self, state: TrainerState) -> float:
+        return (state.num_input_tokens_seen - self.tokens_before) / (time.monotonic() - self.started)
+
+
+def _headline(logs: dict[str, float]) -> str | None:
+    """The loss that a run trains by, in words; None if it is not among the logs."""
+    for key, name in (("train/kl", "KL"), ("train/ce", "CE")):
+        if key in logs:
+            return f"{name} {logs[key]:.4f}"
+    fvus = [value for key, value in logs.items() if key.startswith("train/fvu/")]
+    return f"FVU {sum(fvus) / len(fvus):.4f}" if fvus else None

@@ -1,0 +1,125 @@
+"""What a run deletes of what its folder holds, and what it refuses to write over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import command_words, tiny_llama, tiny_tokens, tiny_trainer
+
+from sae_accel.recipe.arguments import HeadArguments
+from sae_accel.common.errors import InputError
+from sae_accel.models import SaeConfig, SaeModel
+from sae_accel.train import main
+
+
+OVERWRITE = {"training.overwrite_output_dir": "true"}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _somebodys(folder: Path) -> dict[str, bytes]:
+    """An LM, a fine-tuned one, another run, a head and notes, in a folder in which a run is to be."""
+    tiny_llama().save_pretrained(folder / "lm")
+    tiny_llama().save_pretrained(folder / "outputs" / "finetuned" / "checkpoint-7")
+    tiny_trainer(folder / "other", max_steps=1).train()
+    SaeModel(SaeConfig(d_in=24, k=4)).save_pretrained(folder / "kept" / "layers.1")
+    for name in ("notes.txt", "README.md", "logs/mine.txt", "logs/other/events.out.tfevents.1", "plots/mine.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    return _files(folder)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_overwriting_deletes_what_a_run_left_and_nothing_else(tmp_path, ended):
+    mine = _somebodys(tmp_path)
+    options = dict(held_out=tiny_tokens(4), eval_steps=1, save_best=True, report_to="tensorboard", max_steps=2)
+    first = tiny_trainer(tmp_path, run_name="run", **options)
+    if ended:
+        first.train()
+    else:
+        first.save_model = lambda *_: (_ for _ in ()).throw(SystemExit("killed"))
+        with pytest.raises(SystemExit):
+            first.train()
+    assert _files(tmp_path).items() > mine.items()
+    heads = [HeadArguments(hookpoints="layers.0", k=4, expansion_factor=4)]
+    tiny_trainer(tmp_path, heads=heads, max_steps=3, run_name="run", overwrite_output_dir=True).train()
+    left = _files(tmp_path)
+    assert mine.items() < left.items()
+    new = {name.split("/")[0] for name in left.keys() - mine.keys()}
+    reports = {"latent_frequency.safetensors", "metrics.json", "trainer_state.json", "plots"}
+    assert new == {"checkpoint-3", "layers.0", *reports}
+
+
+@pytest.mark.parametrize("output_dir", [".", "{}/x/..", "runs"])
+def test_the_lm_that_a_run_reads_and_other_runs_outlive_it(place, tmp_path, monkeypatch, output_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    target = Path(output_dir.format(tmp_path))
+    tiny_llama().save_pretrained(target / "finetuned")
+    assert main(command_words(place, tmp_path, **{"training.output_dir": target / "earlier"})) == 0
+    before = _files(target)
+    for _ in range(2):
+        assert main(command_words(place, tmp_path, **{"training.output_dir": target} | OVERWRITE)) == 0
+        assert before.items() < _files(target).items()
+
+
+def test_a_head_that_was_there_is_replaced_and_what_lies_beside_it_stays(tmp_path):
+    SaeModel(SaeConfig(d_in=24, k=4)).save_pretrained(tmp_path / "layers.1")
+    (tmp_path / "layers.1" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds another run .layers.1/config.json."):
+        tiny_trainer(tmp_path, max_steps=1).train()
+    tiny_trainer(tmp_path, max_steps=1, overwrite_output_dir=True).train()
+    assert (tmp_path / "layers.1" / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "layers.1" / "config.json").read_text())["num_latents"] == 96
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda folder: tiny_llama().save_pretrained(folder / "layers.1"), "layers.1"),
+        (lambda folder: (folder / "layers.1").write_text("mine"), "layers.1"),
+        (lambda folder: tiny_llama().save_pretrained(folder / "checkpoint-1"), "checkpoint-1"),
+        (lambda folder: (folder / "metrics.json").write_text('{"accuracy": 0.9}'), "metrics.json"),
+        (lambda folder: (folder / "trainer_state.json").write_text('{"epoch": 3}'), "trainer_state.json"),
+        (lambda folder: save_file({"a": torch.ones(1)}, folder / "latent_frequency.safetensors"), "latent_frequency"),
+        (lambda folder: (folder / "best").mkdir() or (folder / "best" / "a.txt").write_text("mine"), "best/a.txt"),
+    ],
+)
+def test_a_run_refuses_to_write_over_what_no_run_left(tmp_path, make, named, overwrite):
+    make(tmp_path)
+    before = _files(tmp_path)
+    options = dict(held_out=tiny_tokens(4), eval_steps=1, save_best=True)
+    trainer = tiny_trainer(tmp_path, max_steps=1, overwrite_output_dir=overwrite, **options)
+    with pytest.raises(InputError, match=f"holds '{named}.*which no run of sae_accel has left there"):
+        trainer.train()
+    assert _files(tmp_path) == before
+
+
+def test_somebodys_recipe_and_lora_are_refused_before_the_lm_is_read(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sae_accel.train.load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read")
+    )
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    for name in ("recipe.yaml", "adapter/adapter_config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+        changes = {"training.loss": "ce", "lora.train_heads": "true"} | OVERWRITE
+        assert main(command_words(place, tmp_path, **changes)) == 2
+        assert f"holds {name.removesuffix('/adapter_config.json')!r}, which no run" in capsys.readouterr().err
+        (tmp_path / "run" / name).unlink()
+
+
+def test_of_a_link_the_link_goes_and_not_what_it_leads_to(tmp_path):
+    tiny_trainer(tmp_path / "run", max_steps=2, save_steps=1).train()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("checkpoint-1", "layers.1"):
+        (tmp_path / "run" / name).rename(tmp_path / "elsewhere" / name)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere" / name)
+    before = _files(tmp_path / "elsewhere")
+    tiny_trainer(tmp_path / "run", max_steps=1, overwrite_output_dir=True).train()
+    assert _files(tmp_path / "elsewhere") == before
+    assert not (tmp_path / "run" / "layers.1").is_symlink()

@@ -1,0 +1,13 @@
+"""Every way in which heads can be spread over processes: its class, and what recipe and environment ask for."""
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+WAYS = {
+    "ddp": ("Replicated", {}, {}),
+    "fsdp": ("FullyShardedHeads", {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+    "zero1": ("ZeroHeads", {}, DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}),
+    "zero2": ("ZeroHeads", {}, DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": ("ZeroHeads", {}, DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "modules": ("SpreadModules", {"training.distribute_modules": "true"}, {}),
+    "latents": ("SpreadLatents", {"training.distribute_latents": "true"}, {}),
+}
+GLOBAL_BATCH = 6
