@@ -1,88 +1,10 @@
 import argparse
-import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from .common.errors import InputError
-from .common.quiet import quiet_files
 from .common.tables import aligned
-from .formats import sae_lens, sparsify
-from .loading.auto import AutoSae
-from .models import HeadConfig, HeadModel
-
-
-def convert(
-    source: str, target: str | Path, to: str, include: Sequence[str] = (), **told: Any
-) -> list[tuple[str, HeadConfig]]:
-    """
-    Writes heads, in whatever layout they are, in another. All are written, or none.
-
-    Args:
-        source (`str`): A folder, a file, or a repo on the Hub.
-        target (`str` or `Path`): A folder that does not exist yet, or is empty.
-        to (`str`): `"sparsify"`, `"saelens"`, or `"sae_accel"` for our own.
-        include (`Sequence[str]`): Globs over the names of heads; all if not given.
-        told (*optional*): What files do not tell, and other arguments of [`AutoSae.from_pretrained`].
-
-    Returns:
-        `list[tuple[str, HeadConfig]]`: names, which are those of folders in `target`, and what the heads are.
-
-    Raises:
-        `InputError`: if a head cannot be read, or that layout has no such head; nothing is written then.
-    """
-    if to not in WRITERS:
-        raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
-    target = Path(target).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
-    heads = AutoSae.open(source, **told)
-    heads = heads.select(*include) if include else heads
-    check, write = WRITERS[to]
-    configs = {name: heads.config(name) for name in heads}
-    for name, config in configs.items():
-        try:
-            if config.encoder_only and to != "sae_accel":
-                raise InputError("it was saved without its decoder.")
-            check(config)
-        except InputError as error:
-            raise InputError(f"Head {name!r} of {source!r} cannot be written for {to}: {error}") from error
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        for name in heads:
-            head = heads.load(name)
-            write(staging / name, head.config, head)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging, target)
-    except OSError as error:
-        raise InputError(f"{str(target)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return list(configs.items())
-
-
-def _from_tensors(
-    write: Callable[[Path, HeadConfig, dict[str, Tensor]], None],
-) -> Callable[[Path, HeadConfig, HeadModel], None]:
-    return lambda folder, config, head: write(folder, config, head.state_dict())
-
-
-def _write_ours(folder: Path, config: HeadConfig, head: HeadModel) -> None:
-    with quiet_files():
-        head.save_pretrained(folder)
-
-
-# By layout: what raises for a head that it does not have, and what writes one.
-WRITERS = {
-    "sparsify": (sparsify.config_of, _from_tensors(sparsify.write_head)),
-    "saelens": (sae_lens.config_of, _from_tensors(sae_lens.write_head)),
-    "sae_accel": (lambda config: None, _write_ours),
-}
+from .loading.convert import WRITERS, convert
 
 
 _TOLD = ("k", "input_scale", "apply_b_dec_to_input")

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from .common.errors import InputError
-from .hub.release import AGAIN, Release
+from .hub.refusals import AGAIN
+from .hub.release import Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from sae_accel.activations.exchanged import ExchangedActivations
 from sae_accel.common.errors import InputError
 from sae_accel.processes.agreement import this_process
 from sae_accel.recipe.command_line import parse_command_line
-from sae_accel.train import run
+from sae_accel.training.run import run
 
 
 def main(folder: Path) -> None:

@@ -114,6 +114,15 @@ def command_words(place, tmp_path, **changes) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+def forbid_loading(monkeypatch) -> None:
+    """A run that comes as far as reading an LM's weights fails the test."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the LM's weights were about to be read")
+
+    monkeypatch.setattr("sae_accel.training.run.load_lm", load)
+
+
 def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.CompletedProcess:
     """Processes on CPUs, started as users start them, with the package of this checkout."""
     root = Path(__file__).parent.parent

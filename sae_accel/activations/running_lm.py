@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.tokens import token_mask
+from ..data.collate import token_mask
 from ..lm.hooks import Site, capture, is_sharded, token_model
 
 

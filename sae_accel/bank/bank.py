@@ -1,6 +1,5 @@
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,45 +8,11 @@ from torch import Tensor, nn
 from ..lm.hooks import Site
 from ..models import HeadModel, HeadOutput, SaeConfig, SaeModel, TranscoderModel
 from ..ops import Selection
-from ..ops.metrics import total_variance
 from .plans import HeadPlan
 
 
 # What a head's loss is made of.
 LOSSES = ("fvu", "auxk_loss", "multi_topk_fvu", "sparsity_loss")
-
-
-@dataclass
-class Moments:
-    """
-    Count, mean and squared deviation of activations, which merge exactly over batches and processes.
-
-    Args:
-        count (`torch.Tensor` of shape `()`): Tokens. Float32, like the rest.
-        mean (`torch.Tensor` of shape `(d,)`): Their mean.
-        variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and dimensions.
-    """
-
-    count: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, activations: Tensor) -> "Moments":
-        """Of activations `(num_tokens, d)`; none is allowed."""
-        wide = activations.float()
-        count = torch.tensor(float(len(wide)), device=wide.device)
-        if not len(wide):
-            return cls(count, wide.new_zeros(wide.shape[1]), wide.new_zeros(()))
-        return cls(count, wide.mean(0), total_variance(wide))
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Of both together."""
-        count = self.count + other.count
-        share = other.count / count.clamp_min(1)
-        shift = other.mean - self.mean
-        between = shift.pow(2).sum() * self.count * share
-        return Moments(count, self.mean + share * shift, self.variance + other.variance + between)
 
 
 class SaeBank(nn.Module):

@@ -1,14 +1,11 @@
-import difflib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError
-from ..common.globs import glob_to_regex
 from ..lm.hooks import Site
+from ..lm.modules import closest, hookpoint_names, layer_list, match_modules, no_match
 from ..lm.probe import probe
 from ..models import HeadConfig, SaeConfig, TranscoderConfig
 from ..recipe.arguments import HeadArguments
@@ -40,20 +37,6 @@ class HeadPlan:
     def sites(self) -> tuple[Site, Site]:
         """Where it reads and what it predicts."""
         return self.reads, self.predicts
-
-
-def match_modules(pattern: str, names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """
-    Module names that a glob matches, in the order given, with what each wildcard stood for.
-
-    Args:
-        pattern (`str`): Dots stand for slashes: `*`, `?` and `[012]` stay within one component, `**` crosses dots.
-        names (`list[str]`): Dotted names.
-    """
-    regex = re.compile(glob_to_regex(pattern))
-    for name in names:
-        if found := regex.fullmatch(name):
-            yield name, list(found.groups())
 
 
 def site_widths(plans: Iterable[HeadPlan]) -> dict[Site, int]:
@@ -106,56 +89,6 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
     return list(plans.values())
 
 
-def hookpoint_names(base_model: PreTrainedModel) -> list[str]:
-    """
-    Dotted names of the modules that a glob can match. Lists of modules have no forward pass; what PEFT put around a
-    module goes by that module's name.
-    """
-    names, passed_over = [], ()
-    for name, module in base_model.named_modules():
-        if passed_over and name.startswith(passed_over):
-            continue
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-            passed_over = (*passed_over, f"{name}.")
-        if name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            names.append(name)
-    return names
-
-
-def layer_list(base_model: PreTrainedModel) -> str:
-    """
-    Name of the list of an LM's layers, such as `layers`, `h` or `encoder.layer`.
-
-    Raises:
-        `InputError`: if there is no such list, or there are several.
-    """
-    count = getattr(base_model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        name
-        for name, module in base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    outermost = [name for name in lists if name.count(".") == min(other.count(".") for other in lists)]
-    if len(outermost) != 1:
-        found = (
-            f"several lists of {count} modules ({', '.join(outermost)})"
-            if outermost
-            else f"no list of {count} modules"
-        )
-        raise InputError(
-            f"The layers of {type(base_model).__name__} cannot be told: it has {found}. Set `hookpoints`."
-        )
-    return outermost[0]
-
-
-def no_match(where: str, pattern: str, what: str, base_model: PreTrainedModel, names: list[str]) -> str:
-    """The error for a glob that matches none of `names`."""
-    return (
-        f"{where}: {pattern!r} matches no {what} of {type(base_model).__name__}. {_closest(pattern, names)} "
-        "Names are those of the base model; '*' stays within one component, '**' crosses dots."
-    )
-
-
 def _sites(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[tuple[str, Site, Site]]:
     """The hookpoints of an entry, each with where its head reads and what it predicts."""
     seen = set()
@@ -198,7 +131,7 @@ def _source(source: str, wildcards: list[str], index: int, names: list[str]) -> 
             f"{len(wildcards)}, counted from {{0}}."
         ) from error
     if name not in names:
-        raise InputError(f"heads[{index}].source: the LM has no module {name!r}. {_closest(name, names)}")
+        raise InputError(f"heads[{index}].source: the LM has no module {name!r}. {closest(name, names)}")
     return name
 
 
@@ -217,8 +150,3 @@ def _head_config(entry, hookpoint: str, reads: Site, d_in: int, d_out: int, wher
     if entry.type == "sae":
         return SaeConfig(normalize_decoder=entry.normalize_decoder is not False, **kwargs)
     return TranscoderConfig(d_out=d_out, skip_connection=entry.skip_connection, **kwargs)
-
-
-def _closest(name: str, names: list[str]) -> str:
-    closest = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
-    return f"Near names: {', '.join(closest)}."

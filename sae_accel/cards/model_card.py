@@ -1,7 +1,6 @@
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,51 @@ from huggingface_hub.utils import validate_repo_id
 from ..common.run_files import ADAPTER
 from ..data.sources import BUILDERS
 from ..models import HeadConfig, TranscoderConfig
+from .markdown import code, fenced, listed, number, quoted, table
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
 from .run import Run, frequencies_of, log_history, read_run
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
+
+
 CARD = "README.md"
+
+
 # What a card of ours ends with; without it, a card is somebody's own.
 MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
+
+
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
 _FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
+
+
 _KINDS = {
     "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
     "transcoder": ("transcoder", "transcoders"),
     "skip transcoder": ("skip transcoder", "skip transcoders"),
 }
+
+
 _OPTIMIZERS = {"adam": "Adam", "adam8bit": "8-bit Adam", "muon": "Muon"}
+
+
 _LOSSES = {
     "fvu": "each head by its own squared error",
     "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
     "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
 }
+
+
 _LM_LOSSES = {
     "ce_clean": "cross-entropy of the LM",
     "ce": "cross-entropy with the heads",
     "kl": "KL divergence between the two",
 }
+
+
 _PAPERS = {
     "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
     "batchtopk": ("BatchTopK", "Bussmann et al. 2024", "2412.06410"),
@@ -45,6 +63,8 @@ _PAPERS = {
     "transcoder": ("Transcoders", "Dunefsky et al. 2024", "2406.11944"),
     "lora": ("LoRA around SAEs", "Chen et al. 2025", "2501.19406"),
 }
+
+
 _ALT_TEXTS = {
     FVU_PLOT: "FVU on training tokens by tokens trained, a curve for each head",
     FREQUENCY_PLOT: "Histogram of how often latents are active, on a logarithmic scale, for each head",
@@ -98,7 +118,7 @@ def write_card(
         losses=_losses_table(run.metrics),
         plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
         adapter=_adapter_snippet(run, repo_id, revision, among_others),
-        recipe=run.recipe_text and _fenced(run.recipe_text, "yaml"),
+        recipe=run.recipe_text and fenced(run.recipe_text, "yaml"),
         credits=_credits(run),
         mark=MARK,
         **_snippet_values(run, repo_id, revision, among_others),
@@ -171,23 +191,23 @@ def _about(run: Run) -> str:
         for kind, (one, many) in _KINDS.items()
         if kinds[kind]
     ]
-    what = _listed(counts)
+    what = listed(counts)
     sentence = f"{what[0].upper()}{what[1:]}{_of_lm(run)}."
     return " ".join(part for part in (sentence, _how_trained(run)) if part)
 
 
 def _of_lm(run: Run) -> str:
     model = run.section("model")
-    lms = [_code(_shown(lm, run)) for lm in _lms(run)]
+    lms = [code(_shown(lm, run)) for lm in _lms(run)]
     if not lms:
         return " for the activations of a language model"
-    parts = [f" on the activations of {_listed(lms)}"]
+    parts = [f" on the activations of {listed(lms)}"]
     if (revision := _revision(run)) and len(lms) == 1:
-        parts.append(f" at revision {_code(revision)}")
+        parts.append(f" at revision {code(revision)}")
     if model.get("quantization"):
         parts.append(f" in {model['quantization']}")
     if model.get("adapter"):
-        parts.append(f" with the adapter {_code(_shown(model['adapter'], run))}")
+        parts.append(f" with the adapter {code(_shown(model['adapter'], run))}")
     return "".join(parts)
 
 
@@ -197,7 +217,7 @@ def _how_trained(run: Run) -> str:
     parts = [f" on {tokens:,.0f} tokens" if tokens else ""]
     if data.get("path"):
         config = f" ({data['name']})" if data.get("name") else ""
-        parts.append(f"{' of' if tokens else ' on'} {_code(_shown(data['path'], run))}{config}")
+        parts.append(f"{' of' if tokens else ' on'} {code(_shown(data['path'], run))}{config}")
     if data.get("ctx_len"):
         parts.append(f", in sequences of {data['ctx_len']:,}")
     if optimizer := training.get("optim"):
@@ -206,7 +226,7 @@ def _how_trained(run: Run) -> str:
     if training.get("loss") in _LOSSES:
         parts.append(f": {_LOSSES[training['loss']]}")
     if training.get("init_from"):
-        parts.append(f", starting from the heads of {_code(_shown(training['init_from'], run))}")
+        parts.append(f", starting from the heads of {code(_shown(training['init_from'], run))}")
     return f"Trained{''.join(parts)}." if any(parts) else ""
 
 
@@ -216,11 +236,11 @@ def _heads_table(run: Run) -> str:
         size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
         k = "" if config.k is None else str(config.k)
         metrics = [
-            _number(run.metrics.get(f"{key}/{name}"), form)
+            number(run.metrics.get(f"{key}/{name}"), form)
             for key, form in (("eval/fvu", ".4f"), ("eval/l0", ".1f"), ("train/dead", ".1%"))
         ]
-        rows.append([_code(_title(name, config)), _kind(config), size, config.activation, k, *metrics])
-    return _table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
+        rows.append([code(_title(name, config)), _kind(config), size, config.activation, k, *metrics])
+    return table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
 
 
 def _columns(run: Run) -> str:
@@ -242,10 +262,10 @@ def _columns(run: Run) -> str:
 def _losses_table(metrics: Mapping[str, float]) -> str:
     rows = []
     for key, words in _LM_LOSSES.items():
-        before, after = (_number(metrics.get(f"{when}/{key}"), ".4f") for when in ("initial", "eval"))
+        before, after = (number(metrics.get(f"{when}/{key}"), ".4f") for when in ("initial", "eval"))
         if before or after:
             rows.append([words, before, after])
-    return _table(["", "before", "after"], rows) if rows else ""
+    return table(["", "before", "after"], rows) if rows else ""
 
 
 def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
@@ -254,11 +274,11 @@ def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_o
     hookpoint = config.hookpoint or name.split("/")[0]
     side = "input" if isinstance(config, TranscoderConfig) and config.source is None else "output"
     module = config.source or hookpoint
-    lm = next((f"AutoModel.from_pretrained({_quoted(lm)})" for lm in _lms(run) if _is_hub_id(lm, run)), "the LM")
-    which = f", hookpoint={_quoted(name)}" if among_others and len(run.configs) == 1 else ""
+    lm = next((f"AutoModel.from_pretrained({quoted(lm)})" for lm in _lms(run) if _is_hub_id(lm, run)), "the LM")
+    which = f", hookpoint={quoted(name)}" if among_others and len(run.configs) == 1 else ""
     return {
         "source": f"{_source(run, repo_id)}{which}{_at(revision)}",
-        "head": _quoted(name),
+        "head": quoted(name),
         "reads": f"the {side} of module {module} of {lm}" if module else f"activations of {lm}",
         "d_in": config.d_in,
         "decodes": not config.encoder_only,
@@ -271,13 +291,13 @@ def _adapter_snippet(run: Run, repo_id: str | None, revision: str | None, among_
     lm, source, at = next(iter(_lms(run)), "the LM"), _source(run, repo_id), _at(revision)
     heads = f"AutoSae.from_pretrained({source}{at})"
     if among_others:
-        heads += f".select({', '.join(map(_quoted, run.configs))})"
+        heads += f".select({', '.join(map(quoted, run.configs))})"
     lines = [
         "from peft import PeftModel",
         "from sae_accel import AutoSae, splice",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"lm = AutoModelForCausalLM.from_pretrained({_quoted(_shown(lm, run))})",
+        f"lm = AutoModelForCausalLM.from_pretrained({quoted(_shown(lm, run))})",
         f'lm = PeftModel.from_pretrained(lm, {source}, subfolder="{ADAPTER}"{at})',
         f"with splice(lm.get_base_model(), {heads}):",
         "    logits = lm(input_ids).logits",
@@ -286,11 +306,11 @@ def _adapter_snippet(run: Run, repo_id: str | None, revision: str | None, among_
 
 
 def _source(run: Run, repo_id: str | None) -> str:
-    return _quoted(repo_id or run.folder.as_posix())
+    return quoted(repo_id or run.folder.as_posix())
 
 
 def _at(revision: str | None) -> str:
-    return f", revision={_quoted(revision)}" if revision else ""
+    return f", revision={quoted(revision)}" if revision else ""
 
 
 def _credits(run: Run) -> str:
@@ -356,39 +376,3 @@ def _kind(config: HeadConfig) -> str:
 
 def _title(name: str, config: HeadConfig) -> str:
     return name or config.hookpoint or "head"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of the columns in which some cell says something."""
-    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [header, ["---"] * len(header), *([cell or "-" for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in lines)
-
-
-def _code(text: str) -> str:
-    """Text as it is, in Markdown and in its tables, whatever characters it has."""
-    ticks = _longer_than_any(text, 1)
-    blank = " " if "`" in text else ""
-    return f"{ticks}{blank}{text}{blank}{ticks}".replace("|", "\\|")
-
-
-def _fenced(text: str, language: str) -> str:
-    ticks = _longer_than_any(text, 3)
-    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
-
-
-def _longer_than_any(text: str, least: int) -> str:
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
-def _listed(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

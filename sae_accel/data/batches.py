@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from ..common.errors import InputError
 from ..processes.agreement import gathered
 from ..recipe.arguments import SaeTrainingArguments
-from .tokens import collate
+from .collate import collate
 
 
 class Position(NamedTuple):

@@ -1,9 +1,6 @@
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import InputError
@@ -15,6 +12,8 @@ from .token_file import TokenFile
 # Documents tokenised at once: what is left over from each such batch, less than one sequence, is dropped. More would
 # lose less, but a thousand books already fill gigabytes, and a stream gives nothing until it has read as many.
 DOCUMENTS_AT_ONCE = 1000
+
+
 # Sequences among which streamed data is shuffled.
 SHUFFLE_BUFFER = 1000
 
@@ -86,50 +85,6 @@ def load_tokens(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *,
     if arguments.max_examples is not None:
         train = train.select(range(min(arguments.max_examples, len(train))))
     return train, sequences.select(range(held_out)) if held_out else None
-
-
-def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """
-    A batch of sequences, filled up on the right where they differ in length, or of images.
-
-    Args:
-        rows (`list[dict]`): Each with `input_ids`, and optionally `attention_mask`; or with `pixel_values`.
-        pad_token_id (`int`, defaults to 0): What stands where a sequence has ended.
-
-    Returns:
-        `dict`: `input_ids` and `attention_mask`, each `(batch, ctx_len)`, long; or `pixel_values`, `(batch, channels,
-        height, width)`.
-    """
-    if "pixel_values" in rows[0]:
-        return {"pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]).float() for row in rows])}
-    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-    masks = [
-        torch.as_tensor(row["attention_mask"], dtype=torch.long) if "attention_mask" in row else torch.ones_like(one)
-        for row, one in zip(rows, ids, strict=True)
-    ]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad(masks, batch_first=True, padding_value=0),
-    }
-
-
-def token_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tensor | None:
-    """
-    Which tokens train and are measured: those that are not padding and not excluded.
-
-    Args:
-        batch (`dict`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`; or `pixel_values`.
-        exclude_tokens (`Iterable[int]`): Ids that are left out.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, ctx_len)`; None for images, of which every patch trains.
-    """
-    if "input_ids" not in batch:
-        return None
-    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    excluded = torch.tensor(list(exclude_tokens), dtype=ids.dtype, device=ids.device)
-    return mask & ~torch.isin(ids, excluded) if len(excluded) else mask
 
 
 def _tokenized(

@@ -1,7 +1,8 @@
 """Other libraries' files: each module finds heads among the files of a repo, and reads them."""
 
 from . import circuit_tracer, dictionary_learning, gemma_scope, open_moss, sae_lens, sparsify, torch_files
-from .foreign import ForeignHead, Place
+from .foreign import ForeignHead
+from .place import Place
 
 
 # In this order, in which the last look at what those before have left.

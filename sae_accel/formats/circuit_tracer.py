@@ -9,8 +9,9 @@ import yaml
 
 from ..common.errors import InputError
 from ..common.run_files import folders_of
-from .foreign import ForeignHead, Place, Source, foreign_head, last_part
+from .foreign import ForeignHead, Source, foreign_head, last_part
 from .hook_names import module_of
+from .place import Place
 from .tensor_file import open_tensors
 
 

@@ -7,7 +7,6 @@ from ..common.errors import InputError
 from ..common.run_files import folders_of
 from .foreign import (
     ForeignHead,
-    Place,
     Source,
     foreign_head,
     full,
@@ -16,6 +15,7 @@ from .foreign import (
     require,
 )
 from .hook_names import module_of
+from .place import Place
 from .tensor_file import TorchFile, open_tensors
 
 

@@ -10,7 +10,6 @@ from ..common.errors import InputError
 from ..common.run_files import folders_of
 from .foreign import (
     ForeignHead,
-    Place,
     Source,
     foreign_head,
     full,
@@ -19,6 +18,7 @@ from .foreign import (
     weigh_by_norms,
 )
 from .hook_names import module_of
+from .place import Place
 from .tensor_file import TensorFile, open_tensors
 
 

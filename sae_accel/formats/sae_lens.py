@@ -17,7 +17,6 @@ from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
 from .foreign import (
     ForeignHead,
-    Place,
     Source,
     foreign_head,
     full,
@@ -26,6 +25,7 @@ from .foreign import (
     weigh_by_norms,
 )
 from .hook_names import lens_name, module_of
+from .place import Place
 from .tensor_file import TensorFile, open_tensors
 
 

@@ -12,7 +12,8 @@ from ..common.errors import InputError
 from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_transcoder import TranscoderConfig
-from .foreign import ForeignHead, Place, Source, foreign_head, last_part
+from .foreign import ForeignHead, Source, foreign_head, last_part
+from .place import Place
 from .tensor_file import open_tensors
 
 

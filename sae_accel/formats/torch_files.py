@@ -7,16 +7,9 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.run_files import folders_of
-from .foreign import (
-    ForeignHead,
-    Place,
-    Source,
-    foreign_head,
-    last_part,
-    names_in,
-    number_in,
-)
+from .foreign import ForeignHead, Source, foreign_head, last_part, names_in, number_in
 from .hook_names import module_of
+from .place import Place
 from .tensor_file import TorchFile, open_tensors
 
 

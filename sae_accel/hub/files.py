@@ -8,7 +8,8 @@ from ..common.errors import InputError
 from ..common.globs import glob_to_regex
 from ..common.run_files import ADAPTER, RUN_FILES, folders_of
 from ..formats import Place
-from ..loading.auto import AutoSae, find_heads
+from ..loading.auto import AutoSae
+from ..loading.find import find_heads
 from ..loading.head_files import check_weights, reading, stored_config
 from ..loading.repository import Repository
 from ..loading.sae_heads import SaeHeads

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..common.errors import InputError
 from ..recipe.arguments import SaeTrainingArguments
-from .release import AGAIN, Release, open_repo
+from .refusals import AGAIN
+from .release import Release, open_repo
 
 
 logger = get_logger(__name__)

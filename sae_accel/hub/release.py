@@ -1,13 +1,9 @@
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import logging as client_logging
 from huggingface_hub.utils import validate_repo_id
 
 from ..cards.model_card import CARD, is_ours, is_somebodys, write_card
@@ -15,14 +11,13 @@ from ..cards.run import check_run
 from ..common.errors import InputError
 from ..common.quiet import quiet_files
 from ..common.tables import aligned
-from ..loading.auto import find_heads
+from ..loading.find import find_heads
 from .files import is_config_of_ours, outdated_files, released_files, whole_heads
+from .refusals import pushing
 
 
 # What every repo has that was just made, or that says nothing of what is in it.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
-_LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
-AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
 class Pushed(NamedTuple):
@@ -168,25 +163,6 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
     return repo_id
 
 
-@contextmanager
-def pushing(repo_id: str) -> Iterator[None]:
-    """Turns what goes wrong on the way to the Hub into one line with the Hub's own reason."""
-    # The client would say of a release that was there already what is said here as well.
-    said = client_logging.get_verbosity()
-    client_logging.set_verbosity_error()
-    try:
-        yield
-    except InputError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"{repo_id!r} cannot be pushed to without a token. {_LOG_IN}") from error
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        reason = f"{repo_id!r} cannot be pushed to: {_reason(error).rstrip('.')}."
-        raise InputError(f"{reason} {_advice(error)}".rstrip()) from error
-    finally:
-        client_logging.set_verbosity(said)
-
-
 def _card(
     release: Release, repo_id: str, place: Path, revision: str | None, among_others: bool = False
 ) -> dict[str, Path]:
@@ -209,28 +185,3 @@ def _has_head(api: HfApi, repo_id: str, there: list[str]) -> bool:
 def _fetch(api: HfApi, repo_id: str, file: str, revision: str | None = None) -> Path:
     with quiet_files():
         return Path(api.hf_hub_download(repo_id, file, revision=revision))
-
-
-def _advice(error: BaseException) -> str:
-    cause = _cause(error)
-    response = cause.response if isinstance(cause, HfHubHTTPError) else None
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "Unset HF_HUB_OFFLINE."
-    if response is not None and response.status_code == 401:
-        return _LOG_IN
-    # With 412 the Hub says that somebody else's commit came first.
-    is_busy = response is None or response.status_code in (412, 429) or response.status_code >= 500
-    # A ValueError is the client's own: of a name that no repo can have, for one.
-    return AGAIN if is_busy and not isinstance(cause, ValueError) else ""
-
-
-def _reason(error: BaseException) -> str:
-    cause = _cause(error)
-    said = str(error) if cause is error else f"{error} {cause}"
-    text = " ".join(said.split())
-    return re.sub(r"For more information check: \S+ ?", "", text) or type(error).__name__
-
-
-def _cause(error: BaseException) -> BaseException:
-    # The client's own line for a file that failed says nothing of why.
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error

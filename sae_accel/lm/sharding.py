@@ -7,10 +7,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from transformers import PreTrainedModel
 
-from ..bank.plans import layer_list
 from ..common.errors import InputError
 from ..processes.agreement import agreed, gathered, this_process
 from .hooks import token_model
+from .modules import layer_list
 
 
 def shard_in_turn(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:

@@ -1,19 +1,16 @@
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from ..common.errors import InputError, near
-from ..common.run_files import folders_of
-from ..formats import LAYOUTS, Place, torch_files
+from ..formats import Place
 from ..models.modeling_head import HeadModel
+from .find import find_heads, newest_checkpoint
 from .head_files import TELLING
 from .repository import HUB_OPTIONS, Repository
-from .sae_heads import SaeHeads, natural_key
+from .sae_heads import SaeHeads
 
 
 # What becomes of a head once its files are here, as in transformers.
 _LOADING = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder")
-_INDEX = "model.safetensors.index.json"
 
 
 class AutoSae:
@@ -92,31 +89,6 @@ class AutoSae:
         return SaeHeads(*_find(str(pretrained_model_name_or_path), kwargs), kwargs)
 
 
-def find_heads(files: list[str], origin: str) -> dict[str, Place]:
-    """
-    Heads by name, told by the names of files alone.
-
-    Args:
-        files (`list[str]`): All files of a folder or repo, by their paths in it.
-        origin (`str`): The folder or repo.
-    """
-    found = list(_our_places(files, origin))
-    for layout in LAYOUTS:
-        if layout is torch_files and found:
-            # Beside heads that say what they are, what torch saved is something else.
-            break
-        taken = {file for place in found for role, file in place.files.items() if role == "weights"}
-        for place in layout.find([file for file in files if file not in taken], origin):
-            place.layout = layout
-            found.append(place)
-    names = [place.name for place in found]
-    if twice := next((place.name for place in found if names.count(place.name) > 1), None):
-        both = [file for place in found if place.name == twice for file in place.files.values()]
-        raise InputError(f"{origin!r} has two heads in one folder: {', '.join(both)}. Keep one of them there.")
-    labels = [place.label for place in found]
-    return {place.label if labels.count(place.label) == 1 else place.name: place for place in found}
-
-
 def _check_names(method: str, given: dict[str, Any], own: tuple[str, ...] = ()) -> None:
     allowed = (*own, *HUB_OPTIONS, *TELLING, *_LOADING)
     for name in given:
@@ -132,7 +104,7 @@ def _find(name: str, options: dict[str, Any]) -> tuple[Repository, dict[str, Pla
     places = find_heads(repository.files, name)
     if places:
         return repository, places
-    if repository.folder and (newest := _newest_checkpoint(repository.files, name)):
+    if repository.folder and (newest := newest_checkpoint(repository.files, name)):
         raise InputError(
             f"{name!r} holds no SAE or transcoder at its top, as a run has when it ends, but checkpoints of one. Load "
             f"the newest, {str(repository.folder / newest)!r}."
@@ -142,20 +114,3 @@ def _find(name: str, options: dict[str, Any]) -> tuple[Repository, dict[str, Pla
         "sparsify, SAELens, Gemma Scope, Llama Scope, dictionary_learning or circuit-tracer, nor heads that "
         "torch saved."
     )
-
-
-def _newest_checkpoint(files: list[str], origin: str) -> str | None:
-    """The last of a run's checkpoint folders that holds heads."""
-    inside: dict[str, list[str]] = {}
-    for folder, _, file in (path.partition("/") for path in files):
-        if re.fullmatch(r"checkpoint-\d+", folder):
-            inside.setdefault(folder, []).append(file)
-    newest_first = sorted(inside, key=natural_key, reverse=True)
-    return next((folder for folder in newest_first if find_heads(inside[folder], origin)), None)
-
-
-def _our_places(files: list[str], origin: str) -> Iterator[Place]:
-    for folder, inside in folders_of(files):
-        weights = [name for name in inside if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
-        if "config.json" in inside and {"model.safetensors", _INDEX} & set(weights):
-            yield Place(folder, {"config": inside["config.json"]} | {name: inside[name] for name in weights}, origin)

@@ -12,7 +12,8 @@ from ..common.quiet import quiet_files
 from ..formats import Place
 from ..formats.hook_names import lens_name
 from ..models.configuration_head import HeadConfig
-from ..models.modeling_head import HeadModel, push_saved
+from ..models.modeling_head import HeadModel
+from ..models.releasing import push_saved
 from .head_files import check_devices, load_head, reading, stored_config
 from .repository import Repository
 

@@ -4,9 +4,10 @@ from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
 from .latent_slice import LatentSlice
-from .modeling_head import BY_LATENT, HeadModel, HeadOutput, Latents
+from .modeling_head import BY_LATENT, HeadModel
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
+from .outputs import HeadOutput, Latents
 
 
 for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderModel)):

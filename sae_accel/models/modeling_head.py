@@ -1,14 +1,11 @@
 import math
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from ..common.quiet import quiet_files
 from ..ops import Selection, sparse_decode, sparse_encode
@@ -18,69 +15,23 @@ from .configuration_head import HeadConfig
 from .input_norm import normalize
 from .latent_selection import SELECTIONS, LatentSelection, first_thresholds, step, topk
 from .latent_slice import LatentSlice
+from .outputs import HeadOutput, Latents
+from .releasing import push_saved
 
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
 MULTI_TOPK_FACTOR = 4
+
+
 MULTI_TOPK_WEIGHT = 1 / 8
+
+
 # Parameters with a row for each latent.
 BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
+
+
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
-
-
-class Latents(NamedTuple):
-    """
-    The active latents of each token.
-
-    Args:
-        top_acts (`torch.Tensor` of shape `(..., k)`): Their activations. Where tokens differ in how many they have, k
-            is that of the token with the most, and the others have zeros behind theirs.
-        top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
-    """
-
-    top_acts: Tensor
-    top_indices: Tensor
-
-
-@dataclass
-class HeadOutput(ModelOutput):
-    """
-    What a head's forward pass gives.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`): `fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8 +
-            sparsity_weight * sparsity_loss`. Float32.
-        reconstruction (`torch.Tensor` of shape `(..., d_out)`): What the head makes of its input.
-        top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the selected latents.
-        top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
-        fvu (`torch.Tensor` of shape `()`): Squared error over the target's total variance.
-        auxk_loss (`torch.Tensor` of shape `()`, *optional*): With a `dead_mask`.
-        multi_topk_fvu (`torch.Tensor` of shape `()`, *optional*): With `multi_topk`.
-        sparsity_loss (`torch.Tensor` of shape `()`, *optional*): With `jumprelu`, in training: `(L0 / k - 1)^2`.
-        smallest_act (`torch.Tensor` of shape `()`, *optional*): With `batchtopk`, in training: the smallest activation
-            of the batch that is above zero.
-    """
-
-    loss: Tensor | None = None
-    reconstruction: Tensor | None = None
-    top_acts: Tensor | None = None
-    top_indices: Tensor | None = None
-    fvu: Tensor | None = None
-    auxk_loss: Tensor | None = None
-    multi_topk_fvu: Tensor | None = None
-    sparsity_loss: Tensor | None = None
-    smallest_act: Tensor | None = None
-
-
-def push_saved(save: Callable[[str], None], repo_id: str, license: str | None, **kwargs: Any) -> Any:
-    """Releases what `save` writes into a folder."""
-    # The releases' module reads heads, and so comes after this one.
-    from ..hub.release import Release
-
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        return Release(folder, repo_id, license=license).push(**kwargs)
 
 
 class HeadModel(PreTrainedModel):

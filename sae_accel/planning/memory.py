@@ -1,11 +1,8 @@
 """What each process of a run will need of memory, found before it starts by its own code, on tensors without any."""
 
-import json
-import os
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -19,61 +16,31 @@ from ..common.tables import aligned
 from ..lm.load import load_architecture
 from ..lm.sharding import modules_to_shard
 from ..models.latent_selection import BATCHTOPK_MOST, SELECTIONS
-from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.checks import check_sharding
 from ..recipe.recipe import Recipe
-from ..spread import latent_bounds, place_heads
-from ..spread.placement import num_parameters
+from ..spread.latents import latent_bounds
+from ..spread.placement import num_parameters, place_heads
 from ..spread.zero import LEAN
 from ..training.end_to_end_objective import check_end_to_end
+from .launch import Launch
 from .rehearsal import Rehearsal, Share, rehearse
 
 
 # Bytes of a weight of a linear layer that bitsandbytes holds, with the scales of its rows or of blocks of 64.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
 # Copies of the largest head that FSDP and ZeRO-3 make of their parts: while they train and while they evaluate.
 # Measured with gloo, whose collectives copy; on GPUs it is less.
 _GATHERED = {"FSDP": (6.2, 3.0), "ZeRO-3": (7.5, 1.5)}
+
+
 # Bytes that data, trackers and threads of a run take of a CPU's memory after this.
 _YET_TO_LOAD = 80_000_000
+
+
 # Ways in which heads lie in parts, with the stage of those that are DeepSpeed's.
 _IN_PARTS = {"FSDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
-
-
-class Launch(NamedTuple):
-    """
-    How a run is to be started.
-
-    Args:
-        processes (`int`): How many processes.
-        way (`str`): How heads are spread over them: `""` on one, `"DDP"`, `"FSDP"`, `"ZeRO-1"` to `"ZeRO-3"`,
-            `"distribute_modules"` or `"distribute_latents"`.
-        bf16 (`bool`, defaults to `False`): Whether heads compute in bfloat16.
-    """
-
-    processes: int
-    way: str
-    bf16: bool = False
-
-    @classmethod
-    def of(cls, training: SaeTrainingArguments, processes: int | None = None) -> "Launch":
-        """
-        What the recipe and Accelerate's configuration, which its launcher has put into the environment, ask for.
-
-        Args:
-            training (`SaeTrainingArguments`): Whether to distribute modules or latents.
-            processes (`int`, *optional*): How many processes; as many as were started if not given.
-        """
-        processes = processes or int(os.environ.get("WORLD_SIZE", 1))
-        bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        if _is_set("ACCELERATE_USE_DEEPSPEED"):
-            return cls(processes, f"ZeRO-{_zero_stage()}", bf16)
-        if processes == 1:
-            return cls(1, "", bf16)
-        if _is_set("ACCELERATE_USE_FSDP"):
-            return cls(processes, "FSDP", bf16)
-        own_ways = [name for name in ("distribute_modules", "distribute_latents") if getattr(training, name)]
-        return cls(processes, own_ways[0] if own_ways else "DDP", bf16)
 
 
 @dataclass(frozen=True)
@@ -173,7 +140,7 @@ def _countable(plan: HeadPlan) -> HeadPlan:
 
 def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], recipe: Recipe) -> Any:
     # Only those who train one wait for PEFT to be imported.
-    from ..lm.adapter import add_lora, lora_targets
+    from ..training.lora import add_lora, lora_targets
 
     return add_lora(lm, lora_targets(lm.base_model, plans, recipe.lora), recipe.lora)
 
@@ -270,13 +237,3 @@ def _dtype_of(recipe: Recipe, lm: PreTrainedModel) -> torch.dtype:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, ..., {names[-1]} ({len(names)})"
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
-
-
-def _zero_stage() -> int:
-    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        return json.loads(Path(file).read_text())["zero_optimization"]["stage"]
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))

@@ -15,9 +15,9 @@ from ..lm.hooks import Site
 from ..models import HeadModel, LatentSlice
 from ..ops.rows import few_slices
 from ..recipe.recipe import Recipe
-from ..spread import Replicated
-from ..training.callbacks import k_at
+from ..spread.replicated import Replicated
 from ..training.end_to_end_objective import EndToEndObjective
+from ..training.k_schedule import k_at
 from ..training.local_objective import LocalObjective
 from ..training.optim import Signum, build_optimizer
 from ..training.spliced_lm import SplicedLM

@@ -272,6 +272,15 @@ class SaeTrainingArguments:
             self.report_to = [self.report_to]
 
 
+SECTIONS = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "heads": HeadArguments,
+    "lora": LoraArguments,
+    "training": SaeTrainingArguments,
+}
+
+
 def secret_fields(arguments: Any) -> set[str]:
     """Names of the fields of a dataclass that must never reach a file or a tracker."""
     return {f.name for f in fields(arguments) if f.metadata.get("secret")}

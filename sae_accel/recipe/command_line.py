@@ -8,18 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ..common.errors import InputError
-from .recipe import (
-    SECTIONS,
-    Recipe,
-    StrictLoader,
-    default_of,
-    field_hints,
-    is_union,
-    load_recipe,
-    split_name,
-    type_name,
-    with_values,
-)
+from .arguments import SECTIONS
+from .overrides import split_name, with_values
+from .recipe import Recipe, load_recipe
+from .schema import default_of, field_hints, is_union, type_name
+from .yaml_file import StrictLoader
 
 
 USAGE = """\

@@ -46,7 +46,7 @@ class Saver:
         if not self.accelerator.is_main_process:
             return
         if self.trainer.adapter is not None:
-            from ..lm.adapter import save_lora
+            from ..training.lora import save_lora
 
             save_lora(self.trainer.adapter, folder / ADAPTER)
         if self.trainer.recipe is not None:

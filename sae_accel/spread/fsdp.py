@@ -6,10 +6,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..bank.bank import SaeBank
 from ..models import HeadModel
 from ..processes.agreement import collected
-from .replicated import Replicated
+from .base import Spread
 
 
-class FullyShardedHeads(Replicated):
+class FullyShardedHeads(Spread):
     """FSDP, version 2: every process holds some rows of each parameter, which meet while a head is at work."""
 
     @property

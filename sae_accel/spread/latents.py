@@ -12,10 +12,10 @@ from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..models import BY_LATENT, HeadModel, LatentSlice
 from ..processes.agreement import collected
-from .replicated import Replicated
+from .base import Spread
 
 
-class SpreadLatents(Replicated):
+class SpreadLatents(Spread):
     """
     Every process holds some latents of each head, and all work on the tokens of all processes (`distribute_latents`),
     for heads that are larger than a device. Each token's latents are chosen among those of all processes, exactly,

@@ -10,11 +10,11 @@ from ..activations.running_lm import Activations, RunningLM
 from ..bank.bank import SaeBank
 from ..bank.plans import HeadPlan, site_widths
 from ..processes.agreement import gathered
+from .base import Spread
 from .placement import place_heads, placement_table
-from .replicated import Replicated
 
 
-class SpreadModules(Replicated):
+class SpreadModules(Spread):
     """
     Every process holds some of the heads whole, and trains them on the tokens of all processes (`distribute_modules`).
     Activations go to the process that holds the head; gradients go nowhere.

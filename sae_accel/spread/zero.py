@@ -12,7 +12,7 @@ from ..common.errors import InputError
 from ..models import HeadModel
 from ..ops.rows import Cut
 from ..processes.agreement import collected
-from .replicated import Replicated
+from .base import Spread
 
 
 # Elements that DeepSpeed may hold beside its parts, where the configuration does not say. Its own choices, made for
@@ -20,7 +20,7 @@ from .replicated import Replicated
 LEAN = {"reduce_bucket_size": 2**26, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
-class ZeroHeads(Replicated):
+class ZeroHeads(Spread):
     """
     DeepSpeed's ZeRO, stages 1 to 3: every process holds an equal piece of the optimizer's state, and in stage 3 of the
     parameters. The pieces are flat, with no regard to rows.

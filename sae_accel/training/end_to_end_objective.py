@@ -6,12 +6,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..bank.bank import Moments, SaeBank
+from ..bank.bank import SaeBank
+from ..bank.moments import Moments
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..lm.hooks import Site
-from .local_objective import LocalObjective, StepResult, merge_moments, positive, step_result
+from .local_objective import LocalObjective
 from .spliced_lm import SplicedHeads, SplicedLM
+from .step import StepResult, merge_moments, positive, step_result
 from .sums import StepSums
 
 

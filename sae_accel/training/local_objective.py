@@ -1,7 +1,5 @@
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,31 +7,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..activations.running_lm import Activations
-from ..bank.bank import LOSSES, Moments, SaeBank
+from ..bank.bank import SaeBank
+from ..bank.moments import Moments
 from ..lm.hooks import Site
-from ..spread import Replicated
+from ..spread.base import Spread
+from .step import StepResult, merge_moments, over_processes, positive, step_result
 from .sums import StepSums
-
-
-@dataclass
-class StepResult:
-    """
-    What an optimizer step was taken on, over all processes.
-
-    Args:
-        num_tokens (`torch.Tensor` of shape `()`): Tokens that trained.
-        head_tokens (`dict[str, torch.Tensor]`): By head, those that reached it.
-        uses (`dict[str, torch.Tensor]`): By head, activations above zero of each latent, `(num_latents,)`.
-        smallest_acts (`dict[str, torch.Tensor]`): By head with `batchtopk`, the mean over tokens of the smallest
-            activation of the batch that they were in, `()`.
-        values (`dict[str, torch.Tensor]`): What is logged, by name.
-    """
-
-    num_tokens: Tensor
-    head_tokens: dict[str, Tensor]
-    uses: dict[str, Tensor]
-    smallest_acts: dict[str, Tensor]
-    values: dict[str, Tensor]
 
 
 class LocalObjective:
@@ -43,7 +22,7 @@ class LocalObjective:
     Args:
         activations (`Callable`): Where activations come from, such as [`RunningLM`].
         accelerator (`Accelerator`): Runs backward passes.
-        spread ([`Replicated`]): How heads are spread over processes.
+        spread ([`Spread`]): How heads are spread over processes.
         micro_batches (`int`): Parts of a batch.
 
     Attributes:
@@ -56,7 +35,7 @@ class LocalObjective:
         self,
         activations: Callable[[dict[str, Tensor]], Activations],
         accelerator: Accelerator,
-        spread: Replicated,
+        spread: Spread,
         micro_batches: int,
     ):
         self.activations = activations
@@ -140,58 +119,3 @@ class LocalObjective:
         """By head, the moments of its target over all processes."""
         totals = over_processes(self.spread, moments)
         return {name: totals[plan.predicts] for name, plan in bank.plans.items()}
-
-
-def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
-    """Adds, for each site that some head predicts, the moments of a batch."""
-    for site in dict.fromkeys(plan.predicts for plan in bank.plans.values()):
-        new = Moments.of(activations.by_site[site])
-        moments[site] = moments[site].merge(new) if site in moments else new
-
-
-def over_processes(spread: Replicated, moments: dict[Site, Moments]) -> dict[Site, Moments]:
-    """Of the tokens of all processes together."""
-    counts = spread.sum([own.count for own in moments.values()])
-    sums = spread.sum([own.mean * own.count for own in moments.values()])
-    means = [total / count.clamp_min(1) for total, count in zip(sums, counts, strict=True)]
-    between = [own.count * (own.mean - mean).pow(2).sum() for own, mean in zip(moments.values(), means, strict=True)]
-    variances = spread.sum([own.variance + part for own, part in zip(moments.values(), between, strict=True)])
-    return {site: Moments(*of) for site, of in zip(moments, zip(counts, means, variances, strict=True), strict=True)}
-
-
-def step_result(
-    spread: Replicated,
-    sums: StepSums,
-    num_tokens: Tensor,
-    head_tokens: dict[str, Tensor],
-    scale: Mapping[str, Tensor] = MappingProxyType({}),
-) -> StepResult:
-    """
-    What heads measured in a step, over all processes.
-
-    Args:
-        spread ([`Replicated`]): Sums over processes.
-        sums (`StepSums`): What heads measured on this process.
-        num_tokens (`torch.Tensor` of shape `()`): Tokens of this process, or those that its heads have seen.
-        head_tokens (`dict[str, torch.Tensor]`): By head, tokens of all processes that reached it.
-        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, what its losses are multiplied by; 1 if not given.
-    """
-    sums.total(spread.sum)
-    values: dict[str, Tensor] = {}
-    for name, measured in sums.by_head.items():
-        for part in LOSSES:
-            if part in measured:
-                values[f"train/{part}/{name}"] = measured[part] * scale.get(name, 1.0)
-        values[f"train/l0/{name}"] = measured["active"] / head_tokens[name].clamp_min(1)
-    uses = {name: measured["uses"] for name, measured in sums.by_head.items()}
-    smallest = {
-        name: measured["smallest_act"] / head_tokens[name].clamp_min(1)
-        for name, measured in sums.by_head.items()
-        if "smallest_act" in measured
-    }
-    return StepResult(spread.sum([num_tokens])[0], head_tokens, uses, smallest, values)
-
-
-def positive(variance: Tensor) -> Tensor:
-    """A variance that can be divided by: tokens that are all alike, or none at all, have nothing to explain."""
-    return torch.where(variance > 0, variance, 1.0)

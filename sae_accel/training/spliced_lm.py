@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..activations.running_lm import without_cache
 from ..bank.bank import SaeBank, measured
-from ..data.tokens import token_mask
+from ..data.collate import token_mask
 from ..lm.logit_loss import IGNORED, LogitLoss
 from ..lm.splice import Replacement, replaced
 

@@ -13,8 +13,9 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from ..activations.running_lm import RunningLM
-from ..bank.bank import Moments, SaeBank
+from ..bank.bank import SaeBank
 from ..bank.init_from import load_into, match_heads, open_pretrained
+from ..bank.moments import Moments
 from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
 from ..data.batches import Batches, Position
@@ -22,6 +23,7 @@ from ..hub.publisher import Publisher, hub_repo
 from ..hub.release import Pushed, Release
 from ..lm.hooks import Site
 from ..models import HeadModel
+from ..processes.accelerator import make_accelerator
 from ..processes.agreement import agreed, gathered
 from ..processes.trackers import shown_settings
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
@@ -29,13 +31,15 @@ from ..recipe.checks import check_objective
 from ..runs import checkpoint as files
 from ..runs.output_folder import OutputFolder, written_places
 from ..runs.saver import Saver
-from ..spread import make_accelerator, spread_heads
-from .callbacks import FlowCallback, ProgressBar, k_at
+from ..spread.choose import spread_heads
+from .callbacks import FlowCallback, ProgressBar
 from .end_to_end_objective import EndToEndObjective, check_end_to_end
 from .interruption import Interruption
-from .local_objective import LocalObjective, StepResult, over_processes
+from .k_schedule import k_at
+from .local_objective import LocalObjective
 from .optim import Signum, build_optimizer, build_scheduler
 from .spliced_lm import SplicedLM
+from .step import StepResult, over_processes
 from .sums import FiringCounts, RunningMeans
 
 
@@ -304,7 +308,7 @@ class SaeTrainer:
         return Publisher(self.args) if self.accelerator.is_main_process else None
 
     def _add_lora(self, model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> Any:
-        from ..lm.adapter import add_lora, lora_targets
+        from .lora import add_lora, lora_targets
 
         adapter = add_lora(model, lora_targets(model.base_model, plans, lora), lora)
         self.bank.adapter.extend(parameter for parameter in adapter.parameters() if parameter.requires_grad)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from sparsify import SaeConfig as PeerConfig
 from sparsify import SparseCoder
-from tiny import assert_equal, command_words, tiny_llama, tiny_tokens, tiny_trainer, weights, whole_and_resumed
+from tiny import (
+    assert_equal,
+    command_words,
+    forbid_loading,
+    tiny_llama,
+    tiny_tokens,
+    tiny_trainer,
+    weights,
+    whole_and_resumed,
+)
 
 import sae_accel.train as train
 from sae_accel.bank.init_from import open_pretrained
@@ -119,7 +128,7 @@ def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained,
     def load(*args, **kwargs):
         raise Stopped
 
-    monkeypatch.setattr(train, "load_lm", load)
+    monkeypatch.setattr("sae_accel.training.run.load_lm", load)
     words = {"training.init_from": trained, "heads.hookpoints": "layers.2", "heads.k": 3}
     with pytest.raises(Stopped):
         train.main(command_words(place, tmp_path, **words))
@@ -151,7 +160,7 @@ def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained,
 def test_heads_that_do_not_match_are_refused_before_the_lm_is_loaded(
     place, tmp_path, trained, capsys, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(train, "load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read"))
+    forbid_loading(monkeypatch)
     changes = {"training.init_from": trained} | {
         key: str(value).format(place, trained) for key, value in changes.items()
     }

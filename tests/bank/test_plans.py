@@ -5,9 +5,10 @@ import torch
 from tiny import tiny_gpt2, tiny_llama
 from transformers import AutoModel, LlamaConfig
 
-from sae_accel.bank.plans import layer_list, match_modules, plan_heads
+from sae_accel.bank.plans import plan_heads
 from sae_accel.common.errors import InputError
 from sae_accel.lm.hooks import Site
+from sae_accel.lm.modules import layer_list, match_modules
 from sae_accel.recipe.arguments import HeadArguments
 
 

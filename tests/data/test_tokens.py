@@ -13,13 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from sae_accel.common.errors import InputError
-from sae_accel.data.tokens import (
-    DOCUMENTS_AT_ONCE,
-    chunk_and_tokenize,
-    collate,
-    load_tokens,
-    token_mask,
-)
+from sae_accel.data.collate import collate, token_mask
+from sae_accel.data.tokens import DOCUMENTS_AT_ONCE, chunk_and_tokenize, load_tokens
 from sae_accel.recipe.arguments import DataArguments
 
 

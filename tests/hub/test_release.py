@@ -18,15 +18,15 @@ import torch
 from hub_repos import read_folder
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from tiny import command_words, tiny_trainer
+from tiny import command_words, forbid_loading, tiny_trainer
 from transformers import TrainerCallback
 
 from sae_accel import push, train
 from sae_accel.common.errors import InputError
-from sae_accel.convert import convert
 from sae_accel.hub.publisher import hub_repo
 from sae_accel.hub.release import Release
 from sae_accel.loading.auto import AutoSae
+from sae_accel.loading.convert import convert
 
 
 # The client gives httpx files to upload in a way that httpx has deprecated.
@@ -397,7 +397,7 @@ def test_a_last_push_that_fails_comes_after_the_table_with_a_run_that_is_whole(h
 
 
 def test_a_run_that_could_not_push_is_refused_before_the_lm_is_loaded(hub, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_lm", Mock(side_effect=AssertionError("The LM was loaded.")))
+    forbid_loading(monkeypatch)
     (hub.root / "user" / "lm").mkdir(parents=True)
     (hub.root / "user" / "lm" / "pytorch_model.bin").write_text("")
     refusals = ((None, "saes", "hf auth"), ("wrong", "saes", "Invalid"), ("secret", "other/saes", "namespace"))

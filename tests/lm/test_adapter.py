@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import (
     assert_equal,
     command_words,
+    forbid_loading,
     tiny_gpt2,
     tiny_llama,
     tiny_tokens,
@@ -22,14 +23,15 @@ from tiny import (
 )
 
 import sae_accel.train as train
-from sae_accel.bank.plans import hookpoint_names, plan_heads
+from sae_accel.bank.plans import plan_heads
 from sae_accel.common.errors import InputError
-from sae_accel.lm.adapter import lora_targets
 from sae_accel.lm.load import load_architecture, load_lm
+from sae_accel.lm.modules import hookpoint_names
 from sae_accel.lm.splice import splice
 from sae_accel.loading.auto import AutoSae
 from sae_accel.models import SaeConfig, SaeModel
 from sae_accel.recipe.arguments import HeadArguments, LoraArguments, ModelArguments
+from sae_accel.training.lora import lora_targets
 
 
 HEAD = HeadArguments(hookpoints="layers.1", k=4, expansion_factor=2)
@@ -112,7 +114,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
     place, tmp_path, capsys, monkeypatch, make, message
 ):
     make(tmp_path / "adapter")
-    monkeypatch.setattr(train, "load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read"))
+    forbid_loading(monkeypatch)
     assert train.main(command_words(place, tmp_path, **{"model.adapter": tmp_path / "adapter"})) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("sae_accel: model.adapter: ") and message in error
@@ -283,7 +285,7 @@ def test_without_targets_every_linear_layer_behind_the_first_head_is_adapted():
 def test_a_lora_that_cannot_be_trained_is_refused_before_weights_are_read(
     place, tmp_path, capsys, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(train, "load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read"))
+    forbid_loading(monkeypatch)
     words = {"training.loss": "kl", "lora.train_heads": "true", "lora.rank": 2} | changes
     assert train.main(command_words(place, tmp_path, **words)) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()

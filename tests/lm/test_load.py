@@ -2,7 +2,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from tiny import VOCAB, command_words, tiny_llama
+from tiny import VOCAB, command_words, forbid_loading, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sae_accel.train as train
@@ -11,16 +11,13 @@ from sae_accel.lm.load import load_architecture, load_lm
 from sae_accel.lm.splice import splice
 from sae_accel.loading.auto import AutoSae
 from sae_accel.recipe.arguments import ModelArguments
+from sae_accel.recipe.command_line import parse_command_line
+from sae_accel.training.run import run
 
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """A run that comes as far as reading weights has failed."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("the LM's weights were about to be read")
-
-    monkeypatch.setattr(train, "load_lm", load)
+    forbid_loading(monkeypatch)
 
 
 @pytest.mark.parametrize(("quantization", "kind"), [("8bit", Linear8bitLt), ("4bit", Linear4bit)])
@@ -61,7 +58,7 @@ def test_an_8_bit_lm_is_close_to_the_one_it_was_made_from(real_lm):
 
 
 def test_adam8bit_is_the_optimizer_of_bitsandbytes(place, tmp_path):
-    trainer = train.run(train.parse_command_line(command_words(place, tmp_path, **{"training.optim": "adam8bit"})))
+    trainer = run(parse_command_line(command_words(place, tmp_path, **{"training.optim": "adam8bit"})))
     assert isinstance(trainer.optimizer.optimizer, bitsandbytes.optim.Adam8bit)
 
 
@@ -87,10 +84,10 @@ def test_an_lm_that_lies_in_part_on_disk_gives_the_same_heads(place, tmp_path, l
         {} if loss == "fvu" else {"lm_head": "cpu"}
     )
     words = {"training.loss": loss, "training.optim": "adam"}
-    plain = train.run(train.parse_command_line(command_words(place, tmp_path / "plain", **words)))
-    recipe = train.parse_command_line(command_words(place, tmp_path / "placed", **words))
+    plain = run(parse_command_line(command_words(place, tmp_path / "plain", **words)))
+    recipe = parse_command_line(command_words(place, tmp_path / "placed", **words))
     recipe.model.device_map, recipe.model.max_memory = placed, {"cpu": "8GiB"}
-    spread = train.run(recipe)
+    spread = run(recipe)
     assert spread.activations.base_model.get_submodule("layers.1.mlp.up_proj").weight.device.type == "meta"
     for name, head in plain.heads.items():
         for first, second in zip(head.parameters(), spread.heads[name].parameters(), strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from tiny import command_words, run_together, tiny_gpt2, tiny_llama
+from tiny import command_words, forbid_loading, run_together, tiny_gpt2, tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -112,7 +112,7 @@ def test_an_lm_that_one_process_cannot_read_is_refused_on_all(runs):
 def test_what_does_not_go_with_it_is_refused_before_anything_is_loaded(
     place, tmp_path, capsys, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(train, "load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read"))
+    forbid_loading(monkeypatch)
     assert train.main(command_words(place, tmp_path, **SHARD, **changes)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]

@@ -10,8 +10,9 @@ import torch
 from sparsify import SparseCoder
 
 from sae_accel.common.errors import InputError
-from sae_accel.convert import convert, main
+from sae_accel.convert import main
 from sae_accel.loading.auto import AutoSae
+from sae_accel.loading.convert import convert
 from sae_accel.models import SaeConfig, SaeModel, TranscoderConfig, TranscoderModel
 
 

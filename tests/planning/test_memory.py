@@ -11,7 +11,8 @@ import torch
 from tiny import command_words, run_together
 from transformers import LlamaConfig
 
-from sae_accel.planning.memory import Launch, plan_memory
+from sae_accel.planning.launch import Launch
+from sae_accel.planning.memory import plan_memory
 from sae_accel.planning.peak_memory import PeakMemory
 from sae_accel.recipe.arguments import SaeTrainingArguments
 from sae_accel.recipe.recipe import Recipe, load_recipe

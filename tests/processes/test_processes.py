@@ -176,7 +176,8 @@ import torch.distributed as dist
 # What is registered first is called last.
 atexit.register(lambda: print(f"group left: {not dist.is_initialized()}"))
 
-from sae_accel.processes import BEAT, Watch, this_process
+from sae_accel.processes.agreement import this_process
+from sae_accel.processes.watch import BEAT, Watch
 
 with Watch():
     time.sleep(2.5 * BEAT * this_process().process_index)

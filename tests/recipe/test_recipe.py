@@ -11,6 +11,7 @@ from transformers import SchedulerType, get_scheduler
 
 from sae_accel.common.errors import InputError
 from sae_accel.recipe.arguments import (
+    SECTIONS,
     DataArguments,
     HeadArguments,
     ModelArguments,
@@ -18,16 +19,9 @@ from sae_accel.recipe.arguments import (
 )
 from sae_accel.recipe.checks import SCHEDULES, check_latents
 from sae_accel.recipe.command_line import USAGE, help_text, parse_command_line
-from sae_accel.recipe.recipe import (
-    SECTIONS,
-    Recipe,
-    default_of,
-    field_hints,
-    is_union,
-    load_recipe,
-    type_name,
-    with_values,
-)
+from sae_accel.recipe.overrides import with_values
+from sae_accel.recipe.recipe import Recipe, load_recipe
+from sae_accel.recipe.schema import default_of, field_hints, is_union, type_name
 
 
 def _write(path, text):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import command_words, tiny_llama, tiny_tokens, tiny_trainer
+from tiny import command_words, tiny_llama, tiny_tokens, tiny_trainer, forbid_loading
 
 from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.common.errors import InputError
@@ -101,9 +101,7 @@ def test_a_run_refuses_to_write_over_what_no_run_left(tmp_path, make, named, ove
 
 
 def test_somebodys_recipe_and_lora_are_refused_before_the_lm_is_read(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "sae_accel.train.load_lm", lambda *args, **kwargs: pytest.fail("weights were about to be read")
-    )
+    forbid_loading(monkeypatch)
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     for name in ("recipe.yaml", "adapter/adapter_config.json"):
         (tmp_path / "run" / name).write_text("{}")

@@ -1,0 +1,43 @@
+import os
+
+from ..common.errors import InputError
+from .agreement import this_process
+
+
+def check_launched() -> None:
+    """
+    Checks that as many processes train together as were started, and as many were started as `accelerate launch` was
+    asked for: on CPUs it starts one a machine.
+
+    Raises:
+        `InputError`: if there are fewer.
+    """
+    here, asked = int(os.environ.get("WORLD_SIZE", 1)), _asked_processes()
+    if this_process().num_processes < here:
+        raise InputError(
+            f"{here} processes were started, but there is no device for each, so that Accelerate takes each for "
+            "alone. Set ACCELERATE_USE_CPU=true to train on CPUs."
+        )
+    if asked is not None and here < asked:
+        raise InputError(
+            f"accelerate launch was asked for {asked} processes, but started {here}, as it does on CPUs. Start them "
+            f"with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} -m sae_accel.train ..., or ask for 1."
+        )
+
+
+def _asked_processes() -> int | None:
+    """What `accelerate launch` was told in its words or its config file, if it is what started this process."""
+    import psutil
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return None
+    if "launch" not in words[:4] or not any("accelerate" in word for word in words[:3]):
+        return None
+    options, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if options.num_processes is None and (options.config_file or os.path.isfile(default_config_file)):
+        return load_config_from_file(options.config_file).num_processes
+    return options.num_processes

@@ -1,0 +1,109 @@
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..common.errors import InputError, near
+
+
+_TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
+
+
+def typed(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
+    """
+    `value` as the type `hint` of a field, without guessing: only what YAML itself reads otherwise is converted.
+
+    Raises:
+        `InputError`: with the path, what was found and what is allowed.
+    """
+    options = get_args(hint) if is_union(hint) else (hint,)
+    if value is None and NoneType in options:
+        return None
+    for option in options:
+        if get_origin(option) is list:
+            (item_hint,) = get_args(option)
+            items = [value] if isinstance(value, str) and item_hint is str else value
+            if isinstance(items, list):
+                return [typed(item, item_hint, metadata, f"{path}[{i}]") for i, item in enumerate(items)]
+        elif get_origin(option) is Literal and isinstance(value, str) and value in get_args(option):
+            return value
+        elif option is float and (number := _number(value)) is not None:
+            return _in_range(number, metadata, path)
+        # Not isinstance: true would be an integer.
+        elif type(value) is (get_origin(option) or option):
+            return _in_range(value, metadata, path)
+    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    found = "a value of another type" if metadata.get("secret") else shown(value)
+    raise InputError(f"{path}: expected {type_name(hint)}, found {found}.{near(value, choices)}")
+
+
+def type_name(hint: Any) -> str:
+    """A type in words."""
+    if is_union(hint):
+        *names, last = (type_name(part) for part in get_args(hint))
+        return f"{', '.join(names).replace('true or false', 'true, false')} or {last}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is list:
+        return f"list of {type_name(get_args(hint)[0])}s"
+    return "null" if hint is NoneType else _TYPE_NAMES[get_origin(hint) or hint]
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type is one of several; `X | None` and `Literal[...] | None` have different classes in Python."""
+    return get_origin(hint) in (Union, UnionType)
+
+
+def field_hints(section: type) -> dict[str, Any]:
+    """The types of a section's fields by name."""
+    hints = get_type_hints(section)
+    return {f.name: hints[f.name] for f in fields(section)}
+
+
+def default_of(option: Any) -> Any:
+    """The default of a dataclass field."""
+    return option.default if option.default is not MISSING else option.default_factory()
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}: found {value}, it must be finite.")
+    if "minimum" in metadata and value < metadata["minimum"]:
+        raise InputError(f"{path}: found {value}, the least allowed is {metadata['minimum']}.")
+    if "above" in metadata and value <= metadata["above"]:
+        raise InputError(f"{path}: found {value}, it must be above {metadata['above']:g}.")
+    if isinstance(value, dict) and metadata.get("device_keys"):
+        value = _flat(value)
+    if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
+        raise InputError(f"{path}: its keys must be strings, found {shown(wrong[0])}.")
+    return value
+
+
+def _flat(value: dict[Any, Any]) -> dict[str, Any]:
+    """
+    A mapping by strings alone: devices are numbers, which YAML reads as such, and modules have dotted names, which a
+    command line takes for mappings in mappings.
+    """
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= (
+            {f"{key}.{inner}": x for inner, x in _flat(item).items()} if isinstance(item, dict) else {str(key): item}
+        )
+    return flat
+
+
+def _number(value: Any) -> float | None:
+    """A float, or what YAML takes for something else: an integer, or 1e-3, which without a point is a string."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"{value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"

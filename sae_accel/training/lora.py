@@ -1,0 +1,83 @@
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from ..bank.plans import HeadPlan
+from ..common.errors import InputError
+from ..lm.adapter import quiet_peft
+from ..lm.modules import hookpoint_names, layer_list, match_modules, no_match
+from ..recipe.arguments import LoraArguments
+
+
+def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
+    """
+    Names of the linear layers of an LM that get a LoRA.
+
+    Args:
+        base_model (`PreTrainedModel`): The LM without its head.
+        plans (`list[HeadPlan]`): Heads around which it is trained.
+        lora ([`LoraArguments`]): Which layers it asks for.
+
+    Raises:
+        `InputError`: if there are none.
+    """
+    linear = [name for name in hookpoint_names(base_model) if _is_linear(base_model.get_submodule(name))]
+    if lora.target_modules:
+        targets: dict[str, None] = {}
+        for i, pattern in enumerate(lora.target_modules):
+            matches = [name for name, _ in match_modules(pattern, linear)]
+            if not matches:
+                raise InputError(no_match(f"lora.target_modules[{i}]", pattern, "linear layer", base_model, linear))
+            targets |= dict.fromkeys(matches)
+        return list(targets)
+    layers = layer_list(base_model)
+    inside = f"{layers}."
+    first = min(_layer(plan.hookpoint, inside) for plan in plans)
+    behind = [name for name in linear if name.startswith(inside) and _layer(name, inside) > first]
+    if not behind:
+        raise InputError(
+            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, where the "
+            "first head sits. Name the layers to adapt."
+        )
+    return behind
+
+
+def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) -> PeftModel:
+    """
+    Puts a new LoRA, whose parameters alone are trained, onto a frozen LM, in place. It starts as nothing.
+
+    Args:
+        model (`PreTrainedModel`): The LM with its head.
+        targets (`list[str]`): Of `lora_targets`.
+        lora ([`LoraArguments`]): Its rank and scale.
+    """
+    within = f"{model.base_model_prefix}."
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[within + name for name in targets],
+        fan_in_fan_out=all(isinstance(model.base_model.get_submodule(name), Conv1D) for name in targets),
+    )
+    with quiet_peft():
+        return get_peft_model(model, config).eval()
+
+
+def save_lora(adapted: PeftModel, folder: Path) -> None:
+    """Writes an adapter as `peft` reads it, without the card that PEFT makes for a repo of its own."""
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _layer(name: str, inside: str) -> int:
+    """Number of the layer that a module belongs to; -1 for what comes before the layers."""
+    return int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else -1
