@@ -20,10 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
     rows = [("head", "activation", "d_in -> latents -> d_out")]
-    rows += [
-        (name or ".", config.activation, f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}")
-        for name, config in written
-    ]
+    rows += [(name or ".", config.activation, config.widths) for name, config in written]
     print("\n".join([*aligned(rows), f"Written for {options.to} in {options.target}."]))
     return 0
 

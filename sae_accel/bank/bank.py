@@ -1,12 +1,13 @@
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..lm.hooks import Site
-from ..models import HeadModel, HeadOutput, SaeConfig, SaeModel, TranscoderModel
+from ..models import HeadModel, HeadOutput
+from ..models.registry import model_of
 from ..ops import Selection
 from .plans import HeadPlan
 
@@ -75,8 +76,8 @@ class SaeBank(nn.Module):
             plan = self.plans[name]
             device = head.b_dec.device
             output = head(
-                by_site[plan.reads].to(device),
-                by_site[plan.predicts].to(device),
+                joined(by_site, plan.reads).to(device),
+                joined(by_site, plan.predicts).to(device),
                 k=k[name],
                 total_variance=total_variance[name],
                 dead_mask=dead_masks.get(name),
@@ -87,6 +88,12 @@ class SaeBank(nn.Module):
             losses.append(output.loss)
             heads[name] = measured(output, head)
         return {"loss": torch.stack(losses).sum(), "heads": heads}
+
+
+def joined(by_site: Mapping[Site, Tensor], sites: Sequence[Site]) -> Tensor:
+    """What lies at some sites, `(num_tokens, d)`, with their widths one after the other."""
+    tensors = [by_site[site] for site in sites]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
 def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
@@ -108,10 +115,9 @@ def build_head(plan: HeadPlan) -> HeadModel:
     A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints
     differ and heads of a sweep at one hookpoint start alike.
     """
-    model_class = SaeModel if isinstance(plan.config, SaeConfig) else TranscoderModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{plan.arguments.seed}:{plan.hookpoint}".encode()))
-        return model_class(plan.config)
+        return model_of(plan.config)(plan.config)
 
 
 def _key(name: str) -> str:

@@ -84,8 +84,8 @@ def matches_table(matches: list[Match], heads: SaeHeads) -> str:
             (
                 plan.name,
                 name or "(the only one)",
-                config.model_type.removeprefix("sae_accel_"),
-                f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}",
+                config.kind,
+                config.widths,
                 str(ours.k) if ours.k == config.k else f"{config.k} -> {ours.k}",
                 config.base_model_name_or_path or "-",
             )
@@ -162,7 +162,7 @@ def _check_same(match: Match, heads: SaeHeads) -> None:
     plan, name, config = match
     ours, where = plan.config, f"head {name!r} of {heads.origin!r}"
     if ours.model_type != config.model_type:
-        kinds = [one.model_type.removeprefix("sae_accel_") for one in (config, ours)]
+        kinds = [one.kind for one in (config, ours)]
         raise InputError(
             f"{where} is of type {kinds[0]}, but the recipe's {plan.name!r} is of type {kinds[1]}. Set type."
         )

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,14 @@ class Moments:
         if not len(wide):
             return cls(count, wide.new_zeros(wide.shape[1]), wide.new_zeros(()))
         return cls(count, wide.mean(0), total_variance(wide))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Moments"]) -> "Moments":
+        """The moments of activations whose widths follow each other; each part is of the same tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        mean = torch.cat([part.mean for part in parts])
+        return cls(parts[0].count, mean, torch.stack([part.variance for part in parts]).sum())
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both together."""

@@ -1,5 +1,6 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -7,7 +8,8 @@ from ..common.errors import InputError
 from ..lm.hooks import Site
 from ..lm.modules import closest, hookpoint_names, layer_list, match_modules, no_match
 from ..lm.probe import probe
-from ..models import HeadConfig, SaeConfig, TranscoderConfig
+from ..models import HeadConfig
+from ..models.registry import config_of_kind
 from ..recipe.arguments import HeadArguments
 from ..recipe.checks import check_latents
 
@@ -20,29 +22,25 @@ class HeadPlan:
     Args:
         name (`str`): `<hookpoint>` or `<hookpoint>/<name>`, the folder that it is saved in.
         hookpoint (`str`): Module of the base model at which it sits.
-        reads (`Site`): Where its input comes from.
-        predicts (`Site`): Where its target comes from; `reads` for an SAE.
+        reads (`tuple[Site, ...]`): Where its input comes from. What lies at several sites is joined.
+        predicts (`tuple[Site, ...]`): Where its target comes from; `reads` for an SAE.
+        widths (`dict[Site, int]`): Width of the activation at each of these.
         config (`HeadConfig`): What it is.
         arguments (`HeadArguments`): How it is trained.
     """
 
     name: str
     hookpoint: str
-    reads: Site
-    predicts: Site
+    reads: tuple[Site, ...]
+    predicts: tuple[Site, ...]
+    widths: dict[Site, int]
     config: HeadConfig
     arguments: HeadArguments
-
-    @property
-    def sites(self) -> tuple[Site, Site]:
-        """Where it reads and what it predicts."""
-        return self.reads, self.predicts
 
 
 def site_widths(plans: Iterable[HeadPlan]) -> dict[Site, int]:
     """Every site that some head reads or predicts, once, with the width of its activations."""
-    plans = list(plans)
-    return {plan.reads: plan.config.d_in for plan in plans} | {plan.predicts: plan.config.d_out for plan in plans}
+    return {site: width for plan in plans for site, width in plan.widths.items()}
 
 
 def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[HeadPlan]:
@@ -62,48 +60,67 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
     """
     base_model = model.base_model
     names = hookpoint_names(base_model)
-    found = [
-        (f"heads[{i}]", entry, *sites)
-        for i, entry in enumerate(entries)
-        for sites in _sites(entry, i, base_model, names)
-    ]
-    probed = probe(base_model, list(dict.fromkeys(site for _, _, _, *sites in found for site in sites)))
+    found = [wanted for i, entry in enumerate(entries) for wanted in _wanted(entry, i, base_model, names)]
+    probed = probe(base_model, list(dict.fromkeys(site for one in found for site in (*one.reads, *one.predicts))))
     plans: dict[str, HeadPlan] = {}
     origins: dict[str, str] = {}
-    for where, entry, hookpoint, reads, predicts in found:
-        name = f"{hookpoint}/{entry.name}" if entry.name else hookpoint
-        if name in plans:
+    for wanted in found:
+        if wanted.name in plans:
             raise InputError(
-                f"Two heads are called {name!r}, one of {origins[name]} and one of {where}. Set `name` in one of them."
+                f"Two heads are called {wanted.name!r}, one of {origins[wanted.name]} and one of {wanted.where}. Set "
+                "`name` in one of them."
             )
-        reads, d_in = probed[reads]
-        predicts, d_out = probed[predicts]
-        if entry.source is not None and (reads.within or predicts.within):
-            raise InputError(
-                f"{where}.source: {(reads if reads.within else predicts).module!r} may run any number of times in a "
-                f"forward pass, so what {reads.module!r} gives cannot be matched with {hookpoint!r}. Remove source."
-            )
-        config = _head_config(entry, hookpoint, reads, d_in, d_out, f"{where} at {hookpoint!r}")
-        plans[name] = HeadPlan(name, hookpoint, reads, predicts, config, entry)
-        origins[name] = where
+        plans[wanted.name] = _plan(wanted, probed)
+        origins[wanted.name] = wanted.where
     return list(plans.values())
 
 
-def _sites(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[tuple[str, Site, Site]]:
-    """The hookpoints of an entry, each with where its head reads and what it predicts."""
-    seen = set()
+class _Wanted(NamedTuple):
+    """What an entry asks for at one hookpoint, before the LM has been run."""
+
+    where: str
+    entry: HeadArguments
+    hookpoint: str
+    source: str | None
+    reads: tuple[Site, ...]
+    predicts: tuple[Site, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.hookpoint}/{self.entry.name}" if self.entry.name else self.hookpoint
+
+
+def _plan(wanted: _Wanted, probed: dict[Site, tuple[Site, int]]) -> HeadPlan:
+    entry, hookpoint = wanted.entry, wanted.hookpoint
+    reads, predicts = (tuple(probed[site][0] for site in sites) for sites in (wanted.reads, wanted.predicts))
+    widths = dict(probed[site] for site in (*wanted.reads, *wanted.predicts))
+    uncounted = [site.module for site in widths if site.within is not None]
+    # A module's own input and output come together, however often it runs.
+    if uncounted and (entry.source is not None or len({site.module for site in widths}) > 1):
+        raise InputError(
+            f"{wanted.where}.source: {uncounted[0]!r} may run any number of times in a forward pass, so what "
+            f"{reads[0].module!r} gives cannot be matched with {hookpoint!r}. Remove source."
+        )
+    d_in, d_out = (sum(widths[site] for site in part) for part in (reads, predicts))
+    num_latents = entry.num_latents or entry.expansion_factor * d_in
+    check_latents(entry.k, num_latents, entry.activation, entry.multi_topk, f"{wanted.where} at {hookpoint!r}")
+    told = {"hookpoint": hookpoint, "source": wanted.source}
+    config = config_of_kind(entry.type).from_entry(entry, d_in=d_in, d_out=d_out, num_latents=num_latents, **told)
+    return HeadPlan(wanted.name, hookpoint, reads, predicts, widths, config, entry)
+
+
+def _wanted(entry: HeadArguments, index: int, base_model: PreTrainedModel, names: list[str]) -> Iterator[_Wanted]:
+    """The heads of an entry, one at each of its hookpoints."""
+    kind, seen = config_of_kind(entry.type), set()
     for matches in _matches(entry, index, base_model, names):
         for hookpoint, wildcards in matches[:: entry.stride]:
             if hookpoint in seen:
                 continue
             seen.add(hookpoint)
-            predicts = Site(hookpoint, "output")
-            if entry.type == "sae":
-                yield hookpoint, predicts, predicts
-            elif entry.source is None:
-                yield hookpoint, Site(hookpoint, "input"), predicts
-            else:
-                yield hookpoint, Site(_source(entry.source, wildcards, index, names), "output"), predicts
+            source = None if entry.source is None else _source(entry.source, wildcards, index, names)
+            reads = tuple(Site(*place) for place in kind.reads_at(hookpoint, source))
+            predicts = tuple(Site(*place) for place in kind.predicts_at(hookpoint))
+            yield _Wanted(f"heads[{index}]", entry, hookpoint, source, reads, predicts)
 
 
 def _matches(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[list[tuple[str, list[str]]]]:
@@ -133,20 +150,3 @@ def _source(source: str, wildcards: list[str], index: int, names: list[str]) -> 
     if name not in names:
         raise InputError(f"heads[{index}].source: the LM has no module {name!r}. {closest(name, names)}")
     return name
-
-
-def _head_config(entry, hookpoint: str, reads: Site, d_in: int, d_out: int, where: str) -> HeadConfig:
-    num_latents = entry.num_latents or entry.expansion_factor * d_in
-    check_latents(entry.k, num_latents, entry.activation, entry.multi_topk, where)
-    kwargs = dict(
-        d_in=d_in,
-        num_latents=num_latents,
-        expansion_factor=entry.expansion_factor,
-        k=entry.k,
-        activation=entry.activation,
-        hookpoint=hookpoint,
-        source=entry.source and reads.module,
-    )
-    if entry.type == "sae":
-        return SaeConfig(normalize_decoder=entry.normalize_decoder is not False, **kwargs)
-    return TranscoderConfig(d_out=d_out, skip_connection=entry.skip_connection, **kwargs)

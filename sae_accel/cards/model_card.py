@@ -10,7 +10,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..common.run_files import ADAPTER
 from ..data.sources import BUILDERS
-from ..models import HeadConfig, TranscoderConfig
+from ..models import HeadConfig
+from ..recipe.arguments import KINDS
 from .markdown import code, fenced, listed, number, quoted, table
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
 from .run import Run, frequencies_of, log_history, read_run
@@ -30,13 +31,6 @@ _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MUL
 
 
 _FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
-
-
-_KINDS = {
-    "SAE": ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)"),
-    "transcoder": ("transcoder", "transcoders"),
-    "skip transcoder": ("skip transcoder", "skip transcoders"),
-}
 
 
 _OPTIMIZERS = {"adam": "Adam", "adam8bit": "8-bit Adam", "muon": "Muon"}
@@ -60,9 +54,8 @@ _PAPERS = {
     "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
     "batchtopk": ("BatchTopK", "Bussmann et al. 2024", "2412.06410"),
     "jumprelu": ("JumpReLU", "Rajamanoharan et al. 2024", "2407.14435"),
-    "transcoder": ("Transcoders", "Dunefsky et al. 2024", "2406.11944"),
-    "lora": ("LoRA around SAEs", "Chen et al. 2025", "2501.19406"),
 }
+_LORA_PAPER = ("LoRA around SAEs", "Chen et al. 2025", "2501.19406")
 
 
 _ALT_TEXTS = {
@@ -142,9 +135,7 @@ def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
     lms = [lm for lm in _lms(run) if _is_hub_id(lm, run)]
     dataset = _dataset_id(run)
     results = _eval_results(run)
-    transcoders = [isinstance(config, TranscoderConfig) for config in run.configs.values()]
-    kinds = [] if all(transcoders) else ["sparse-autoencoder"]
-    kinds += ["transcoder"] if any(transcoders) else []
+    kinds = sorted({config.tag for config in run.configs.values()})
     return ModelCardData(
         library_name="sae_accel",
         license=license,
@@ -185,12 +176,11 @@ def _eval_results(run: Run) -> list[EvalResult]:
 
 def _about(run: Run) -> str:
     """What was trained, on what, and how."""
-    kinds = Counter(_kind(config) for config in run.configs.values())
-    counts = [
-        f"a {one}" if kinds[kind] == 1 else f"{kinds[kind]} {many}"
-        for kind, (one, many) in _KINDS.items()
-        if kinds[kind]
-    ]
+    in_order = sorted(
+        run.configs.values(), key=lambda config: (list(KINDS).index(config.kind), config.skip_connection)
+    )
+    kinds = Counter(config.long_titles for config in in_order)
+    counts = [f"a {one}" if count == 1 else f"{count} {many}" for (one, many), count in kinds.items()]
     what = listed(counts)
     sentence = f"{what[0].upper()}{what[1:]}{_of_lm(run)}."
     return " ".join(part for part in (sentence, _how_trained(run)) if part)
@@ -239,7 +229,7 @@ def _heads_table(run: Run) -> str:
             number(run.metrics.get(f"{key}/{name}"), form)
             for key, form in (("eval/fvu", ".4f"), ("eval/l0", ".1f"), ("train/dead", ".1%"))
         ]
-        rows.append([code(_title(name, config)), _kind(config), size, config.activation, k, *metrics])
+        rows.append([code(_title(name, config)), config.title, size, config.activation, k, *metrics])
     return table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
 
 
@@ -271,15 +261,14 @@ def _losses_table(metrics: Mapping[str, float]) -> str:
 def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
     """What the loading snippet names: the first head, and where in the LM its input comes from."""
     name, config = next(iter(run.configs.items()))
-    hookpoint = config.hookpoint or name.split("/")[0]
-    side = "input" if isinstance(config, TranscoderConfig) and config.source is None else "output"
-    module = config.source or hookpoint
+    places = config.reads_at(config.hookpoint or name.split("/")[0], config.source)
+    read = " and ".join(f"the {side} of module {module}" for module, side in places if module)
     lm = next((f"AutoModel.from_pretrained({quoted(lm)})" for lm in _lms(run) if _is_hub_id(lm, run)), "the LM")
     which = f", hookpoint={quoted(name)}" if among_others and len(run.configs) == 1 else ""
     return {
         "source": f"{_source(run, repo_id)}{which}{_at(revision)}",
         "head": quoted(name),
-        "reads": f"the {side} of module {module} of {lm}" if module else f"activations of {lm}",
+        "reads": f"{read} of {lm}" if read else f"activations of {lm}",
         "d_in": config.d_in,
         "decodes": not config.encoder_only,
     }
@@ -314,20 +303,15 @@ def _at(revision: str | None) -> str:
 
 
 def _credits(run: Run) -> str:
-    activations = {config.activation for config in run.configs.values()}
-    applies = {
-        "topk": bool(activations & {"topk", "groupmax", "signed_topk", "batchtopk"}),
-        "batchtopk": "batchtopk" in activations,
-        "jumprelu": "jumprelu" in activations,
-        "transcoder": any(isinstance(config, TranscoderConfig) for config in run.configs.values()),
-        "lora": run.has_adapter,
-    }
-    papers = [
-        f"- {what}: {who}, [arXiv:{number}](https://arxiv.org/abs/{number})."
-        for key, (what, who, number) in _PAPERS.items()
-        if applies[key]
-    ]
-    return "\n".join(["- Saved and loaded by the Python package `sae_accel`.", *papers])
+    configs = run.configs.values()
+    activations = {config.activation for config in configs}
+    if activations & {"groupmax", "signed_topk", "batchtopk"}:
+        activations.add("topk")
+    papers = [paper for activation, paper in _PAPERS.items() if activation in activations]
+    papers += dict.fromkeys(config.paper for config in configs if config.paper)
+    papers += [_LORA_PAPER] if run.has_adapter else []
+    credits = [f"- {what}: {who}, [arXiv:{number}](https://arxiv.org/abs/{number})." for what, who, number in papers]
+    return "\n".join(["- Saved and loaded by the Python package `sae_accel`.", *credits])
 
 
 def _lms(run: Run) -> list[str]:
@@ -366,12 +350,6 @@ def _is_hub_id(name: str, run: Run) -> bool:
 def _shown(name: str, run: Run) -> str:
     """A repo's name whole; of a path, which means nothing elsewhere, the last part."""
     return name if _is_hub_id(name, run) else Path(name).name or name
-
-
-def _kind(config: HeadConfig) -> str:
-    if not isinstance(config, TranscoderConfig):
-        return "SAE"
-    return "skip transcoder" if config.skip_connection else "transcoder"
 
 
 def _title(name: str, config: HeadConfig) -> str:

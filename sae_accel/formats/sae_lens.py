@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
+from ..models.configuration_sae import SaeConfig
 from ..models.configuration_transcoder import TranscoderConfig
 from .foreign import (
     ForeignHead,
@@ -148,8 +149,9 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
     Raises:
         `InputError`: if SAELens has no such head.
     """
-    transcoder = isinstance(config, TranscoderConfig)
-    skips = transcoder and config.skip_connection
+    if config.kind not in (SaeConfig.kind, TranscoderConfig.kind):
+        raise InputError(f"it is a {config.title}, which SAELens does not have.")
+    transcoder = config.kind == TranscoderConfig.kind
     architecture = {
         "topk": "topk",
         "signed_topk": "abstopk",
@@ -160,7 +162,7 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
     }.get(config.activation)
     if transcoder:
         start = {"relu": "", "jumprelu": "jumprelu_", "batchtopk": "jumprelu_"}.get(config.activation)
-        architecture = None if start is None else f"{start}{'skip_' if skips else ''}transcoder"
+        architecture = None if start is None else f"{start}{'skip_' if config.skip_connection else ''}transcoder"
     if architecture is None:
         kind = "a transcoder" if transcoder else "an SAE"
         raise InputError(f"it is {kind} with activation {config.activation}, which SAELens does not have.")

@@ -11,6 +11,7 @@ import torch
 from ..common.errors import InputError
 from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
+from ..models.configuration_sae import SaeConfig
 from ..models.configuration_transcoder import TranscoderConfig
 from .foreign import ForeignHead, Source, foreign_head, last_part
 from .place import Place
@@ -86,8 +87,9 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
     Raises:
         `InputError`: if sparsify has no such head.
     """
-    transcoder = isinstance(config, TranscoderConfig)
+    transcoder = config.kind == TranscoderConfig.kind
     lacks = {
+        f"kind {config.kind}": config.kind not in (SaeConfig.kind, TranscoderConfig.kind),
         f"activation {config.activation}": config.activation not in ("topk", "groupmax"),
         f"normalize_input {config.normalize_input}": config.normalize_input is not None,
         f"d_out {config.d_out} beside d_in {config.d_in}": config.d_out != config.d_in,
@@ -102,7 +104,7 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
         "num_latents": config.num_latents,
         "k": config.k,
         "multi_topk": False,
-        "skip_connection": getattr(config, "skip_connection", False),
+        "skip_connection": config.skip_connection,
         "transcode": transcoder,
         "d_in": config.d_in,
     }

@@ -13,7 +13,7 @@ from ..loading.find import find_heads
 from ..loading.head_files import check_weights, reading, stored_config
 from ..loading.repository import Repository
 from ..loading.sae_heads import SaeHeads
-from ..models import SaeConfig, TranscoderConfig
+from ..models.registry import known_config
 
 
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
@@ -79,10 +79,7 @@ def is_config_of_ours(path: str | Path) -> bool:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(content, dict) and content.get("model_type") in (
-        SaeConfig.model_type,
-        TranscoderConfig.model_type,
-    )
+    return isinstance(content, dict) and known_config(content.get("model_type")) is not None
 
 
 def _refuse_without_weights(repository: Repository, places: Mapping[str, Place], include: Sequence[str]) -> None:

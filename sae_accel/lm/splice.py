@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..common.errors import InputError
-from ..models import HeadModel, Latents, TranscoderModel
+from ..models import HeadModel, Latents
 from .hooks import Site, first_tensor
 
 
@@ -103,10 +103,19 @@ def replaced(base_model: PreTrainedModel, replacements: Iterable[Replacement], u
 
 
 def source_site(head: HeadModel, hookpoint: str) -> Site:
-    """Where a head reads: an SAE its hookpoint's output; a transcoder its input, or the output of its `source`."""
-    if head.config.source is not None:
-        return Site(head.config.source, "output")
-    return Site(hookpoint, "input" if isinstance(head, TranscoderModel) else "output")
+    """
+    Where a head at a hookpoint reads.
+
+    Raises:
+        `InputError`: if it reads or predicts what lies at several places.
+    """
+    reads, predicts = head.config.reads_at(hookpoint, head.config.source), head.config.predicts_at(hookpoint)
+    if len(reads) > 1 or predicts != ((hookpoint, "output"),):
+        raise InputError(
+            f"A {head.config.title} at {hookpoint!r} cannot be spliced in: it does not read one activation to replace "
+            "the output of its hookpoint."
+        )
+    return Site(*reads[0])
 
 
 @contextmanager

@@ -11,11 +11,8 @@ from safetensors import SafetensorError, safe_open
 from ..common.errors import InputError
 from ..formats import Place
 from ..models.configuration_head import HeadConfig
-from ..models.configuration_sae import SaeConfig
-from ..models.configuration_transcoder import TranscoderConfig
 from ..models.modeling_head import HeadModel
-from ..models.modeling_sae import SaeModel
-from ..models.modeling_transcoder import TranscoderModel
+from ..models.registry import known_config, model_of
 from .repository import Repository
 
 
@@ -25,7 +22,6 @@ TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "i
 _BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER = {"W_dec", "W_skip"}
-_CONFIGS = {config_class.model_type: config_class for config_class in (SaeConfig, TranscoderConfig)}
 
 
 @contextmanager
@@ -60,7 +56,7 @@ def stored_config(place: Place, options: dict[str, Any]) -> HeadConfig:
     if "input_scale" in told:
         raise ValueError("input_scale was given, which is for heads of SAELens.")
     keys = place.json("config")
-    config_class = _CONFIGS.get(keys.get("model_type"))
+    config_class = known_config(keys.get("model_type"))
     if config_class is None:
         raise ValueError(f"it is a {keys.get('model_type')}, not an SAE or transcoder.")
     # Not by AutoConfig, which asks whether to run the code that an `auto_map` names.
@@ -84,7 +80,7 @@ def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
         check_weights(place, config)
         options = {key: value for key, value in options.items() if key not in TELLING}
         folder = place.paths["config"].parent
-        return _model_class(config).from_pretrained(folder, config=config, use_safetensors=True, **options)
+        return model_of(config).from_pretrained(folder, config=config, use_safetensors=True, **options)
     # As transformers, which takes the older name too.
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
@@ -94,7 +90,7 @@ def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
     tensors = head.read()
     options = {key: value for key, value in options.items() if key not in TELLING}
     options.setdefault("dtype", tensors["encoder.weight"].dtype)
-    return _model_class(head.config).from_pretrained(None, config=head.config, state_dict=tensors, **options)
+    return model_of(head.config).from_pretrained(None, config=head.config, state_dict=tensors, **options)
 
 
 def check_weights(place: Place, config: HeadConfig) -> None:
@@ -106,7 +102,7 @@ def check_weights(place: Place, config: HeadConfig) -> None:
         `SafetensorError`: if a file is damaged.
     """
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in _model_class(config)(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in model_of(config)(config).state_dict().items()}
     found = {
         name: head for role in place.paths if role.endswith(".safetensors") for name, head in _headers(place, role)
     }
@@ -158,7 +154,3 @@ def _reason(error: BaseException) -> str:
         allowed = " or ".join(allowed for _, allowed, *_ in kinds).replace("NoneType", "null")
         return f"{name} is {value}, a {kind}; allowed is {allowed}."
     return text
-
-
-def _model_class(config: HeadConfig) -> type[HeadModel]:
-    return SaeModel if isinstance(config, SaeConfig) else TranscoderModel

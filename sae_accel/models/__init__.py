@@ -1,4 +1,7 @@
-from transformers import AutoConfig, AutoModel
+"""
+Heads: their configurations and what they compute. Activations of an LM come in; latents, reconstructions and losses
+go out. Nothing here knows of an LM, of files or of processes.
+"""
 
 from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
@@ -8,11 +11,8 @@ from .modeling_head import BY_LATENT, HeadModel
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
 from .outputs import HeadOutput, Latents
+from .registry import register
 
-
-for _config, _model in ((SaeConfig, SaeModel), (TranscoderConfig, TranscoderModel)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "BY_LATENT",
@@ -25,4 +25,5 @@ __all__ = [
     "SaeModel",
     "TranscoderConfig",
     "TranscoderModel",
+    "register",
 ]

@@ -1,9 +1,14 @@
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..recipe.arguments import HeadArguments
 from .latent_selection import SELECTIONS
+
+
+# A module of an LM's base model, and `"input"` or `"output"` of it.
+Place = tuple[str, Literal["input", "output"]]
 
 
 @strict
@@ -41,6 +46,13 @@ class HeadConfig(PreTrainedConfig):
         `ValueError`: if the sizes disagree, such as k above num_latents.
     """
 
+    # What a recipe and tables call the kind, and whether it reads its hookpoint's input where no source is named.
+    kind: ClassVar[str]
+    reads_input: ClassVar[bool] = False
+    # The tag of a model card, and the paper that it credits: what, who, and the arXiv id.
+    tag: ClassVar[str]
+    paper: ClassVar[tuple[str, str, str] | None] = None
+    skip_connection: ClassVar[bool] = False
     # A head without a width means nothing, so there is no default config to compare a saved one with.
     has_no_defaults_at_init: ClassVar[bool] = True
 
@@ -67,6 +79,56 @@ class HeadConfig(PreTrainedConfig):
         if rest:
             self.expansion_factor = None
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def reads_at(cls, hookpoint: str, source: str | None = None) -> tuple[Place, ...]:
+        """
+        Where a head of this kind reads; what it reads at several places is joined along the last dimension.
+
+        Args:
+            hookpoint (`str`): Module of the LM's base model at which it sits.
+            source (`str`, *optional*): Module whose output it reads instead.
+        """
+        if source is not None:
+            return ((source, "output"),)
+        return ((hookpoint, "input" if cls.reads_input else "output"),)
+
+    @classmethod
+    def predicts_at(cls, hookpoint: str) -> tuple[Place, ...]:
+        """Where that lies which a head of this kind reproduces; what lies at several places is joined."""
+        return ((hookpoint, "output"),)
+
+    @classmethod
+    def from_entry(cls, entry: HeadArguments, **fields: Any) -> "HeadConfig":
+        """
+        The config of a head that an entry of a recipe asks for.
+
+        Args:
+            entry ([`HeadArguments`]): The entry.
+            fields (*optional*): What follows from the LM: `d_in`, `d_out`, `num_latents`, `hookpoint`, `source`.
+        """
+        return cls(expansion_factor=entry.expansion_factor, k=entry.k, activation=entry.activation, **fields)
+
+    @property
+    def title(self) -> str:
+        """What a card's table calls the kind."""
+        return self.kind
+
+    @property
+    def long_titles(self) -> tuple[str, str]:
+        """What a card calls one head of the kind, and several."""
+        return self.title, f"{self.title}s"
+
+    @property
+    def widths(self) -> str:
+        """`d_in -> latents -> d_out`, in words."""
+        return f"{self.d_in:,} -> {self.num_latents:,} -> {self.d_out:,}"
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of a head, but for those of which there is one for each latent beside the encoder's bias."""
+        skip = self.d_in * self.d_out if self.skip_connection else 0
+        return self.num_latents * (self.d_in + self.d_out + 1) + self.d_out + skip
 
     def validate_architecture(self) -> None:
         """Checks that the sizes agree; called at construction and when the config is saved."""

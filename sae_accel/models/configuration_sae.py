@@ -1,5 +1,8 @@
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 
+from ..recipe.arguments import HeadArguments
 from .configuration_head import HeadConfig
 
 
@@ -16,6 +19,15 @@ class SaeConfig(HeadConfig):
     """
 
     model_type = "sae_accel_sae"
+    kind = "sae"
+    title = "SAE"
+    long_titles = ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)")
+    tag = "sparse-autoencoder"
+
+    @classmethod
+    def from_entry(cls, entry: HeadArguments, *, d_out: int, **fields: Any) -> "SaeConfig":
+        """As of any head; its rows are kept at unit norm unless the entry says otherwise."""
+        return super().from_entry(entry, normalize_decoder=entry.normalize_decoder is not False, **fields)
 
     @property
     def d_out(self) -> int:

@@ -2,6 +2,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
+from ..recipe.arguments import HeadArguments
 from .configuration_head import HeadConfig
 
 
@@ -17,11 +18,25 @@ class TranscoderConfig(HeadConfig):
     """
 
     model_type = "sae_accel_transcoder"
+    kind = "transcoder"
+    reads_input = True
+    tag = "transcoder"
+    paper = ("Transcoders", "Dunefsky et al. 2024", "2406.11944")
 
     normalize_decoder: bool = False
     apply_b_dec_to_input: bool = False
     d_out: int | None = None
     skip_connection: bool = False
+
+    @classmethod
+    def from_entry(cls, entry: HeadArguments, **fields: Any) -> "TranscoderConfig":
+        """As of any head, with the entry's skip connection."""
+        return super().from_entry(entry, skip_connection=entry.skip_connection, **fields)
+
+    @property
+    def title(self) -> str:
+        """What a card's table calls it."""
+        return "skip transcoder" if self.skip_connection else "transcoder"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.d_out is None:

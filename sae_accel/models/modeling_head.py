@@ -47,7 +47,7 @@ class HeadModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = nn.Linear(config.d_in, config.num_latents)
         self.b_dec = nn.Parameter(torch.empty(config.d_out))
-        has_skip = getattr(config, "skip_connection", False) and not config.encoder_only
+        has_skip = config.skip_connection and not config.encoder_only
         self.W_dec = None if config.encoder_only else nn.Parameter(torch.empty(config.num_latents, config.d_out))
         self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in)) if has_skip else None
         for name in self._selection.parameters:

@@ -1,11 +1,57 @@
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
-def _option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A dataclass field whose help text `--help` prints; mutable defaults are copied for each instance."""
-    metadata = {"help": help, **kwargs}
-    shown = not metadata.get("secret")
+# Kinds of heads, with the fields of an entry that each refuses, and why. `sae_accel.models.register` adds to them.
+_ONLY_TRANSCODERS = "only a transcoder has one. Set type: transcoder, or remove it."
+KINDS: dict[str, dict[str, str]] = {
+    "sae": {"source": _ONLY_TRANSCODERS, "skip_connection": _ONLY_TRANSCODERS},
+    "transcoder": {
+        "normalize_decoder": "a transcoder's decoder starts at zero, which has no unit norm. Remove it.",
+    },
+}
+
+
+class Help(str):
+    """
+    What a field means, with what else is known of it. `HfArgumentParser` gives a field's metadata to `argparse` as
+    they are, so all of it goes under the one key `help`.
+
+    Args:
+        text (`str`): What `--help` prints.
+        minimum (`float`, *optional*): The least value that is allowed.
+        above (`float`, *optional*): Values must be larger than this.
+        secret (`bool`, defaults to `False`): Whether the value must never reach a file or a tracker.
+        device_keys (`bool`, defaults to `False`): Whether it is a mapping by devices or modules, with their own names.
+        choices (`Iterable[str]`, *optional*): The values that are allowed, looked up when they are needed.
+    """
+
+    minimum: float | None
+    above: float | None
+    secret: bool
+    device_keys: bool
+    choices: Iterable[str] | None
+
+    def __new__(
+        cls,
+        text: str,
+        minimum: float | None = None,
+        above: float | None = None,
+        secret: bool = False,
+        device_keys: bool = False,
+        choices: Iterable[str] | None = None,
+    ) -> "Help":
+        self = super().__new__(cls, text)
+        self.minimum, self.above, self.secret, self.device_keys = minimum, above, secret, device_keys
+        self.choices = choices
+        return self
+
+
+def _option(default: Any, help: str, **known: Any) -> Any:
+    """A dataclass field with a [`Help`]; mutable defaults are copied for each instance."""
+    metadata = {"help": Help(help, **known)}
+    shown = not metadata["help"].secret
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=shown)
     return field(default=default, metadata=metadata, repr=shown)
@@ -30,7 +76,7 @@ class ModelArguments:
         None,
         "Hub id or folder of a PEFT adapter that the LM carries. Hookpoint names stay those of the LM without it.",
     )
-    device_map: str | dict[str, Any] | None = _option(
+    device_map: str | dict | None = _option(
         None,
         "Where the LM's modules lie, as in transformers: auto, balanced, sequential, or a mapping of module to "
         "device; all on the process's device if not set.",
@@ -64,7 +110,7 @@ class DataArguments:
         "`.bin` file of token ids.",
     )
     name: str | None = _option(None, "Configuration of the dataset, the second argument of `load_dataset`.")
-    split: str = _option("train", "Split to read; slices such as `train[:1%]` are allowed.")
+    split: str = _option("train", "Split to read; slices such as `train[:1000]` are allowed.")
     load_args: dict[str, Any] = _option({}, "Further arguments of `load_dataset`, such as data_files or revision.")
     streaming: bool = _option(False, "Read the dataset as it arrives instead of downloading it first.")
     text_column: str = _option(
@@ -113,7 +159,7 @@ class HeadArguments:
         "Transcoders only: the module whose output is read, with {0}, {1} for what the pattern's wildcards matched; "
         "the hookpoint's own input if not set.",
     )
-    type: Literal["sae", "transcoder"] = _option("sae", "What the head is.")
+    type: str = _option("sae", "What the head is.", choices=KINDS)
     name: str | None = _option(None, "Name among the heads of one hookpoint: it is saved as `<hookpoint>/<name>`.")
     activation: Literal["topk", "groupmax", "batchtopk", "jumprelu"] = _option(
         "topk",
@@ -283,4 +329,4 @@ SECTIONS = {
 
 def secret_fields(arguments: Any) -> set[str]:
     """Names of the fields of a dataclass that must never reach a file or a tracker."""
-    return {f.name for f in fields(arguments) if f.metadata.get("secret")}
+    return {f.name for f in fields(arguments) if f.metadata["help"].secret}

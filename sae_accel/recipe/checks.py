@@ -5,7 +5,7 @@ from transformers import SchedulerType
 
 from ..common.errors import InputError, near
 from ..common.run_files import NOT_HEADS
-from .arguments import HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
+from .arguments import KINDS, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
 
 
 TRAINABLE = get_args(get_type_hints(HeadArguments)["activation"])
@@ -115,14 +115,9 @@ def check_entry(entry: HeadArguments, where: str) -> None:
     """
     if entry.hookpoints and entry.layers:
         raise InputError(f"{where}: hookpoints and layers are two ways to say one thing. Keep one.")
-    if entry.type == "sae":
-        for name in ("source", "skip_connection"):
-            if getattr(entry, name):
-                raise InputError(f"{where}.{name}: only a transcoder has one. Set type: transcoder, or remove it.")
-    if entry.type == "transcoder" and entry.normalize_decoder:
-        raise InputError(
-            f"{where}.normalize_decoder: a transcoder's decoder starts at zero, which has no unit norm. Remove it."
-        )
+    for name, reason in KINDS.get(entry.type, {}).items():
+        if getattr(entry, name):
+            raise InputError(f"{where}.{name}: {reason}")
     if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or NOT_HEADS.fullmatch(entry.name)):
         raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a head's folder.")
     if entry.activation == "jumprelu" and entry.k_decay_steps:

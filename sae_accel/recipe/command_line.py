@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ..common.errors import InputError
-from .arguments import SECTIONS
+from .arguments import SECTIONS, Help
 from .overrides import split_name, with_values
 from .recipe import Recipe, load_recipe
-from .schema import default_of, field_hints, is_union, type_name
+from .schema import default_of, field_hints, is_union, takes_mapping, type_name
 from .yaml_file import StrictLoader
 
 
@@ -92,7 +92,7 @@ def help_text(width: int) -> str:
         lines += ["", _filled(f"{section}: {meaning}", width, 0, 2), ""]
         hints = field_hints(arguments)
         for option in fields(arguments):
-            kind = type_name(hints[option.name]) + _range(option.metadata)
+            kind = type_name(hints[option.name]) + _range(option.metadata["help"])
             default = yaml.safe_dump(default_of(option), default_flow_style=True).splitlines()[0]
             lines.append(_filled(f"--{section}.{option.name}  {kind}; default {default}", width, 2, 6))
             lines.append(_filled(option.metadata["help"], width, 6, 6))
@@ -104,10 +104,10 @@ def _filled(text: str, width: int, first: int, rest: int) -> str:
     return textwrap.fill(text, width, initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False)
 
 
-def _range(metadata: Any) -> str:
-    if "minimum" in metadata:
-        return f", at least {metadata['minimum']:g}"
-    return f", above {metadata['above']:g}" if "above" in metadata else ""
+def _range(help: Help) -> str:
+    if help.minimum is not None:
+        return f", at least {help.minimum:g}"
+    return "" if help.above is None else f", above {help.above:g}"
 
 
 def _options(words: list[str]) -> list[tuple[str, list[str]]]:
@@ -148,7 +148,7 @@ def _one_value(word: str, options: tuple[Any, ...], name: str) -> Any:
         return None
     if bool in options and word.lower() in ("true", "false"):
         return word.lower() == "true"
-    if dict in map(get_origin, options) and word.startswith("{"):
+    if takes_mapping(options) and word.startswith("{"):
         return _yaml_value(word, name)
     as_typed = any(option is str or get_origin(option) is Literal for option in options)
     return word if as_typed else _yaml_value(word, name)

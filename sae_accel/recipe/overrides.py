@@ -1,10 +1,10 @@
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from ..common.errors import InputError
 from .arguments import SECTIONS
-from .schema import field_hints, is_union, type_name
+from .schema import field_hints, is_union, takes_mapping, type_name
 
 
 def with_values(content: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def split_name(name: str) -> tuple[str, int | None, list[str]]:
         )
     hint = field_hints(SECTIONS[section]).get(keys[0])
     options = get_args(hint) if is_union(hint) else (hint,)
-    if hint is not None and len(keys) > 1 and dict not in map(get_origin, options):
+    if hint is not None and len(keys) > 1 and not takes_mapping(options):
         raise InputError(f"{name!r}: {section}.{keys[0]} is {type_name(hint)}, with no keys inside.")
     return section, index, keys
 

@@ -150,8 +150,8 @@ def _section(section: type, content: Any, path: str) -> Any:
         raise InputError(f"{path}: expected a mapping of keys to values, found {shown(content)}.")
     hints = field_hints(section)
     _check_keys(content, path, hints)
-    metadata = {f.name: f.metadata for f in fields(section)}
-    return section(**{key: typed(value, hints[key], metadata[key], f"{path}.{key}") for key, value in content.items()})
+    helps = {f.name: f.metadata["help"] for f in fields(section)}
+    return section(**{key: typed(value, hints[key], helps[key], f"{path}.{key}") for key, value in content.items()})
 
 
 def _check_keys(content: Mapping[str, Any], path: str, allowed: Iterable[str]) -> None:

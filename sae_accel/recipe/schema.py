@@ -1,16 +1,17 @@
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..common.errors import InputError, near
+from .arguments import Help
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
-def typed(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
+def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
     """
     `value` as the type `hint` of a field, without guessing: only what YAML itself reads otherwise is converted.
 
@@ -25,16 +26,16 @@ def typed(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
             (item_hint,) = get_args(option)
             items = [value] if isinstance(value, str) and item_hint is str else value
             if isinstance(items, list):
-                return [typed(item, item_hint, metadata, f"{path}[{i}]") for i, item in enumerate(items)]
+                return [typed(item, item_hint, help, f"{path}[{i}]") for i, item in enumerate(items)]
         elif get_origin(option) is Literal and isinstance(value, str) and value in get_args(option):
             return value
         elif option is float and (number := _number(value)) is not None:
-            return _in_range(number, metadata, path)
+            return _in_range(number, help, path)
         # Not isinstance: true would be an integer.
         elif type(value) is (get_origin(option) or option):
-            return _in_range(value, metadata, path)
+            return _in_range(value, help, path)
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    found = "a value of another type" if metadata.get("secret") else shown(value)
+    found = "a value of another type" if help.secret else shown(value)
     raise InputError(f"{path}: expected {type_name(hint)}, found {found}.{near(value, choices)}")
 
 
@@ -55,10 +56,16 @@ def is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, UnionType)
 
 
+def takes_mapping(options: Iterable[Any]) -> bool:
+    """Whether one of several types is a mapping."""
+    return any((get_origin(option) or option) is dict for option in options)
+
+
 def field_hints(section: type) -> dict[str, Any]:
-    """The types of a section's fields by name."""
+    """The types of a section's fields by name; of a field with choices, one of these."""
     hints = get_type_hints(section)
-    return {f.name: hints[f.name] for f in fields(section)}
+    choices = {f.name: f.metadata["help"].choices for f in fields(section)}
+    return {name: Literal[tuple(allowed)] if allowed else hints[name] for name, allowed in choices.items()}
 
 
 def default_of(option: Any) -> Any:
@@ -66,14 +73,14 @@ def default_of(option: Any) -> Any:
     return option.default if option.default is not MISSING else option.default_factory()
 
 
-def _in_range(value: Any, metadata: Mapping[str, Any], path: str) -> Any:
+def _in_range(value: Any, help: Help, path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{path}: found {value}, it must be finite.")
-    if "minimum" in metadata and value < metadata["minimum"]:
-        raise InputError(f"{path}: found {value}, the least allowed is {metadata['minimum']}.")
-    if "above" in metadata and value <= metadata["above"]:
-        raise InputError(f"{path}: found {value}, it must be above {metadata['above']:g}.")
-    if isinstance(value, dict) and metadata.get("device_keys"):
+    if help.minimum is not None and value < help.minimum:
+        raise InputError(f"{path}: found {value}, the least allowed is {help.minimum}.")
+    if help.above is not None and value <= help.above:
+        raise InputError(f"{path}: found {value}, it must be above {help.above:g}.")
+    if isinstance(value, dict) and help.device_keys:
         value = _flat(value)
     if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
         raise InputError(f"{path}: its keys must be strings, found {shown(wrong[0])}.")

@@ -22,8 +22,8 @@ def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) 
         rows.append(
             (
                 name,
-                config.model_type.removeprefix("sae_accel_"),
-                f"{config.d_in:,} -> {config.num_latents:,} -> {config.d_out:,}",
+                config.kind,
+                config.widths,
                 str(config.k),
                 _number(metrics.get(f"eval/fvu/{name}"), ".4f"),
                 _number(metrics.get(f"eval/l0/{name}"), ".1f"),

@@ -35,7 +35,7 @@ def place_heads(plans: list[HeadPlan], processes: int, tokens: int) -> list[list
     sites: list[set] = [set() for _ in range(processes)]
     places: dict[str, int] = {}
     for plan in sorted(plans, key=lambda plan: -cost(plan, tokens)):
-        own = {plan.reads, plan.predicts}
+        own = set(plan.widths)
         index = min(range(processes), key=lambda i: (loads[i], -len(own & sites[i])))
         places[plan.name] = index
         loads[index] += cost(plan, tokens)
@@ -51,11 +51,7 @@ def cost(plan: HeadPlan, tokens: int) -> int:
 
 def num_parameters(plans: Iterable[HeadPlan]) -> int:
     """Weights of heads."""
-    count = 0
-    for config in (plan.config for plan in plans):
-        count += config.num_latents * (config.d_in + config.d_out + 1) + config.d_out
-        count += config.d_in * config.d_out * bool(getattr(config, "skip_connection", False))
-    return count
+    return sum(plan.config.num_parameters for plan in plans)
 
 
 def placement_table(placed: list[list[HeadPlan]]) -> str:

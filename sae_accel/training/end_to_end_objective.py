@@ -143,7 +143,12 @@ def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
                 f"{plan.hookpoint!r}. With ce or kl a hookpoint takes one head; train the other in another run."
             )
         seen[plan.hookpoint] = plan.name
-        if plan.predicts.within is not None:
+        if len(plan.reads) > 1 or [site[:2] for site in plan.predicts] != [(plan.hookpoint, "output")]:
+            raise InputError(
+                f"training.loss: head {plan.name!r} does not read one activation to replace the output of its "
+                "hookpoint, so it cannot be spliced in. Use loss: fvu."
+            )
+        if plan.predicts[0].within is not None:
             raise InputError(
                 f"training.loss: {plan.hookpoint!r} may run any number of times in a forward pass, so no head can be "
                 "spliced in for it. Use loss: fvu, or another hookpoint."

@@ -118,4 +118,4 @@ class LocalObjective:
     def target_moments(self, moments: dict[Site, Moments], bank: SaeBank) -> dict[str, Moments]:
         """By head, the moments of its target over all processes."""
         totals = over_processes(self.spread, moments)
-        return {name: totals[plan.predicts] for name, plan in bank.plans.items()}
+        return {name: Moments.joined([totals[site] for site in plan.predicts]) for name, plan in bank.plans.items()}

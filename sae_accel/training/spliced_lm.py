@@ -119,7 +119,8 @@ class SplicedHeads:
         # A module that is replaced runs only if some of its output is needed.
         needs_output = self.keeps_some or bool(self.variances)
         for name, plan in self.bank.plans.items():
-            yield Replacement(name, plan.hookpoint, plan.reads, partial(self._reconstruct, name), needs_output)
+            (reads,) = plan.reads
+            yield Replacement(name, plan.hookpoint, reads, partial(self._reconstruct, name), needs_output)
 
     def without_tokens(self) -> Tensor:
         """

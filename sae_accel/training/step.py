@@ -36,7 +36,7 @@ class StepResult:
 
 def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
     """Adds, for each site that some head predicts, the moments of a batch."""
-    for site in dict.fromkeys(plan.predicts for plan in bank.plans.values()):
+    for site in dict.fromkeys(site for plan in bank.plans.values() for site in plan.predicts):
         new = Moments.of(activations.by_site[site])
         moments[site] = moments[site].merge(new) if site in moments else new
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from ..activations.running_lm import RunningLM
-from ..bank.bank import SaeBank
+from ..bank.bank import SaeBank, joined
 from ..bank.init_from import load_into, match_heads, open_pretrained
 from ..bank.moments import Moments
 from ..bank.plans import HeadPlan, plan_heads, site_widths
@@ -363,7 +363,10 @@ class SaeTrainer:
                 break
         for name, head in self.bank.named_heads():
             plan = self.bank.plans[name]
-            head.initialize_biases(moments[plan.reads].mean, moments[plan.predicts].mean)
+            read, predicted = (
+                Moments.joined([moments[site] for site in part]) for part in (plan.reads, plan.predicts)
+            )
+            head.initialize_biases(read.mean, predicted.mean)
         self._initialize_thresholds(window[0])
 
     def _initialize_thresholds(self, batch: dict[str, Tensor]) -> None:
@@ -373,7 +376,7 @@ class SaeTrainer:
             return
         by_site = self.activations(batch).by_site
         for name, head in learnt.items():
-            tokens = by_site[self.bank.plans[name].reads]
+            tokens = joined(by_site, self.bank.plans[name].reads)
             head.initialize_threshold(tokens)
             share, count = self.spread.sum([head.threshold.detach() * len(tokens), tokens.new_tensor(len(tokens))])
             head.threshold.data.copy_(share / count.clamp_min(1))

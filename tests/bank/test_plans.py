@@ -79,8 +79,8 @@ def test_widths_are_those_of_the_modules_own_input_and_output():
 def test_source_names_another_module_by_what_the_wildcard_matched():
     entry = HeadArguments(hookpoints="layers.*.mlp", source="layers.{0}.post_attention_layernorm", type="transcoder")
     plan = plan_heads(tiny_llama(), [entry])[2]
-    assert plan.reads == Site("layers.2.post_attention_layernorm", "output")
-    assert plan.predicts == Site("layers.2.mlp", "output")
+    assert plan.reads == (Site("layers.2.post_attention_layernorm", "output"),)
+    assert plan.predicts == (Site("layers.2.mlp", "output"),)
     assert plan.config.source == "layers.2.post_attention_layernorm"
 
 
@@ -121,7 +121,7 @@ def test_a_module_that_runs_twice_is_done_only_after_both_runs():
     lm = tiny_llama()
     lm.model.layers[2].mlp = lm.model.layers[1].mlp
     (plan,) = plan_heads(lm, [HeadArguments(hookpoints="layers.1.mlp")])
-    assert plan.predicts == Site("layers.1.mlp", "output", within="")
+    assert plan.predicts == (Site("layers.1.mlp", "output", within=""),)
 
 
 def test_an_lm_whose_layers_cannot_be_told_is_refused():

@@ -85,7 +85,7 @@ def test_a_peft_model_is_taken_as_the_lm_that_it_is(tmp_path):
     adapted = _save_adapter(tiny_llama(), tmp_path / "adapter")
     trainer = tiny_trainer(tmp_path / "run", [HEAD], lm=adapted, max_steps=1)
     ids = _ids()
-    site = trainer.bank.plans["layers.1"].reads
+    (site,) = trainer.bank.plans["layers.1"].reads
     found = trainer.activations({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).by_site[site]
     with torch.no_grad():
         expected = adapted(ids, output_hidden_states=True).hidden_states[2].flatten(0, 1)

@@ -139,15 +139,15 @@ def test_an_experts_inner_module_gets_the_tokens_that_reach_it(tmp_path, impleme
     lm = AutoModelForCausalLM.from_config(KINDS["mixtral"][0], experts_implementation=implementation)
     seen = []
     (plan,) = plan_heads(lm, _entries([MOE_HOOKPOINT], []))
-    assert plan.predicts == Site(MOE_HOOKPOINT, "output", within="layers.0.mlp.experts") and plan.config.d_in == 40
+    assert plan.predicts == (Site(MOE_HOOKPOINT, "output", within="layers.0.mlp.experts"),) and plan.config.d_in == 40
     trainer = tiny_trainer(tmp_path, _entries([MOE_HOOKPOINT, "layers.2"], []), lm=lm, max_steps=1)
     lm.base_model.get_submodule(MOE_HOOKPOINT).register_forward_hook(lambda *a: seen.append(a[2].flatten(0, -2)))
     batch = {"input_ids": torch.tensor(tiny_tokens(4)["input_ids"])}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     activations = trainer.activations(batch)
-    assert torch.equal(activations.by_site[plan.predicts], torch.cat(seen))
+    assert torch.equal(activations.by_site[plan.predicts[0]], torch.cat(seen))
     # Every token goes to two experts.
-    assert len(activations.by_site[plan.predicts]) == 2 * activations.num_tokens == 128
+    assert len(activations.by_site[plan.predicts[0]]) == 2 * activations.num_tokens == 128
     trainer.train()
 
 
@@ -197,7 +197,7 @@ def test_a_layer_that_is_shared_is_read_at_each_of_its_runs():
     lm = AutoModel.from_config(AlbertConfig(**SMALL, **HEADS, embedding_size=12)).eval()
     name = "encoder.albert_layer_groups.0.albert_layers.0"
     (plan,) = plan_heads(lm, _entries([name], []))
-    rows = RunningLM(lm, [plan.reads], [])(_batch()).by_site[plan.reads]
+    rows = RunningLM(lm, list(plan.reads), [])(_batch()).by_site[plan.reads[0]]
     hidden = lm(**_batch(), output_hidden_states=True).hidden_states[1:]
     torch.testing.assert_close(rows, torch.cat([one.flatten(0, 1) for one in hidden]))
 
