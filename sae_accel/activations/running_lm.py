@@ -1,5 +1,5 @@
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -30,6 +30,10 @@ class Activations:
         for i in range(parts):
             by_site = {site: tensors[i] for site, tensors in pieces.items()}
             yield Activations(by_site, max(map(len, by_site.values())))
+
+
+# Where activations come from: a batch of tokens goes in.
+ActivationSource = Callable[[dict[str, Tensor]], Activations]
 
 
 class RunningLM:

@@ -75,6 +75,33 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
     return list(plans.values())
 
 
+def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
+    """
+    Checks that heads can be spliced into an LM together.
+
+    Raises:
+        `InputError`: if two sit at one hookpoint, or a hookpoint may run any number of times.
+    """
+    seen: dict[str, str] = {}
+    for plan in plans:
+        if plan.hookpoint in seen:
+            raise InputError(
+                f"training.loss: heads {seen[plan.hookpoint]!r} and {plan.name!r} would both replace the output of "
+                f"{plan.hookpoint!r}. With ce or kl a hookpoint takes one head; train the other in another run."
+            )
+        seen[plan.hookpoint] = plan.name
+        if len(plan.reads) > 1 or [site[:2] for site in plan.predicts] != [(plan.hookpoint, "output")]:
+            raise InputError(
+                f"training.loss: head {plan.name!r} does not read one activation to replace the output of its "
+                "hookpoint, so it cannot be spliced in. Use loss: fvu."
+            )
+        if plan.predicts[0].within is not None:
+            raise InputError(
+                f"training.loss: {plan.hookpoint!r} may run any number of times in a forward pass, so no head can be "
+                "spliced in for it. Use loss: fvu, or another hookpoint."
+            )
+
+
 class _Wanted(NamedTuple):
     """What an entry asks for at one hookpoint, before the LM has been run."""
 

@@ -101,6 +101,18 @@ class Adapter:
             raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
 
 
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The LM itself, in whose modules an adapter lies; what PEFT wraps around it is not needed.
+
+    Raises:
+        `InputError`: if the adapter works by other means than modules.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """PEFT reads a property that transformers has renamed, and would have each user told so."""

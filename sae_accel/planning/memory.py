@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..bank.plans import HeadPlan, plan_heads, site_widths
+from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
 from ..common.tables import aligned
 from ..lm.load import load_architecture
 from ..lm.sharding import modules_to_shard
@@ -21,7 +21,6 @@ from ..recipe.recipe import Recipe
 from ..spread.latents import latent_bounds
 from ..spread.placement import num_parameters, place_heads
 from ..spread.zero import LEAN
-from ..training.end_to_end_objective import check_end_to_end
 from .launch import Launch
 from .rehearsal import Rehearsal, Share, rehearse
 
@@ -147,18 +146,18 @@ def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], recipe: Recipe) -> An
 
 def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share]:
     """What each process holds."""
-    count = launch.processes
+    count, widths = launch.processes, site_widths(plans)
     if launch.way == "distribute_modules":
         training = recipe.training
         tokens = training.per_device_train_batch_size * recipe.data.ctx_len * count
         placed = place_heads(plans, count, tokens)
         needs = [list(site_widths(own)) for own in placed]
-        return [Share(own, needs, index) for index, own in enumerate(placed)]
+        return [Share(own, widths, needs, index) for index, own in enumerate(placed)]
     if launch.way == "distribute_latents":
-        needs = [list(site_widths(plans))] * count
+        needs = [list(widths)] * count
         bounds = {plan.name: latent_bounds(plan, count) for plan in plans}
-        return [Share(plans, needs, index, bounds) for index in range(count)]
-    return [Share(plans, keeps_gradients=launch.way == "DDP")] * count
+        return [Share(plans, widths, needs, index, bounds) for index in range(count)]
+    return [Share(plans, widths, keeps_gradients=launch.way == "DDP")] * count
 
 
 def _size(share: Share) -> tuple:

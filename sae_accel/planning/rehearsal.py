@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -8,19 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..activations.running_lm import Activations, RunningLM
-from ..bank.bank import SaeBank, build_head
-from ..bank.plans import HeadPlan, site_widths
+from ..activations.running_lm import Activations, ActivationSource, RunningLM
+from ..bank.bank import build_head
+from ..bank.plans import HeadPlan
 from ..lm.hooks import Site
 from ..models import HeadModel, LatentSlice
 from ..ops.rows import few_slices
 from ..recipe.recipe import Recipe
 from ..spread.replicated import Replicated
-from ..training.end_to_end_objective import EndToEndObjective
+from ..training.assembly import assemble
 from ..training.k_schedule import k_at
-from ..training.local_objective import LocalObjective
-from ..training.optim import Signum, build_optimizer
-from ..training.spliced_lm import SplicedLM
+from ..training.optim import Signum
 from .peak_memory import PeakMemory
 
 
@@ -31,6 +28,7 @@ class Share:
 
     Args:
         plans (`list[HeadPlan]`): Its heads.
+        widths (`dict[Site, int]`): Every site that some head of the run reads or predicts, with its width.
         needs (`list[list[Site]]`, *optional*): By process, the sites whose activations it gets of all tokens; if not
             given, each sees its own tokens alone.
         index (`int`, defaults to 0): Which process this is.
@@ -41,23 +39,11 @@ class Share:
     """
 
     plans: list[HeadPlan]
+    widths: dict[Site, int]
     needs: list[list[Site]] | None = None
     index: int = 0
     bounds: dict[str, list[int]] | None = None
     keeps_gradients: bool = False
-
-    def build(self, plan: HeadPlan) -> HeadModel:
-        """A fresh head, or what the process holds of it."""
-        head = build_head(plan)
-        if self.bounds is not None:
-            head.keep_latents(_SliceAlone(self.bounds[plan.name], self.index))
-        return head
-
-    def source(self, lm: RunningLM) -> Callable[[dict[str, Tensor]], Activations]:
-        """Where the heads get their activations from."""
-        if self.needs is None:
-            return lm
-        return lambda batch: _exchanged(lm(batch), self.needs, self.index)
 
 
 class Rehearsal(NamedTuple):
@@ -109,28 +95,15 @@ def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: Any, share: Share, bf
 
 
 class _Stage:
-    """Heads, optimizer and objective of a process, as the trainer puts them together, and one batch."""
+    """Heads, optimizer and objective of a process, put together as the trainer does it, and one batch."""
 
     def __init__(
         self, recipe: Recipe, lm: PreTrainedModel, adapter: Any, share: Share, bf16: bool, device: torch.device
     ):
         training, exclude = recipe.training, list(recipe.data.exclude_tokens)
-        accelerator = _Alone(device)
-        spread = Replicated(accelerator, share.plans)
-        widths = site_widths(share.plans)
-        everywhere = widths if share.needs is None else dict.fromkeys(s for sites in share.needs for s in sites)
-        self.bank = SaeBank(share.plans, build=share.build)
-        trained = [] if adapter is None else [p for p in adapter.parameters() if p.requires_grad]
-        activations = share.source(RunningLM(lm, list(everywhere), exclude, widths))
-        if adapter is not None:
-            # The line above froze the LM with its LoRA.
-            self.bank.adapter.extend(parameter.requires_grad_() for parameter in trained)
-            self.bank.heads.requires_grad_(recipe.lora.train_heads)
-        self.objective = LocalObjective(activations, accelerator, spread, training.micro_batches)
-        if training.loss != "fvu":
-            spliced = SplicedLM(lm, exclude, adapter)
-            self.objective = EndToEndObjective(spliced, self.objective, training.loss, training.fvu_weight)
-        self.optimizer = build_optimizer(self.bank, training, recipe.lora, self.objective.scale)
+        spread = _RehearsedSpread(device, share)
+        assembly = assemble(lm, training, spread, share.widths, exclude, recipe.lora, adapter)
+        self.bank, self.objective, self.optimizer = assembly.bank, assembly.objective, assembly.optimizer()
         ids = torch.zeros(training.per_device_train_batch_size, recipe.data.ctx_len, dtype=torch.long)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.window = [self.batch] * min(2, training.gradient_accumulation_steps)
@@ -167,6 +140,26 @@ class _Stage:
         averaged = self.optimizer.averaged() if isinstance(self.optimizer, Signum) else nullcontext()
         with averaged, self.precision:
             self.objective.evaluate(self.bank, [self.batch])
+
+
+class _RehearsedSpread(Replicated):
+    """How heads lie on a process whose others are not there."""
+
+    def __init__(self, device: torch.device, share: Share):
+        super().__init__(_Alone(device), share.plans)
+        self.share = share
+
+    def build(self, plan: HeadPlan) -> HeadModel:
+        """A fresh head, or the latents of it that the process holds."""
+        head = build_head(plan)
+        if self.share.bounds is not None:
+            head.keep_latents(_SliceAlone(self.share.bounds[plan.name], self.share.index))
+        return head
+
+    def source(self, lm: RunningLM) -> ActivationSource:
+        """Activations of this process's tokens, or with a copy for each process that they would come from."""
+        needs, index = self.share.needs, self.share.index
+        return lm if needs is None else lambda batch: _exchanged(lm(batch), needs, index)
 
 
 class _Alone(SimpleNamespace):

@@ -111,12 +111,12 @@ class Spread:
         `whole`.
         """
         return {
-            group["parameter"]: {
+            group["role"].parameter: {
                 key: self.whole_state(head, group, value) if _belongs(value, parameter) else value
                 for key, value in optimizer.state[parameter].items()
             }
             for group, parameter in self.optimized(optimizer)
-            if group["head"] == name
+            if group["role"].head == name
         }
 
     def load_states(
@@ -124,17 +124,17 @@ class Spread:
     ) -> None:
         """Puts the state of `states`, by head and parameter, into a prepared optimizer."""
         for group, parameter in self.optimized(optimizer):
-            state = states[group["head"]][group["parameter"]]
+            state = states[group["role"].head][group["role"].parameter]
             optimizer.state[parameter] = {
-                key: self.own_state(heads.get(group["head"]), group, value, parameter)
-                if isinstance(value, Tensor) and tuple(value.shape) == group["whole_shape"]
+                key: self.own_state(heads.get(group["role"].head), group, value, parameter)
+                if isinstance(value, Tensor) and tuple(value.shape) == group["role"].whole_shape
                 else value
                 for key, value in state.items()
             }
 
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
         """Of a tensor of the optimizer's state, all."""
-        return part if head is None else self.whole(head, group["parameter"], part)
+        return part if head is None else self.whole(head, group["role"].parameter, part)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """Of a tensor of the optimizer's state, what this process holds."""

@@ -24,7 +24,7 @@ class FullyShardedHeads(Spread):
         plugin.transformer_cls_names_to_wrap = sorted({type(head).__name__ for _, head in bank.named_heads()})
         bank, prepared = self.accelerator.prepare(bank, optimizer)
         for group in optimizer.param_groups:
-            group["is_part"] = True
+            group["role"].is_part = True
         return bank, prepared
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class SpreadLatents(Spread):
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Latents that are this process's own need mixed precision, and nothing that meets."""
         for group in optimizer.param_groups:
-            group["is_part"] = group["whole_shape"] != group["params"][0].shape
+            group["role"].is_part = group["role"].whole_shape != group["params"][0].shape
         bank = self.accelerator.prepare_model(bank, evaluation_mode=True)
         return bank, self.accelerator.prepare_optimizer(optimizer)
 
@@ -71,7 +71,7 @@ class SpreadLatents(Spread):
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The rows of this process's latents."""
-        own = head.latent_slice.of(whole) if group["parameter"] in BY_LATENT else whole
+        own = head.latent_slice.of(whole) if group["role"].parameter in BY_LATENT else whole
         return own.to(parameter.device, copy=True)
 
 

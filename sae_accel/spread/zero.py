@@ -74,9 +74,9 @@ class ZeroHeads(Spread):
         if self.stage == 3:
             _gather_encoders_with_heads(bank)
         for group, flat in self.optimized(optimizer):
-            group["is_part"] = True
-            if group["unit_norm"]:
-                group["cut"] = Cut(self.accelerator.process_index * flat.numel(), *group["whole_shape"])
+            group["role"].is_part = True
+            if group["role"].unit_norm:
+                group["role"].cut = Cut(self.accelerator.process_index * flat.numel(), *group["role"].whole_shape)
         return engine, prepared
 
     def optimized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
@@ -112,7 +112,7 @@ class ZeroHeads(Spread):
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
         """All pieces, in the parameter's shape."""
         pieces = collected(part)
-        shape = torch.Size(group["whole_shape"])
+        shape = torch.Size(group["role"].whole_shape)
         return part if pieces is None else torch.cat(pieces)[: shape.numel()].view(shape)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:

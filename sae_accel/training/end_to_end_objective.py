@@ -3,13 +3,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..bank.bank import SaeBank
 from ..bank.moments import Moments
-from ..bank.plans import HeadPlan
-from ..common.errors import InputError
 from ..lm.hooks import Site
 from .local_objective import LocalObjective
 from .spliced_lm import SplicedHeads, SplicedLM
@@ -32,7 +29,7 @@ class EndToEndObjective:
     def __init__(self, lm: SplicedLM, local: LocalObjective, loss: str, fvu_weight: float):
         self.lm = lm
         self.local = local
-        self.accelerator: Accelerator = local.accelerator
+        self.accelerator = local.accelerator
         self.spread = local.spread
         self.scale = local.scale
         self.loss = loss
@@ -126,33 +123,6 @@ class EndToEndObjective:
         """Tokens whose loss is counted, over the window and all processes."""
         count = torch.stack([self.lm.counts(batch, loss) for batch in window]).sum()
         return self.spread.sum([count.float()])[0]
-
-
-def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
-    """
-    Checks that heads can be spliced into an LM together.
-
-    Raises:
-        `InputError`: if two sit at one hookpoint, or a hookpoint may run any number of times.
-    """
-    seen: dict[str, str] = {}
-    for plan in plans:
-        if plan.hookpoint in seen:
-            raise InputError(
-                f"training.loss: heads {seen[plan.hookpoint]!r} and {plan.name!r} would both replace the output of "
-                f"{plan.hookpoint!r}. With ce or kl a hookpoint takes one head; train the other in another run."
-            )
-        seen[plan.hookpoint] = plan.name
-        if len(plan.reads) > 1 or [site[:2] for site in plan.predicts] != [(plan.hookpoint, "output")]:
-            raise InputError(
-                f"training.loss: head {plan.name!r} does not read one activation to replace the output of its "
-                "hookpoint, so it cannot be spliced in. Use loss: fvu."
-            )
-        if plan.predicts[0].within is not None:
-            raise InputError(
-                f"training.loss: {plan.hookpoint!r} may run any number of times in a forward pass, so no head can be "
-                "spliced in for it. Use loss: fvu, or another hookpoint."
-            )
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

@@ -1,12 +1,11 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from ..activations.running_lm import Activations
+from ..activations.running_lm import ActivationSource
 from ..bank.bank import SaeBank
 from ..bank.moments import Moments
 from ..lm.hooks import Site
@@ -21,28 +20,28 @@ class LocalObjective:
 
     Args:
         activations (`Callable`): Where activations come from, such as [`RunningLM`].
-        accelerator (`Accelerator`): Runs backward passes.
-        spread ([`Spread`]): How heads are spread over processes.
+        spread ([`Spread`]): How heads are spread over processes. Its accelerator runs backward passes.
         micro_batches (`int`): Parts of a batch.
+        scale (`dict[str, torch.Tensor]`, *optional*): Filled here and read by the optimizer: by head, what the
+            gradients of the last window are yet to be multiplied by.
 
     Attributes:
         frequencies (`dict[str, torch.Tensor]`): By head, the fraction of the tokens of the last evaluation on which
             each latent was active, `(num_latents,)`.
-        scale (`dict[str, torch.Tensor]`): By head, what the gradients of the last window are yet to be multiplied by.
     """
 
     def __init__(
         self,
-        activations: Callable[[dict[str, Tensor]], Activations],
-        accelerator: Accelerator,
+        activations: ActivationSource,
         spread: Spread,
         micro_batches: int,
+        scale: dict[str, Tensor] | None = None,
     ):
         self.activations = activations
-        self.accelerator = accelerator
         self.spread = spread
+        self.accelerator = spread.accelerator
         self.micro_batches = micro_batches
-        self.scale: dict[str, Tensor] = {}
+        self.scale = {} if scale is None else scale
         self.frequencies: dict[str, Tensor] = {}
 
     def gradients(

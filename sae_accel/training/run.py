@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
-from ..bank.plans import HeadPlan, plan_heads
+from ..bank.plans import HeadPlan, check_end_to_end, plan_heads
 from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
@@ -17,7 +17,7 @@ from ..runs.checkpoint import newest_complete
 from ..runs.closing_message import closing_message
 from ..runs.output_folder import OutputFolder, written_places
 from ..spread.placement import place_heads
-from .end_to_end_objective import check_end_to_end
+from .lora import lora_targets
 from .trainer import SaeTrainer
 
 
@@ -99,8 +99,6 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
     if training.distribute_modules:
         place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
     if recipe.lora is not None:
-        from .training.lora import lora_targets
-
         lora_targets(architecture.base_model, plans, recipe.lora)
     return plans
 

@@ -1,27 +1,23 @@
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
-from ..activations.running_lm import RunningLM
-from ..bank.bank import SaeBank, joined
 from ..bank.init_from import load_into, match_heads, open_pretrained
-from ..bank.moments import Moments
-from ..bank.plans import HeadPlan, plan_heads, site_widths
+from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
 from ..common.errors import InputError
 from ..data.batches import Batches, Position
 from ..hub.publisher import Publisher, hub_repo
 from ..hub.release import Pushed, Release
-from ..lm.hooks import Site
+from ..lm.adapter import unwrapped
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
 from ..processes.agreement import agreed, gathered
@@ -30,17 +26,16 @@ from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArgument
 from ..recipe.checks import check_objective
 from ..runs import checkpoint as files
 from ..runs.output_folder import OutputFolder, written_places
-from ..runs.saver import Saver
 from ..spread.choose import spread_heads
+from .assembly import assemble
 from .callbacks import FlowCallback, ProgressBar
-from .end_to_end_objective import EndToEndObjective, check_end_to_end
+from .counters import Counters
 from .interruption import Interruption
 from .k_schedule import k_at
-from .local_objective import LocalObjective
-from .optim import Signum, build_optimizer, build_scheduler
-from .spliced_lm import SplicedLM
-from .step import StepResult, over_processes
-from .sums import FiringCounts, RunningMeans
+from .lora import add_lora, lora_targets
+from .optim import build_scheduler
+from .run_state import RunState
+from .start import start_heads
 
 
 class SaeTrainer:
@@ -92,54 +87,35 @@ class SaeTrainer:
             raise InputError("training.save_best: there are no held-out sequences. Give eval_dataset.")
         self.args = args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.recipe = recipe
         self.output_dir = Path(args.output_dir)
+        self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self.accelerator = make_accelerator(args)
         set_seed(args.seed)
-        model = _without_wrapper(model)
-        plans = plan_heads(model, heads)
-        if args.loss != "fvu":
-            check_end_to_end(plans)
-        for plan in plans:
-            plan.config.base_model_name_or_path = model.config.name_or_path or None
-            plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
+        model = unwrapped(model)
+        plans = _plans(model, args, heads)
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
-        self.plans = {plan.name: plan for plan in plans}
         self.spread = spread_heads(
             args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset), with_lora=lora is not None
         )
-        self.bank = SaeBank(self.spread.plans, build=self.spread.build).to(self.spread.starting_device)
-        widths = site_widths(plans)
-        self.activations = self.spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))
-        self.lora, self.adapter = lora, None if lora is None else self._add_lora(model, plans, lora)
-        self.objective = self._objective(model, list(exclude_tokens))
-        self.saver = Saver(self)
-        self._folder = OutputFolder(
-            self.output_dir, written_places(self.plans, args, lora), args.run_name, writes_recipe=recipe is not None
+        adapter = None if lora is None else add_lora(model, lora_targets(model.base_model, plans, lora), lora)
+        self.assembly = assemble(model, args, self.spread, site_widths(plans), list(exclude_tokens), lora, adapter)
+        self.activations, self.objective = self.assembly.activations, self.assembly.objective
+        self.run_state = RunState(
+            args, {plan.name: plan for plan in plans}, self.assembly.bank, self.spread, adapter, recipe
         )
-        self.pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
-        self.optimizer = self.own_optimizer = self.lr_scheduler = None
-        self.state = TrainerState(
-            is_local_process_zero=self.accelerator.is_local_main_process,
-            is_world_process_zero=self.accelerator.is_main_process,
-        )
+        places = written_places(self.plans, args, lora)
+        self.folder = OutputFolder(self.output_dir, places, args.run_name, writes_recipe=recipe is not None)
+        self.optimizer = self.lr_scheduler = None
         self.control = TrainerControl()
         self.publisher = agreed(self._publisher) if args.push_to_hub else None
         policies = [FlowCallback(), *([] if self.publisher is None else [self.publisher])]
         self.callback_handler = CallbackHandler(
             [*policies, *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
         )
-        self.tokens_since_fired = {
-            name: torch.zeros(head.num_latents, dtype=torch.long, device=self.accelerator.device)
-            for name, head in self.bank.named_heads()
-        }
-        self.initial_metrics: dict[str, float] = {}
-        self.best: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self.pushed: Pushed | None = None
-        self._log, self._firing = RunningMeans(), FiringCounts()
-        self._frequencies: dict[str, Tensor] = {}
+        self.counters = Counters(self.run_state)
         self._interruption = Interruption()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
@@ -147,25 +123,44 @@ class SaeTrainer:
         self.callback_handler.add_callback(callback)
 
     @property
-    def heads(self) -> dict[str, HeadModel]:
-        """The heads of this process by name; under FSDP, DeepSpeed and `distribute_latents` what it holds of them."""
-        return dict(self.accelerator.unwrap_model(self.bank).named_heads())
+    def plans(self) -> dict[str, HeadPlan]:
+        """All heads of the run by name: where they read, what they predict and how they train."""
+        return self.run_state.plans
 
-    @contextmanager
-    def evaluated_weights(self) -> Iterator[None]:
-        """While open, heads are as they are evaluated and saved: with signum, the weights are the averaged ones."""
-        self.bank.eval()
-        try:
-            if not isinstance(self.own_optimizer, Signum):
-                yield
-                return
-            with self.own_optimizer.averaged(self.spread.optimized(self.own_optimizer)):
-                self.spread.renew()
-                yield
-        finally:
-            if isinstance(self.own_optimizer, Signum):
-                self.spread.renew()
-            self.bank.train()
+    @property
+    def bank(self) -> nn.Module:
+        """The module that holds the heads of this process, as it was prepared by Accelerate."""
+        return self.run_state.prepared_bank
+
+    @property
+    def heads(self) -> dict[str, HeadModel]:
+        """The heads of this process by name; under FSDP, DeepSpeed and `distribute_latents` the part that it holds."""
+        return self.run_state.heads
+
+    @property
+    def state(self) -> TrainerState:
+        """Steps, tokens and logged values."""
+        return self.run_state.progress
+
+    @property
+    def tokens_since_fired(self) -> dict[str, Tensor]:
+        """By head of this process, for each latent the tokens since it was last active, `(num_latents,)`."""
+        return self.run_state.tokens_since_fired
+
+    @property
+    def initial_metrics(self) -> dict[str, float]:
+        """With loss `ce` or `kl`, what was measured before the first step."""
+        return self.run_state.initial_metrics
+
+    @property
+    def best(self) -> dict[str, float]:
+        """With `save_best`, the lowest losses so far."""
+        return self.run_state.best
+
+    @property
+    def adapter(self) -> PeftModel | None:
+        """The LM with the LoRA that is trained around the heads."""
+        return self.run_state.adapter
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """
@@ -185,7 +180,7 @@ class SaeTrainer:
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = self._folder.where_to_begin(resume, self.args.overwrite_output_dir)
+        checkpoint = self.folder.where_to_begin(resume, self.args.overwrite_output_dir)
         batches = self._batches(self.train_dataset)
         position = self._begin(batches, checkpoint)
         if checkpoint is None and self.args.loss != "fvu":
@@ -207,27 +202,28 @@ class SaeTrainer:
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         self.save_model()
-        self.saver.save_report(metrics, self._frequencies)
+        self.run_state.save_report(metrics, self.counters.frequencies)
         # Not end_training, which would part the processes, so that nothing could be evaluated after.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.metrics = metrics
         if self.args.push_to_hub:
             self.push_to_hub()
-        return TrainOutput(self.state.global_step, self._last_loss(), metrics)
+        return TrainOutput(self.state.global_step, self.counters.last_loss(), metrics)
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
         """One optimizer step on the batches of an accumulation window, from tokens to new weights."""
-        bank = self.accelerator.unwrap_model(self.bank)
         k = {
-            name: k_at(self.state.global_step, head.config, bank.plans[name].arguments)
-            for name, head in bank.named_heads()
+            name: k_at(self.state.global_step, head.config, self.plans[name].arguments)
+            for name, head in self.heads.items()
         }
-        result = self.objective.gradients(self.bank, window, k, self._dead_masks())
+        result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self._count(result, k)
+        for name, smallest in result.smallest_acts.items():
+            self.heads[name].observe_smallest(smallest)
+        self.counters.add(result, k)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """
@@ -250,7 +246,7 @@ class SaeTrainer:
                 "There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples."
             )
         metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
-        self._frequencies = dict(self.objective.frequencies)
+        self.counters.frequencies = dict(self.objective.frequencies)
         self.accelerator.log(metrics, step=self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -260,8 +256,7 @@ class SaeTrainer:
         Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there
         is one, into `output_dir`, by default that of the arguments.
         """
-        with self.evaluated_weights():
-            self.saver.save_into(Path(output_dir or self.args.output_dir))
+        self.run_state.save_into(Path(output_dir or self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> Pushed | None:
@@ -297,110 +292,37 @@ class SaeTrainer:
 
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
-        dead = {
-            name: self.spread.over_latents((count > self.plans[name].arguments.dead_after_tokens).sum()).item()
-            for name, count in self.tokens_since_fired.items()
-        }
-        return self.spread.merged({name: count / self.plans[name].config.num_latents for name, count in dead.items()})
+        return self.counters.dead_fractions()
 
     def _publisher(self) -> Publisher | None:
         """On the main process, what pushes."""
         return Publisher(self.args) if self.accelerator.is_main_process else None
 
-    def _add_lora(self, model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> Any:
-        from .lora import add_lora, lora_targets
-
-        adapter = add_lora(model, lora_targets(model.base_model, plans, lora), lora)
-        self.bank.adapter.extend(parameter for parameter in adapter.parameters() if parameter.requires_grad)
-        if not lora.train_heads:
-            self.bank.heads.requires_grad_(False)
-        return adapter
-
-    def _objective(self, model: PreTrainedModel, exclude_tokens: list[int]) -> LocalObjective | EndToEndObjective:
-        local = LocalObjective(self.activations, self.accelerator, self.spread, self.args.micro_batches)
-        if self.args.loss == "fvu":
-            return local
-        lm = SplicedLM(model, exclude_tokens, self.adapter)
-        return EndToEndObjective(lm, local, self.args.loss, self.args.fvu_weight)
-
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
         self.state.max_steps = batches.max_steps()
-        state = None
+        saved = None
+        bank, args = self.run_state.bank, self.args
         if checkpoint is not None:
-            state = agreed(lambda: self.saver.load_weights(checkpoint))
-        elif self.args.init_from is not None:
-            heads = agreed(lambda: open_pretrained(self.args.init_from))
-            load_into(self.bank, match_heads(self.plans.values(), heads), heads)
+            saved = agreed(lambda: self.run_state.load_weights(checkpoint))
+        elif args.init_from is not None:
+            heads = agreed(lambda: open_pretrained(args.init_from))
+            load_into(bank, match_heads(self.plans.values(), heads), heads)
         else:
-            self._initialize_biases(batches)
+            start_heads(bank, self.spread, self.activations, batches)
         if checkpoint is None and self.accelerator.is_main_process:
-            self._folder.delete_leftovers()
-        self.own_optimizer = build_optimizer(self.bank, self.args, self.lora, self.objective.scale)
-        self.lr_scheduler = build_scheduler(self.own_optimizer, self.args, self.state.max_steps)
-        self.bank, self.optimizer = self.spread.prepare(self.bank, self.own_optimizer)
+            self.folder.delete_leftovers()
+        optimizer = self.assembly.optimizer()
+        self.lr_scheduler = build_scheduler(optimizer, args, self.state.max_steps)
+        self.optimizer = self.run_state.prepare(optimizer, self.lr_scheduler)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        position = Position() if state is None else self.saver.restore(checkpoint, state)
+        position = Position() if saved is None else self.run_state.restore(checkpoint, saved)
         name = self.args.run_name or self.output_dir.resolve().name
         self.accelerator.init_trackers(name, config=shown_settings(self.args))
         return position
 
     def _batches(self, dataset: Any) -> Batches:
         return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
-
-    def _initialize_biases(self, batches: Batches) -> None:
-        """From the first step's batches in which some token trains, over all processes."""
-        moments: dict[Site, Moments] = {}
-        for window, position in batches.windows(Position()):
-            if position.epoch:
-                raise InputError("No token of the training data trains: padding and data.exclude_tokens leave none.")
-            for batch in window:
-                new = {site: Moments.of(rows) for site, rows in self.activations(batch).by_site.items()}
-                for site, one in over_processes(self.spread, new).items():
-                    moments[site] = moments[site].merge(one) if site in moments else one
-            # An expert that no token reaches starts where it is.
-            if any(gathered(any(m.count > 0 for m in moments.values()))):
-                break
-        for name, head in self.bank.named_heads():
-            plan = self.bank.plans[name]
-            read, predicted = (
-                Moments.joined([moments[site] for site in part]) for part in (plan.reads, plan.predicts)
-            )
-            head.initialize_biases(read.mean, predicted.mean)
-        self._initialize_thresholds(window[0])
-
-    def _initialize_thresholds(self, batch: dict[str, Tensor]) -> None:
-        """Of heads that learn them: the mean over processes of where each begins on one batch."""
-        learnt = {name: head for name, head in self.bank.named_heads() if head.learns_threshold}
-        if not any(gathered(bool(learnt))):
-            return
-        by_site = self.activations(batch).by_site
-        for name, head in learnt.items():
-            tokens = joined(by_site, self.bank.plans[name].reads)
-            head.initialize_threshold(tokens)
-            share, count = self.spread.sum([head.threshold.detach() * len(tokens), tokens.new_tensor(len(tokens))])
-            head.threshold.data.copy_(share / count.clamp_min(1))
-
-    def _dead_masks(self) -> dict[str, Tensor]:
-        """Dead latents of the heads that have AuxK and some of them dead, on this process or another."""
-        masks = {
-            name: count > self.plans[name].arguments.dead_after_tokens
-            for name, count in self.tokens_since_fired.items()
-            if self.plans[name].arguments.auxk_alpha
-        }
-        return {name: mask for name, mask in masks.items() if self.spread.over_latents(mask.sum()) > 0}
-
-    def _count(self, result: StepResult, k: dict[str, int]) -> None:
-        """Counts steps, tokens and silent latents, and keeps what will be logged."""
-        for name, uses in result.uses.items():
-            self.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
-        for name, smallest in result.smallest_acts.items():
-            self.heads[name].observe_smallest(smallest)
-        self._log.add(result.values)
-        self._firing.add(result.uses, result.head_tokens)
-        self.state.global_step += 1
-        self.state.num_input_tokens_seen += int(result.num_tokens)
-        self._k = k
 
     def _act_on_control(self, position: Position) -> None:
         """Logs, evaluates and saves where callbacks asked for it; after a signal to any process, saves and stops."""
@@ -410,7 +332,7 @@ class SaeTrainer:
         if self.control.should_evaluate and self.eval_dataset is not None:
             self._evaluate_and_keep_best()
         if self.control.should_save or stops:
-            folder = self.saver.save_checkpoint(position)
+            folder = self.run_state.save_checkpoint(position)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if stops:
             if self.publisher is not None:
@@ -418,19 +340,13 @@ class SaeTrainer:
             raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
 
     def _write_log(self) -> None:
-        values = self._log.flush()
-        self._frequencies = self._firing.flush()
-        values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
-        values |= {f"learning_rate/{group['head']}": float(group["lr"]) for group in self.own_optimizer.param_groups}
-        values = self.spread.merged(values)
-        values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
-        values["train/tokens"] = self.state.num_input_tokens_seen
+        values = self.counters.flush()
         self.accelerator.log(values, step=self.state.global_step)
         self.state.log_history.append({**values, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, values)
 
     def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        with self.evaluated_weights():
+        with self.run_state.evaluated_weights():
             return self.objective.evaluate(self.bank, batches)
 
     def _measure_start(self, batches: Batches) -> None:
@@ -440,7 +356,7 @@ class SaeTrainer:
         else:
             rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
         metrics = self._measure(rows)
-        self.initial_metrics = {key.replace("eval/", "initial/"): value for key, value in metrics.items()}
+        self.initial_metrics.update({key.replace("eval/", "initial/"): value for key, value in metrics.items()})
         self.accelerator.log(self.initial_metrics, step=0)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, self.initial_metrics)
 
@@ -462,27 +378,22 @@ class SaeTrainer:
 
     def _save_best(self, names: list[str]) -> None:
         folder = self.output_dir / "best"
-        with self.evaluated_weights():
-            if self.args.loss == "fvu":
-                self.saver.save_into(folder, names)
-            else:
-                # Heads that were trained together are of use only together.
-                with files.staged(folder, self.accelerator) as staging:
-                    self.saver.save_into(staging, names)
-
-    def _last_loss(self) -> float:
-        """In the latest log, the LM's loss, or the mean FVU over the heads."""
-        latest = self.state.log_history[-1] if self.state.log_history else {}
-        prefix = "train/fvu/" if self.args.loss == "fvu" else f"train/{self.args.loss}"
-        losses = [value for key, value in latest.items() if key.startswith(prefix)]
-        return sum(losses) / len(losses) if losses else math.nan
+        if self.args.loss == "fvu":
+            self.run_state.save_into(folder, names)
+            return
+        # Heads that were trained together are of use only together.
+        with files.staged(folder, self.accelerator) as staging:
+            self.run_state.save_into(staging, names)
 
 
-def _without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
-    """An adapter lies in the LM's own modules; what PEFT wraps around the LM is not needed."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _plans(model: PreTrainedModel, args: SaeTrainingArguments, heads: list[HeadArguments]) -> list[HeadPlan]:
+    plans = plan_heads(model, heads)
+    if args.loss != "fvu":
+        check_end_to_end(plans)
+    for plan in plans:
+        plan.config.base_model_name_or_path = model.config.name_or_path or None
+        plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
+    return plans
 
 
 def _sequence_length(dataset: Any) -> int:

@@ -1,0 +1,82 @@
+import math
+
+import torch
+from torch import Tensor
+
+from .run_state import RunState
+from .step import StepResult
+from .sums import FiringCounts, RunningMeans
+
+
+class Counters:
+    """
+    What is counted and averaged from one log to the next.
+
+    Args:
+        run ([`RunState`]): The run, whose steps, tokens and silent latents are counted.
+
+    Attributes:
+        frequencies (`dict[str, torch.Tensor]`): By head, the part of the tokens of the last log or evaluation on which
+            each latent was active, `(num_latents,)`.
+    """
+
+    def __init__(self, run: RunState):
+        self.run = run
+        self.frequencies: dict[str, Tensor] = {}
+        self._means, self._firing = RunningMeans(), FiringCounts()
+        self._k: dict[str, int] = {}
+
+    def add(self, result: StepResult, k: dict[str, int]) -> None:
+        """
+        Counts a step.
+
+        Args:
+            result ([`StepResult`]): What it was taken on.
+            k (`dict[str, int]`): By head, latents that were active for each token.
+        """
+        for name, uses in result.uses.items():
+            self.run.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
+        self._means.add(result.values)
+        self._firing.add(result.uses, result.head_tokens)
+        self.run.progress.global_step += 1
+        self.run.progress.num_input_tokens_seen += int(result.num_tokens)
+        self._k = k
+
+    def flush(self) -> dict[str, float]:
+        """The values to log, which are means over the steps since the last log; what comes after is counted anew."""
+        values = self._means.flush()
+        self.frequencies = self._firing.flush()
+        values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
+        values |= {f"learning_rate/{group['role'].head}": float(group["lr"]) for group in self._groups()}
+        values = self.run.spread.merged(values)
+        values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
+        values["train/tokens"] = self.run.progress.num_input_tokens_seen
+        return values
+
+    def dead_fractions(self) -> dict[str, float]:
+        """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
+        spread, plans = self.run.spread, self.run.plans
+        dead = {name: spread.over_latents(mask.sum()).item() for name, mask in self._silent().items()}
+        return spread.merged({name: count / plans[name].config.num_latents for name, count in dead.items()})
+
+    def dead_masks(self) -> dict[str, Tensor]:
+        """Dead latents of the heads that have AuxK and some of them dead, on this process or another."""
+        masks = {name: mask for name, mask in self._silent().items() if self.run.plans[name].arguments.auxk_alpha}
+        return {name: mask for name, mask in masks.items() if self.run.spread.over_latents(mask.sum()) > 0}
+
+    def last_loss(self) -> float:
+        """In the latest log, the LM's loss, or the mean FVU over the heads."""
+        history, loss = self.run.progress.log_history, self.run.args.loss
+        prefix = "train/fvu/" if loss == "fvu" else f"train/{loss}"
+        losses = [value for key, value in (history[-1] if history else {}).items() if key.startswith(prefix)]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def _silent(self) -> dict[str, torch.Tensor]:
+        """By head of this process, the latents that have been silent for long enough to count as dead."""
+        return {
+            name: count > self.run.plans[name].arguments.dead_after_tokens
+            for name, count in self.run.tokens_since_fired.items()
+        }
+
+    def _groups(self) -> list[dict]:
+        return [] if self.run.optimizer is None else self.run.optimizer.param_groups
