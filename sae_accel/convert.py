@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 from .common.errors import InputError
 from .common.tables import aligned
-from .loading.convert import WRITERS, convert
 
 
+LAYOUTS = ("sparsify", "saelens", "sae_accel")
 _TOLD = ("k", "input_scale", "apply_b_dec_to_input")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input."""
     options = _parser().parse_args(argv)
+    # Only now, since the help need not wait for torch.
+    from .loading.convert import convert
+
     try:
         told = {name: value for name in _TOLD if (value := getattr(options, name)) is not None}
         written = convert(options.source, options.target, options.to, options.include, **told)
@@ -32,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or a repo on the Hub")
     parser.add_argument("target", metavar="DST", help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--to", required=True, choices=list(WRITERS), help="the layout to write")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
     parser.add_argument(
         "--include",
         action="append",

@@ -4,13 +4,15 @@ import sys
 from collections.abc import Sequence
 
 from .common.errors import InputError
-from .hub.refusals import AGAIN
-from .hub.release import Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `python -m sae_accel.push`: 0 if all went well, 2 for bad input, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
+    # Only now, since the help need not wait for torch.
+    from .hub.refusals import AGAIN
+    from .hub.release import Release
+
     try:
         release = Release(options.folder, options.repo_id, options.include, options.license)
         if options.dry_run:

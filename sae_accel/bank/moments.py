@@ -15,12 +15,13 @@ class Moments:
     Args:
         count (`torch.Tensor` of shape `()`): Tokens. Float32, like the rest.
         mean (`torch.Tensor` of shape `(d,)`): Their mean.
-        variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and dimensions.
+        total_variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and
+            dimensions.
     """
 
     count: Tensor
     mean: Tensor
-    variance: Tensor
+    total_variance: Tensor
 
     @classmethod
     def of(cls, activations: Tensor) -> "Moments":
@@ -37,7 +38,7 @@ class Moments:
         if len(parts) == 1:
             return parts[0]
         mean = torch.cat([part.mean for part in parts])
-        return cls(parts[0].count, mean, torch.stack([part.variance for part in parts]).sum())
+        return cls(parts[0].count, mean, torch.stack([part.total_variance for part in parts]).sum())
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both together."""
@@ -45,4 +46,4 @@ class Moments:
         share = other.count / count.clamp_min(1)
         shift = other.mean - self.mean
         between = shift.pow(2).sum() * self.count * share
-        return Moments(count, self.mean + share * shift, self.variance + other.variance + between)
+        return Moments(count, self.mean + share * shift, self.total_variance + other.total_variance + between)

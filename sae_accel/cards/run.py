@@ -10,7 +10,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from ..loading.auto import AutoSae
 from ..models import HeadConfig
@@ -126,7 +126,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds a {type(content).__name__}, but must hold a mapping.")
     return content

@@ -16,3 +16,8 @@ def near(value: Any, choices: Iterable[str]) -> str:
     """A question that names the nearest of `choices`, after a blank; empty if none is near."""
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {closest[0]}?" if closest else ""
+
+
+def one_line(reason: object) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(reason).split())

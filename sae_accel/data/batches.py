@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..common.errors import InputError
-from ..processes.agreement import gathered
+from ..processes.agreement import gather_objects
 from ..recipe.arguments import SaeTrainingArguments
 from .collate import collate
 
@@ -71,7 +71,7 @@ class Batches:
         One pass over the data, from the batch after `skip`: the first keeps the dataset's order, each later one has an
         order of its own. What fills no batch is left out with `drop_last`.
         """
-        read = self._from_places if self.has_length else self._from_stream
+        read = self._from_rows if self.has_length else self._from_stream
         for batch in read(epoch, skip, drop_last):
             yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
@@ -88,7 +88,7 @@ class Batches:
             batch = next(self.one_pass())
             if "input_ids" not in batch:
                 raise InputError("training.max_tokens counts tokens of text, and the data has none. Set max_steps.")
-            tokens = max(gathered(batch["input_ids"].numel())) * self.accelerator.num_processes * window
+            tokens = max(gather_objects(batch["input_ids"].numel())) * self.accelerator.num_processes * window
             limits.append(math.ceil(self.args.max_tokens / tokens))
         if limits:
             return min(limits)
@@ -96,9 +96,9 @@ class Batches:
             raise InputError(
                 "The length of streamed data is not known. Set training.max_steps or training.max_tokens."
             )
-        return math.ceil(len(self._places(0, drop_last=True)) / window)
+        return math.ceil(len(self._batch_rows(0, drop_last=True)) / window)
 
-    def _places(self, epoch: int, drop_last: bool) -> list[Tensor]:
+    def _batch_rows(self, epoch: int, drop_last: bool) -> list[Tensor]:
         """Where in the data each batch of this process lies; those that others read alone are empty."""
         length, size, processes = (
             len(self.dataset),
@@ -114,8 +114,8 @@ class Batches:
         start = self.accelerator.process_index * size
         return [order[i * together + start :][:size] for i in range(rounds)]
 
-    def _from_places(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
-        places = self._places(epoch, drop_last)[skip:]
+    def _from_rows(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        places = self._batch_rows(epoch, drop_last)[skip:]
         own = [batch for batch in places if len(batch)]
         yield from DataLoader(
             self.dataset,
@@ -133,7 +133,7 @@ class Batches:
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
             found = next(own, None)
-            if not any(gathered(found is not None)):
+            if not any(gather_objects(found is not None)):
                 return
             batch = _without_rows(batch) if found is None else found
             yield batch
@@ -156,6 +156,13 @@ class Batches:
                 "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use "
                 "more data."
             )
+
+
+def sequence_length(dataset: Any) -> int:
+    """Tokens of a row, to weigh heads by; a usual number where rows have none, or are those of a stream."""
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return 2048
+    return len(dataset[0].get("input_ids", [0]))
 
 
 class _EveryNth(TorchIterableDataset):

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..recipe.arguments import DataArguments
 
 
@@ -37,7 +37,7 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         raise
     # load_dataset passes on whatever its builders raise, of which these are the ones that wrong arguments cause.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetGenerationError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise InputError(f"data.path: {path!r} cannot be loaded: {reason}") from error
 
 

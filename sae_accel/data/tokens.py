@@ -3,7 +3,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..recipe.arguments import DataArguments
 from .sources import open_dataset
 from .token_file import TokenFile
@@ -227,7 +227,7 @@ def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
         first = next(iter(dataset), None)
     # A stream opens its files only here, and passes on whatever its builder raises.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"The data cannot be read: {reason}. Check data.path, and what is there.") from error
     if first is None:
         raise InputError("The data has no rows. Use other data, or another data.split.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..common.run_files import folders_of
 from .foreign import ForeignHead, Source, foreign_head, last_part
 from .hook_names import module_of
@@ -79,5 +79,5 @@ def _keys(place: Place) -> dict[str, Any]:
     try:
         keys = yaml.safe_load(place.paths["config"].read_text())
     except yaml.YAMLError as error:
-        raise InputError(f"{str(place.paths['config'])!r} is not YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"{str(place.paths['config'])!r} is not YAML: {one_line(error)}.") from error
     return keys if isinstance(keys, dict) else {}

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 
 # Of a tensor that is turned or scaled, as much is held twice.
@@ -229,5 +229,5 @@ def _telling_damage(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, reason: object) -> InputError:
-    words = " ".join(str(reason).split()).rstrip(".")
+    words = one_line(reason).rstrip(".")
     return InputError(f"{str(path)!r} is damaged ({words}). Fetch it again, from the Hub with force_download=True.")

@@ -10,7 +10,7 @@ from ..common.run_files import ADAPTER, RUN_FILES, folders_of
 from ..formats import Place
 from ..loading.auto import AutoSae
 from ..loading.find import find_heads
-from ..loading.head_files import check_weights, reading, stored_config
+from ..loading.head_files import check_weights, head_errors, stored_config
 from ..loading.repository import Repository
 from ..loading.sae_heads import SaeHeads
 from ..models.registry import known_config
@@ -42,7 +42,7 @@ def whole_heads(folder: Path, include: Sequence[str]) -> SaeHeads:
             )
         place = places[name]
         place.paths = {role: folder / file for role, file in place.files.items()}
-        with reading(repository, name):
+        with head_errors(repository, name):
             check_weights(place, stored_config(place, {}))
     return heads
 

@@ -15,7 +15,7 @@ AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
 @contextmanager
-def pushing(repo_id: str) -> Iterator[None]:
+def push_errors(repo_id: str) -> Iterator[None]:
     """Turns what goes wrong on the way to the Hub into one line with the Hub's own reason."""
     # The client would say of a release that was there already what is said here as well.
     said = client_logging.get_verbosity()

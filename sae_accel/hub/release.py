@@ -13,7 +13,7 @@ from ..common.quiet import quiet_files
 from ..common.tables import aligned
 from ..loading.find import find_heads
 from .files import is_config_of_ours, outdated_files, released_files, whole_heads
-from .refusals import pushing
+from .refusals import push_errors
 
 
 # What every repo has that was just made, or that says nothing of what is in it.
@@ -75,7 +75,7 @@ class Release:
         self.include, self.license = list(include), license
         if not self.folder.is_dir():
             raise InputError(f"There is no folder {str(folder)!r}.")
-        with pushing(repo_id):
+        with push_errors(repo_id):
             validate_repo_id(repo_id)
         self.heads = whole_heads(self.folder, self.include)
         check_run(self.folder, self.include)
@@ -116,7 +116,7 @@ class Release:
         """
         api = HfApi(token=token)
         repo_id = open_repo(self.repo_id, private=private, token=token)
-        with tempfile.TemporaryDirectory() as place, pushing(repo_id):
+        with tempfile.TemporaryDirectory() as place, push_errors(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             before = api.model_info(repo_id, revision=revision).sha
@@ -144,7 +144,7 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
         `InputError`: if the Hub refuses, with its reason, cannot be reached, or the name is taken by something else.
     """
     api = HfApi(token=token)
-    with pushing(repo_id):
+    with push_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # A repo of somebody else that can be read is no error to the line above.
         api.auth_check(repo_id, write=True)

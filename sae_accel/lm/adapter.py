@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..loading.repository import Repository
 from ..recipe.arguments import ModelArguments
 
@@ -97,7 +97,7 @@ class Adapter:
             with quiet_peft():
                 yield
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
 
 

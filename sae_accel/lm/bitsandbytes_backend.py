@@ -3,7 +3,7 @@ import logging
 import torch
 from torch import nn
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 
 def require_bitsandbytes(field: str, value: str) -> None:
@@ -25,7 +25,7 @@ def require_bitsandbytes(field: str, value: str) -> None:
 
         validate_bnb_backend_availability(raise_exception=True)
     except (ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"{field}: {value} needs bitsandbytes with a backend for this machine: {reason} Remove "
             f"{field}, or install it."

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
@@ -24,13 +24,13 @@ from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
 from .sharding import modules_to_shard, shard_in_turn
 
 
-def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> PreTrainedModel:
+def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) -> PreTrainedModel:
     """
     The LM without weights: on the meta device, so that a recipe is checked before anything large is read.
 
     Args:
         arguments ([`ModelArguments`]): Which LM.
-        predicts (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
+        with_lm_head (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
 
     Raises:
         `InputError`: if there is no such model, it has no head that predicts the next token where one is needed, the
@@ -39,16 +39,16 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
     if arguments.shard:
-        check_sharding(predicts=predicts, processes=this_process().num_processes)
-    with reading(arguments):
+        check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
+    with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
-        if predicts:
+        if with_lm_head:
             _check_predicts(config, arguments)
         adapter = _adapter(arguments)
         # An expert that is run only on its own tokens cannot be without values.
         experts = {"experts_implementation": "batched_mm"} if hasattr(config, "_experts_implementation") else {}
         with torch.device("meta"):
-            model = _auto_class(config, adapter, predicts).from_config(
+            model = _auto_class(config, adapter, with_lm_head).from_config(
                 config, trust_remote_code=arguments.trust_remote_code, **_attention(arguments), **experts
             )
     if adapter is not None:
@@ -59,14 +59,14 @@ def load_architecture(arguments: ModelArguments, *, predicts: bool = False) -> P
 
 
 def load_lm(
-    arguments: ModelArguments, *, predicts: bool = False, device: torch.device | str | None = None
+    arguments: ModelArguments, *, with_lm_head: bool = False, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """
     The frozen LM in evaluation mode, with its adapter if it is to carry one.
 
     Args:
         arguments ([`ModelArguments`]): Which LM, and in which precision. With `shard`, every process must call this.
-        predicts (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
+        with_lm_head (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
         device (`torch.device`, *optional*): Where a quantised LM is loaded to, unless there is a `device_map`.
 
     Raises:
@@ -74,15 +74,15 @@ def load_lm(
             With `shard` on all processes, if it is raised on one, and if it cannot be sharded in this run.
     """
     if arguments.shard:
-        check_sharding(predicts=predicts, processes=this_process().num_processes)
+        check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
         whole = replace(arguments, shard=False)
-        return shard_in_turn(lambda: load_lm(whole, predicts=predicts, device=device))
+        return shard_in_turn(lambda: load_lm(whole, with_lm_head=with_lm_head, device=device))
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
-    with reading(arguments):
+    with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         adapter = _adapter(arguments)
-        model, report = _auto_class(config, adapter, predicts).from_pretrained(
+        model, report = _auto_class(config, adapter, with_lm_head).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
@@ -90,7 +90,7 @@ def load_lm(
             **_attention(arguments),
             **_placement(arguments, config, device),
         )
-    if predicts and (missing := sorted(report["missing_keys"])):
+    if with_lm_head and (missing := sorted(report["missing_keys"])):
         raise InputError(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
             "predict tokens. Use files with its head, or loss: fvu."
@@ -109,11 +109,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     Raises:
         `InputError`: if there is none.
     """
-    with reading(arguments):
+    with lm_errors(arguments):
         return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
 
 
-class reading:
+class lm_errors:
     """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
 
     def __init__(self, arguments: ModelArguments):
@@ -128,7 +128,7 @@ class reading:
         # A device that this build of torch does not know ends in an AssertionError.
         expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
         if isinstance(error, expected) and not isinstance(error, InputError):
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise InputError(
                 f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
             ) from error
@@ -143,9 +143,9 @@ def _adapter(arguments: ModelArguments) -> Any:
     return Adapter(arguments)
 
 
-def _auto_class(config: PreTrainedConfig, adapter: Any, predicts: bool) -> type:
+def _auto_class(config: PreTrainedConfig, adapter: Any, with_lm_head: bool) -> type:
     """Without its head, which is never run, unless the head or the names that an adapter's files use need it."""
-    if predicts:
+    if with_lm_head:
         return AutoModelForCausalLM
     return AutoModel if adapter is None else adapter.auto_class(config)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from .hooks import Site, record, token_model
 
 
@@ -83,7 +83,7 @@ def _run(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ProbeFailed(f"{type(base_model).__name__} cannot be run to find its hookpoints: {reason}") from error
 
 

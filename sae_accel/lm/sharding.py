@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError
-from ..processes.agreement import agreed, gathered, this_process
+from ..processes.agreement import gather_objects, raise_together, this_process
 from .hooks import token_model
 from .modules import layer_list
 
@@ -27,8 +27,8 @@ def shard_in_turn(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     process = this_process()
     mesh = init_device_mesh(process.device.type, (process.num_processes,))
     own = process.local_process_index
-    turns = range(max(gathered(own)) + 1)
-    return [agreed((lambda: shard(load(), mesh)) if turn == own else lambda: None) for turn in turns][own]
+    turns = range(max(gather_objects(own)) + 1)
+    return [raise_together((lambda: shard(load(), mesh)) if turn == own else lambda: None) for turn in turns][own]
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:

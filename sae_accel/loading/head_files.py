@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..formats import Place
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
@@ -25,7 +25,7 @@ _DECODER = {"W_dec", "W_skip"}
 
 
 @contextmanager
-def reading(repository: Repository, name: str) -> Iterator[None]:
+def head_errors(repository: Repository, name: str) -> Iterator[None]:
     """Says of what cannot be read which head it is."""
     where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
     try:
@@ -148,7 +148,7 @@ def _reason(error: BaseException) -> str:
     """In one line; of a config's checks, what they say and not which of them it was."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if kinds := re.findall(r"Field '(\w+)' expected (\w+), got (\w+) \(value: (.*?)\)", text):
         name, _, kind, value = kinds[0]
         allowed = " or ".join(allowed for _, allowed, *_ in kinds).replace("NoneType", "null")

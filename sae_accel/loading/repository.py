@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
 # The Hub client's own HTTP library has changed its name, so its base error is taken from where the client has it.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 
 # Arguments of from_pretrained that say where and how files are found, rather than what becomes of them.
@@ -40,7 +40,7 @@ class Repository:
         if self.folder is not None:
             return str(self.folder / file)
         try:
-            with explaining(self.name):
+            with hub_errors(self.name):
                 return hf_hub_download(self.name, file, **self.options)
         except _Unreachable as error:
             raise InputError(f"{self.name!r} cannot be read: {file} did not arrive: {error}. Try again.") from error
@@ -56,7 +56,7 @@ class Repository:
             return _list_folder(self.folder)
         if not self.options.get("local_files_only"):
             try:
-                with explaining(self.name):
+                with hub_errors(self.name):
                     api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
                     # Asked first, because a tree is asked for again and again while there is no answer.
                     api.model_info(self.name, revision=revision)
@@ -80,7 +80,7 @@ class _Unreachable(Exception):
     """The Hub gave no answer."""
 
 
-class explaining:
+class hub_errors:
     """Turns the Hub's refusal into one line with its reason, and no answer into `_Unreachable`."""
 
     def __init__(self, name: str):
@@ -104,7 +104,7 @@ def _is_down(error: HfHubHTTPError) -> bool:
 
 
 def _in_a_line(error: BaseException | None) -> str:
-    return " ".join(str(error or "").split()).rstrip(".")
+    return one_line(error or "").rstrip(".")
 
 
 def _is_local(name: str) -> bool:

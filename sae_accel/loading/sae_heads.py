@@ -14,7 +14,7 @@ from ..formats.hook_names import lens_name
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
 from ..models.releasing import push_saved
-from .head_files import check_devices, load_head, reading, stored_config
+from .head_files import check_devices, head_errors, load_head, stored_config
 from .repository import Repository
 
 
@@ -87,7 +87,7 @@ class SaeHeads(Mapping):
         """
         name = self._name(name)
         place = self._places[name]
-        with reading(self._repository, name):
+        with head_errors(self._repository, name):
             check_devices(self._options.get("device_map"))
             if place.layout is None:
                 # An LM has files of the same names, and must not be fetched to find that out.
@@ -108,7 +108,7 @@ class SaeHeads(Mapping):
         """
         name = self._name(name)
         place = self._places[name]
-        with reading(self._repository, name):
+        with head_errors(self._repository, name):
             if place.layout is not None:
                 self._fetch(place)
             config = self._stored_config(place)

@@ -7,10 +7,11 @@ from .configuration_head import HeadConfig
 from .configuration_sae import SaeConfig
 from .configuration_transcoder import TranscoderConfig
 from .latent_slice import LatentSlice
-from .modeling_head import BY_LATENT, HeadModel
+from .modeling_head import HeadModel
 from .modeling_sae import SaeModel
 from .modeling_transcoder import TranscoderModel
 from .outputs import HeadOutput, Latents
+from .pretrained_head import BY_LATENT
 from .registry import register
 
 

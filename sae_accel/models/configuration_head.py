@@ -8,7 +8,7 @@ from .latent_selection import SELECTIONS
 
 
 # A module of an LM's base model, and `"input"` or `"output"` of it.
-Place = tuple[str, Literal["input", "output"]]
+ModuleSide = tuple[str, Literal["input", "output"]]
 
 
 @strict
@@ -81,7 +81,7 @@ class HeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def reads_at(cls, hookpoint: str, source: str | None = None) -> tuple[Place, ...]:
+    def reads_at(cls, hookpoint: str, source: str | None = None) -> tuple[ModuleSide, ...]:
         """
         Where a head of this kind reads; what it reads at several places is joined along the last dimension.
 
@@ -94,7 +94,7 @@ class HeadConfig(PreTrainedConfig):
         return ((hookpoint, "input" if cls.reads_input else "output"),)
 
     @classmethod
-    def predicts_at(cls, hookpoint: str) -> tuple[Place, ...]:
+    def predicts_at(cls, hookpoint: str) -> tuple[ModuleSide, ...]:
         """Where that lies which a head of this kind reproduces; what lies at several places is joined."""
         return ((hookpoint, "output"),)
 

@@ -100,7 +100,7 @@ def jump_relu(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return _JumpReLU.apply(values, threshold, bandwidth)
 
 
-def step(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def step_function(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """1 above the threshold and 0 elsewhere, with a gradient for the threshold as in `jump_relu`."""
     return _Step.apply(values, threshold, bandwidth)
 

@@ -1,22 +1,13 @@
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 
-from ..common.quiet import quiet_files
 from ..ops import Selection, sparse_decode, sparse_encode
 from ..ops.metrics import squared_error
 from ..ops.metrics import total_variance as variance_of
-from .configuration_head import HeadConfig
 from .input_norm import normalize
-from .latent_selection import SELECTIONS, LatentSelection, first_thresholds, step, topk
-from .latent_slice import LatentSlice
+from .latent_selection import first_thresholds, step_function, topk
 from .outputs import HeadOutput, Latents
-from .releasing import push_saved
+from .pretrained_head import PreTrainedHead
 
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
@@ -26,113 +17,12 @@ MULTI_TOPK_FACTOR = 4
 MULTI_TOPK_WEIGHT = 1 / 8
 
 
-# Parameters with a row for each latent.
-BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r_mag")
-
-
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
 
 
-class HeadModel(PreTrainedModel):
+class HeadModel(PreTrainedHead):
     """What [`SaeModel`] and [`TranscoderModel`] share: one sparse layer of latents between two linear maps."""
-
-    config: HeadConfig
-    base_model_prefix = "head"
-    main_input_name = "activations"
-    # The tensors that a head without a decoder leaves in its file.
-    _keys_to_ignore_on_load_unexpected = [r"^W_dec$", r"^W_skip$"]
-
-    def __init__(self, config: HeadConfig):
-        super().__init__(config)
-        self.encoder = nn.Linear(config.d_in, config.num_latents)
-        self.b_dec = nn.Parameter(torch.empty(config.d_out))
-        has_skip = config.skip_connection and not config.encoder_only
-        self.W_dec = None if config.encoder_only else nn.Parameter(torch.empty(config.num_latents, config.d_out))
-        self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in)) if has_skip else None
-        for name in self._selection.parameters:
-            self.register_parameter(name, nn.Parameter(torch.empty(config.num_latents)))
-        for name in self._selection.buffers:
-            self.register_buffer(name, torch.empty(config.num_latents))
-        self.latent_slice: LatentSlice | None = None
-        self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, hookpoint: str | None = None, **kwargs: Any
-    ):
-        """
-        As in transformers, with two arguments more.
-
-        Args:
-            hookpoint (`str`, *optional*): Head to take from a folder or repo of several; an alias of `subfolder`.
-            encoder_only (`bool`, defaults to `False`): Read no decoder; the head can encode but not reconstruct.
-
-        Raises:
-            `OSError`: if there is no such folder, repo or head.
-        """
-        if hookpoint is not None:
-            kwargs["subfolder"] = hookpoint
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
-        """
-        Releases the head to the top of a repo, in one commit, with a model card.
-
-        Args:
-            repo_id (`str`): Where to: `name` or `user/name`.
-            license (`str`, *optional*): The Hub's identifier of a license, for the card.
-            kwargs (*optional*): `private`, `revision`, `token` and `message`, as of [`Release.push`].
-
-        Returns:
-            [`Pushed`].
-
-        Raises:
-            `InputError`: if the Hub refuses, or cannot be reached.
-        """
-
-        def save(folder: str) -> None:
-            with quiet_files():
-                self.save_pretrained(folder)
-
-        return push_saved(save, repo_id, license, **kwargs)
-
-    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """Whether `save_pretrained` writes files: wherever it is called, as each process may hold its own heads."""
-        return is_main_process
-
-    @property
-    def dummy_inputs(self) -> dict[str, Tensor]:
-        """Two tokens' worth of zeros, `(2, d_in)`."""
-        return {"activations": torch.zeros(2, self.config.d_in, dtype=self.dtype, device=self.device)}
-
-    @property
-    def num_latents(self) -> int:
-        """Latents that are here: those of the config, but for a head whose latents lie on several processes."""
-        return self.encoder.out_features
-
-    def keep_latents(self, latent_slice: LatentSlice) -> None:
-        """
-        Lets go of all latents but those of a slice. From then on `forward` needs every process, takes the same tokens
-        on each, and gives the reconstruction by all latents, with indices that count from the slice's start.
-        """
-        for name, parameter in list(self.named_parameters()):
-            if name in BY_LATENT:
-                module, _, key = name.rpartition(".")
-                own = nn.Parameter(latent_slice.of(parameter.detach()).clone(), parameter.requires_grad)
-                setattr(self.get_submodule(module), key, own)
-        self.encoder.out_features = len(self.encoder.weight)
-        self.latent_slice = latent_slice
-
-    def own_rows(self, rows: Tensor) -> Tensor:
-        """Of rows for all latents of the head, those for the latents that are here."""
-        return rows if self.latent_slice is None else self.latent_slice.of(rows)
-
-    @torch.no_grad()
-    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes over the parameters of a whole head, by name."""
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            tensor.copy_(self.own_rows(weights[name]) if name in BY_LATENT else weights[name])
 
     def encode(self, activations: Tensor) -> Latents:
         """
@@ -152,13 +42,19 @@ class HeadModel(PreTrainedModel):
         shape = (*activations.shape[:-1], values.shape[1])
         return Latents(self._activate(values, selection).view(shape), selection.indices.view(shape))
 
-    def decode(self, top_acts: Tensor, top_indices: Tensor, activations: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        top_acts: Tensor | Latents,
+        top_indices: Tensor | None = None,
+        activations: Tensor | None = None,
+    ) -> Tensor:
         """
         The reconstruction from activations of latents: `sum_i acts_i W_dec[i] + b_dec (+ W_skip x)`.
 
         Args:
-            top_acts (`torch.Tensor` of shape `(..., k)`): Activations of the latents.
-            top_indices (`torch.LongTensor` of shape `(..., k)`): Which they are.
+            top_acts (`torch.Tensor` of shape `(..., k)` or [`Latents`]): Activations of the latents; or what `encode`
+                gave, which has the indices as well.
+            top_indices (`torch.LongTensor` of shape `(..., k)`, *optional*): Which they are.
             activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): What the head read. Asked for where there
                 is a skip connection, or the input was normalised.
 
@@ -166,8 +62,18 @@ class HeadModel(PreTrainedModel):
             `torch.Tensor` of shape `(..., d_out)`.
 
         Raises:
-            `ValueError`: if the head was loaded without its decoder, or `activations` is missing.
+            `ValueError`: if the head was loaded without its decoder, or `top_indices` or `activations` is missing.
+
+        Examples:
+            ```python
+            sae.decode(sae.encode(hidden))
+            sae.decode(top_acts, top_indices)
+            ```
         """
+        if isinstance(top_acts, Latents):
+            top_acts, top_indices = top_acts
+        if top_indices is None:
+            raise ValueError("decode needs the indices of the latents as well. Give top_indices, or what encode gave.")
         shape = (*top_acts.shape[:-1], self.config.d_out)
         acts = top_acts.reshape(-1, top_acts.shape[-1])
         # What fills up the columns of tokens with few latents is no work, but zeros may be asked for their gradients.
@@ -300,10 +206,6 @@ class HeadModel(PreTrainedModel):
         self.threshold.copy_(torch.where(first, smallest_act, self.threshold.lerp(smallest_act, THRESHOLD_RATE)))
 
     @property
-    def _selection(self) -> LatentSelection:
-        return SELECTIONS[self.config.activation]
-
-    @property
     def learns_threshold(self) -> bool:
         """Whether there is a threshold that moves by its gradient, kept in bounds by the sparsity loss."""
         return "threshold" in self._selection.parameters
@@ -313,7 +215,7 @@ class HeadModel(PreTrainedModel):
         return self.learns_threshold and self.training
 
     def _steps(self, values: Tensor, selection: Selection) -> Tensor:
-        return step(selection.flat(values), self.threshold[selection.latents], self.config.bandwidth)
+        return step_function(selection.flat(values), self.threshold[selection.latents], self.config.bandwidth)
 
     def _smallest(self, acts: Tensor) -> Tensor | None:
         if not self.training or self.config.activation != "batchtopk":
@@ -428,22 +330,3 @@ class HeadModel(PreTrainedModel):
                 "target; to reconstruct alone, set return_loss=False."
             )
         return tokens
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, HeadModel):
-            return
-        init.kaiming_uniform_(module.encoder.weight, a=math.sqrt(5))
-        init.zeros_(module.encoder.bias)
-        init.zeros_(module.b_dec)
-        for name in (*module._selection.parameters, *module._selection.buffers):
-            init.zeros_(getattr(module, name))
-        if module.W_skip is not None:
-            init.zeros_(module.W_skip)
-        if module.W_dec is not None:
-            init.copy_(module.W_dec, module._initial_decoder())
-
-    def _initial_decoder(self) -> Tensor:
-        """Where `W_dec` starts, `(num_latents, d_out)`."""
-        # Before training, a transcoder should predict the target's mean, not noise.
-        return torch.zeros_like(self.W_dec)

@@ -18,6 +18,25 @@ class Latents(NamedTuple):
     top_acts: Tensor
     top_indices: Tensor
 
+    def to_dense(self, num_latents: int) -> Tensor:
+        """
+        The activations of all latents, with zeros for those that are not active.
+
+        Args:
+            num_latents (`int`): Latents of the head.
+
+        Returns:
+            `torch.Tensor` of shape `(..., num_latents)`.
+
+        Examples:
+            ```python
+            sae.encode(hidden).to_dense(sae.num_latents)
+            ```
+        """
+        shape = (*self.top_acts.shape[:-1], num_latents)
+        # Added up, since what fills up a token's columns may name a latent that is active.
+        return self.top_acts.new_zeros(shape).scatter_add_(-1, self.top_indices, self.top_acts)
+
 
 @dataclass
 class HeadOutput(ModelOutput):

@@ -46,7 +46,7 @@ class Cut(NamedTuple):
         return sums
 
 
-def local(tensor: Tensor) -> Tensor:
+def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: all, or under FSDP its rows."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from ..processes.accelerator import is_set
 from ..recipe.arguments import SaeTrainingArguments
 
 
@@ -32,18 +33,14 @@ class Launch(NamedTuple):
         """
         processes = processes or int(os.environ.get("WORLD_SIZE", 1))
         bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        if is_set("ACCELERATE_USE_DEEPSPEED"):
             return cls(processes, f"ZeRO-{_zero_stage()}", bf16)
         if processes == 1:
             return cls(1, "", bf16)
-        if _is_set("ACCELERATE_USE_FSDP"):
+        if is_set("ACCELERATE_USE_FSDP"):
             return cls(processes, "FSDP", bf16)
         own_ways = [name for name in ("distribute_modules", "distribute_latents") if getattr(training, name)]
         return cls(processes, own_ways[0] if own_ways else "DDP", bf16)
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _zero_stage() -> int:

@@ -1,5 +1,6 @@
 """What each process of a run will need of memory, found before it starts by its own code, on tensors without any."""
 
+import os
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +72,23 @@ class ProcessMemory:
         return self.parameters + self.gradients + self.optimizer + self.lm + self.work + self.libraries
 
 
+def show_plan(recipe: Recipe, processes: int | None = None) -> None:
+    """
+    Prints what each process of a run would hold and need of memory.
+
+    Args:
+        recipe ([`Recipe`]): The run.
+        processes (`int`, *optional*): How many processes; as many as were started if not given.
+
+    Raises:
+        `InputError`: if the run would be refused for its LM, its heads or the number of processes.
+    """
+    launch = Launch.of(recipe.training, processes)
+    plan = plan_memory(recipe, launch)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(memory_table(plan, launch))
+
+
 def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     """
     What each process will need. The LM's weights are not read.
@@ -83,12 +101,12 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
         `InputError`: if the run would be refused for its LM, its heads or the number of processes.
     """
     training = recipe.training
-    predicts = training.loss != "fvu"
+    with_lm_head = training.loss != "fvu"
     if recipe.model.shard:
-        check_sharding(predicts=predicts, processes=launch.processes)
-    lm = load_architecture(replace(recipe.model, shard=False), predicts=predicts)
+        check_sharding(with_lm_head=with_lm_head, processes=launch.processes)
+    lm = load_architecture(replace(recipe.model, shard=False), with_lm_head=with_lm_head)
     plans = [_countable(plan) for plan in plan_heads(lm, recipe.heads)]
-    if predicts:
+    if with_lm_head:
         check_end_to_end(plans)
     lm = lm.to(_dtype_of(recipe, lm))
     lm_bytes = _lm_bytes(lm, recipe, launch)

@@ -23,7 +23,13 @@ def this_process() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def agreed(work: Callable[[], T]) -> T:
+def say(message: object) -> None:
+    """Prints one line for all processes on standard error."""
+    if this_process().is_main_process:
+        print(f"sae_accel: {message}", file=sys.stderr)
+
+
+def raise_together(work: Callable[[], T]) -> T:
     """
     What `work` gives on this process, once every process has done its own.
 
@@ -37,14 +43,14 @@ def agreed(work: Callable[[], T]) -> T:
         result = work()
     except InputError as error:
         refusal = error
-    refusals = gathered(refusal and str(refusal))
+    refusals = gather_objects(refusal and str(refusal))
     first = next((message for message in refusals if message is not None), None)
     if first is not None:
         raise refusal if str(refusal) == first else InputError(first)
     return result
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """`value` of each process, on every process, however long the slowest takes."""
     process = this_process()
     values = [value] * process.num_processes
@@ -53,7 +59,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def collected(part: Tensor) -> list[Tensor] | None:
+def gather_to_main(part: Tensor) -> list[Tensor] | None:
     """
     Each process's `part`, on the CPU of the main process; None on the others. No device holds more than its own.
 
@@ -62,7 +68,7 @@ def collected(part: Tensor) -> list[Tensor] | None:
     """
     process = this_process()
     own = part.detach().cpu().contiguous()
-    lengths = gathered(len(own))
+    lengths = gather_objects(len(own))
     if not process.is_main_process:
         if len(own):
             dist.send(own, 0, group=_patient_group())
@@ -88,8 +94,8 @@ def first_on_node(work: Callable[[], T], task: str) -> T:
     first = process.is_local_main_process
     if process.local_process_index == 1:
         print(f"sae_accel: every other process of this machine waits for {task} by its first.", file=sys.stderr)
-    result = agreed(work if first else lambda: None)
-    return agreed((lambda: result) if first else work)
+    result = raise_together(work if first else lambda: None)
+    return raise_together((lambda: result) if first else work)
 
 
 @cache

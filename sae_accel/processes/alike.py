@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from .agreement import gathered
+from .agreement import gather_objects
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
@@ -24,7 +24,7 @@ def check_alike(settings: dict[str, Any]) -> None:
     versions = {f"package {name}": importlib.metadata.version(name) for name in PACKAGES}
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     versions["code of sae_accel"] = hashlib.sha256(code).hexdigest()[:12]
-    everyone = gathered(versions | dict(_flat(settings)))
+    everyone = gather_objects(versions | dict(_flat(settings)))
     for index, other in enumerate(everyone):
         for key in everyone[0] | other:
             if everyone[0].get(key) != other.get(key):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..common.errors import InputError
-from .agreement import gathered, this_process
+from ..common.errors import InputError, one_line
+from .agreement import gather_objects, this_process
 
 
 # Seconds between two signs of life, and without one after which a process counts as dead: below a minute, but longer
@@ -67,7 +67,7 @@ class Watch:
         first = self.process.is_main_process
         host = os.environ.get("MASTER_ADDR", "localhost")
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
-        port = gathered(store and store.port)[0]
+        port = gather_objects(store and store.port)[0]
         return store or dist.TCPStore(host, port, is_master=False)
 
     def _explain(self, error: BaseException) -> None:
@@ -78,7 +78,7 @@ class Watch:
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
         if not self.process.is_main_process:
             if not lost:
-                reason = " ".join(str(error).split())[:1000]
+                reason = one_line(error)[:1000]
                 self._store.set(f"ended/{self.process.process_index}", f"{type(error).__name__}: {reason}")
             return
         deadline = time.monotonic() + 8 * BEAT

@@ -1,8 +1,5 @@
 from typing import get_args, get_type_hints
 
-from accelerate.utils import LoggerType
-from transformers import SchedulerType
-
 from ..common.errors import InputError, near
 from ..common.run_files import NOT_HEADS
 from .arguments import KINDS, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments
@@ -161,18 +158,18 @@ def check_model(model: ModelArguments) -> None:
         )
 
 
-def check_sharding(*, predicts: bool, processes: int) -> None:
+def check_sharding(*, with_lm_head: bool, processes: int) -> None:
     """
     Checks whether this run can share an LM out over its processes.
 
     Args:
-        predicts (`bool`): Whether the LM is to run with its head, for an end-to-end loss.
+        with_lm_head (`bool`): Whether the LM is to run with its head, for an end-to-end loss.
         processes (`int`): How many there are.
 
     Raises:
         `InputError`: if gradients are to flow through the LM, or there is one process.
     """
-    if predicts:
+    if with_lm_head:
         raise InputError(
             "model.shard: with loss ce or kl, and so with a lora, gradients flow through the LM, and a process needs "
             "all of it. Remove shard, or set training.loss to fvu."
@@ -192,6 +189,8 @@ def check_schedule(training: SaeTrainingArguments) -> None:
     """
     schedule, warmup = training.lr_scheduler_type, training.warmup_steps
     if schedule is not None and schedule not in SCHEDULES:
+        from transformers import SchedulerType
+
         known = schedule in set(SchedulerType)
         reason = "needs arguments that a recipe does not have" if known else "is no schedule of transformers"
         raise InputError(
@@ -215,6 +214,9 @@ def check_trackers(report_to: list[str]) -> None:
     Raises:
         `InputError`: if one is unknown, or none stands beside others.
     """
+    # Here, because `--help` and readers of recipes need not wait for Accelerate.
+    from accelerate.utils import LoggerType
+
     trackers = [*(tracker.value for tracker in LoggerType), "none"]
     for tracker in report_to:
         if tracker not in trackers:

@@ -5,7 +5,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..bank.bank import SaeBank
 from ..models import HeadModel
-from ..processes.agreement import collected
+from ..processes.agreement import gather_to_main
 from .base import Spread
 
 
@@ -29,7 +29,7 @@ class FullyShardedHeads(Spread):
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """With the rows that other processes hold."""
-        pieces = collected(part.to_local()) if isinstance(part, DTensor) else None
+        pieces = gather_to_main(part.to_local()) if isinstance(part, DTensor) else None
         return part if pieces is None else torch.cat(pieces)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:

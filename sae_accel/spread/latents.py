@@ -11,7 +11,7 @@ from ..bank.bank import SaeBank, build_head
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..models import BY_LATENT, HeadModel, LatentSlice
-from ..processes.agreement import collected
+from ..processes.agreement import gather_to_main
 from .base import Spread
 
 
@@ -66,7 +66,7 @@ class SpreadLatents(Spread):
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """With the rows of the latents that other processes hold."""
-        pieces = collected(part) if name in BY_LATENT else None
+        pieces = gather_to_main(part) if name in BY_LATENT else None
         return part if pieces is None else torch.cat(pieces)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..activations.exchanged import ExchangedActivations
 from ..activations.running_lm import Activations, RunningLM
 from ..bank.bank import SaeBank
 from ..bank.plans import HeadPlan, site_widths
-from ..processes.agreement import gathered
+from ..processes.agreement import gather_objects
 from .base import Spread
 from .placement import place_heads, placement_table
 
@@ -54,7 +54,7 @@ class SpreadModules(Spread):
 
     def merged(self, values: dict[str, float]) -> dict[str, float]:
         """Of the heads of every process."""
-        return {key: value for one in gathered(values) for key, value in one.items()}
+        return {key: value for one in gather_objects(values) for key, value in one.items()}
 
     def writes(self, name: str) -> bool:
         """Each its own."""

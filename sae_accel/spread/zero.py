@@ -11,7 +11,7 @@ from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..models import HeadModel
 from ..ops.rows import Cut
-from ..processes.agreement import collected
+from ..processes.agreement import gather_to_main
 from .base import Spread
 
 
@@ -111,7 +111,7 @@ class ZeroHeads(Spread):
 
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
         """All pieces, in the parameter's shape."""
-        pieces = collected(part)
+        pieces = gather_to_main(part)
         shape = torch.Size(group["role"].whole_shape)
         return part if pieces is None else torch.cat(pieces)[: shape.numel()].view(shape)
 

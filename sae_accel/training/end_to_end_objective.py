@@ -117,7 +117,7 @@ class EndToEndObjective:
         moments: dict[Site, Moments] = {}
         for batch in window:
             merge_moments(moments, bank, self.local.activations(batch))
-        return {name: positive(m.variance) for name, m in self.local.target_moments(moments, bank).items()}
+        return {name: positive(m.total_variance) for name, m in self.local.target_moments(moments, bank).items()}
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
         """Tokens whose loss is counted, over the window and all processes."""

@@ -72,10 +72,10 @@ class LocalObjective:
             if i == 0 or last:
                 totals = self.target_moments(moments, heads)
             if i == 0:
-                reference = {name: positive(m.variance) for name, m in totals.items()}
+                reference = {name: positive(m.total_variance) for name, m in totals.items()}
             if last:
                 # Before the last backward pass, with which DeepSpeed takes its step.
-                self.scale |= {name: reference[name] / positive(m.variance) for name, m in totals.items()}
+                self.scale |= {name: reference[name] / positive(m.total_variance) for name, m in totals.items()}
             for j, part in enumerate(activations.split(self.micro_batches)):
                 losses = partial(
                     SaeBank.local_losses, by_site=part.by_site, total_variance=reference, k=k, dead_masks=dead_masks
@@ -108,7 +108,7 @@ class LocalObjective:
         for name, values in sums.by_head.items():
             self.frequencies[name] = values["uses"] / totals[name].count.clamp_min(1)
             silent = self.spread.over_latents((values["uses"] == 0).sum())
-            metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].variance)).item()
+            metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].total_variance)).item()
             metrics[f"eval/l0/{name}"] = (values["active"] / totals[name].count.clamp_min(1)).item()
             metrics[f"eval/silent/{name}"] = silent.item() / heads.plans[name].config.num_latents
         metrics["eval/tokens"] = int(self.spread.sum([num_tokens])[0])

@@ -8,10 +8,11 @@ from ..hub.release import open_repo
 from ..lm.bitsandbytes_backend import require_bitsandbytes
 from ..lm.load import load_architecture, load_lm, load_tokenizer
 from ..lm.probe import ProbeFailed
-from ..processes.agreement import agreed, first_on_node, this_process
+from ..processes.agreement import first_on_node, raise_together, this_process
 from ..processes.alike import check_alike
 from ..processes.launched import check_launched
 from ..processes.watch import Watch
+from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
 from ..runs.checkpoint import newest_complete
 from ..runs.closing_message import closing_message
@@ -50,20 +51,24 @@ def run(recipe: Recipe) -> SaeTrainer:
 
 def _trainer(recipe: Recipe) -> SaeTrainer:
     training = recipe.training
-    plans = agreed(lambda: _plans_before_loading(recipe))
-    checkpoint = agreed(lambda: _where_to_begin(recipe, plans))
+    plans = raise_together(lambda: _plans_before_loading(recipe))
+    checkpoint = raise_together(lambda: _where_to_begin(recipe, plans))
     if training.push_to_hub:
-        agreed(lambda: this_process().is_main_process and open_repo(hub_repo(training), training.hub_private_repo))
+        raise_together(
+            lambda: this_process().is_main_process and open_repo(hub_repo(training), training.hub_private_repo)
+        )
     starts_anew = training.init_from is not None and checkpoint is None
     if plans is not None and starts_anew:
-        agreed(lambda: _show_matches(plans, training.init_from))
-    tokenizer = agreed(lambda: load_tokenizer(recipe.model))
-    lm = agreed(lambda: load_lm(recipe.model, predicts=training.loss != "fvu", device=this_process().device))
+        raise_together(lambda: _show_matches(plans, training.init_from))
+    tokenizer = raise_together(lambda: load_tokenizer(recipe.model))
+    lm = raise_together(
+        lambda: load_lm(recipe.model, with_lm_head=training.loss != "fvu", device=this_process().device)
+    )
     vocab_size = lm.get_input_embeddings().num_embeddings
     train_dataset, eval_dataset = first_on_node(
         lambda: load_tokens(recipe.data, tokenizer, vocab_size=vocab_size), "the data to be tokenised"
     )
-    trainer = agreed(
+    trainer = raise_together(
         lambda: SaeTrainer(
             lm,
             recipe.training,
@@ -77,10 +82,15 @@ def _trainer(recipe: Recipe) -> SaeTrainer:
         )
     )
     if plans is None and starts_anew:
-        agreed(lambda: _show_matches(list(trainer.plans.values()), training.init_from))
+        raise_together(lambda: _show_matches(list(trainer.plans.values()), training.init_from))
     if trainer.spread.description and trainer.accelerator.is_main_process:
         print(trainer.spread.description)
     return trainer
+
+
+def _open_repo(training: SaeTrainingArguments) -> None:
+    if this_process().is_main_process:
+        open_repo(hub_repo(training), training.hub_private_repo)
 
 
 def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
@@ -88,7 +98,7 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
     training = recipe.training
     if training.optim == "adam8bit":
         require_bitsandbytes("training.optim", training.optim)
-    architecture = load_architecture(recipe.model, predicts=training.loss != "fvu")
+    architecture = load_architecture(recipe.model, with_lm_head=training.loss != "fvu")
     try:
         plans = plan_heads(architecture, recipe.heads)
     except ProbeFailed:

@@ -9,7 +9,7 @@ from ..bank.moments import Moments
 from ..common.errors import InputError
 from ..data.batches import Batches, Position
 from ..lm.hooks import Site
-from ..processes.agreement import gathered
+from ..processes.agreement import gather_objects
 from ..spread.base import Spread
 from .step import over_processes
 
@@ -37,7 +37,7 @@ def start_heads(bank: SaeBank, spread: Spread, activations: ActivationSource, ba
             for site, one in over_processes(spread, new).items():
                 moments[site] = moments[site].merge(one) if site in moments else one
         # An expert that no token reaches starts where it is.
-        if any(gathered(any(m.count > 0 for m in moments.values()))):
+        if any(gather_objects(any(m.count > 0 for m in moments.values()))):
             break
     for name, head in bank.named_heads():
         plan = bank.plans[name]
@@ -49,7 +49,7 @@ def start_heads(bank: SaeBank, spread: Spread, activations: ActivationSource, ba
 def _start_thresholds(bank: SaeBank, spread: Spread, activations: ActivationSource, batch: dict[str, Tensor]) -> None:
     """Sets a threshold that is learnt to the mean, over processes, of where it begins on one batch."""
     learnt = {name: head for name, head in bank.named_heads() if head.learns_threshold}
-    if not any(gathered(bool(learnt))):
+    if not any(gather_objects(bool(learnt))):
         return
     by_site = activations(batch).by_site
     for name, head in learnt.items():

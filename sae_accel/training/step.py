@@ -47,7 +47,7 @@ def over_processes(spread: Spread, moments: dict[Site, Moments]) -> dict[Site, M
     sums = spread.sum([own.mean * own.count for own in moments.values()])
     means = [total / count.clamp_min(1) for total, count in zip(sums, counts, strict=True)]
     between = [own.count * (own.mean - mean).pow(2).sum() for own, mean in zip(moments.values(), means, strict=True)]
-    variances = spread.sum([own.variance + part for own, part in zip(moments.values(), between, strict=True)])
+    variances = spread.sum([own.total_variance + part for own, part in zip(moments.values(), between, strict=True)])
     return {site: Moments(*of) for site, of in zip(moments, zip(counts, means, variances, strict=True), strict=True)}
 
 

@@ -14,13 +14,13 @@ from transformers.trainer_utils import TrainOutput
 from ..bank.init_from import load_into, match_heads, open_pretrained
 from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
 from ..common.errors import InputError
-from ..data.batches import Batches, Position
+from ..data.batches import Batches, Position, sequence_length
 from ..hub.publisher import Publisher, hub_repo
 from ..hub.release import Pushed, Release
 from ..lm.adapter import unwrapped
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
-from ..processes.agreement import agreed, gathered
+from ..processes.agreement import gather_objects, raise_together
 from ..processes.trackers import shown_settings
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from ..recipe.checks import check_objective
@@ -96,7 +96,7 @@ class SaeTrainer:
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
         self.spread = spread_heads(
-            args, self.accelerator, plans, ctx_len=_sequence_length(train_dataset), with_lora=lora is not None
+            args, self.accelerator, plans, ctx_len=sequence_length(train_dataset), with_lora=lora is not None
         )
         adapter = None if lora is None else add_lora(model, lora_targets(model.base_model, plans, lora), lora)
         self.assembly = assemble(model, args, self.spread, site_widths(plans), list(exclude_tokens), lora, adapter)
@@ -108,7 +108,7 @@ class SaeTrainer:
         self.folder = OutputFolder(self.output_dir, places, args.run_name, writes_recipe=recipe is not None)
         self.optimizer = self.lr_scheduler = None
         self.control = TrainerControl()
-        self.publisher = agreed(self._publisher) if args.push_to_hub else None
+        self.publisher = raise_together(self._publisher) if args.push_to_hub else None
         policies = [FlowCallback(), *([] if self.publisher is None else [self.publisher])]
         self.callback_handler = CallbackHandler(
             [*policies, *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
@@ -287,7 +287,7 @@ class SaeTrainer:
                 by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
                 raise InputError(f"{error} The heads are in {self.output_dir}: {by_hand} pushes them.") from error
 
-        self.pushed = agreed(push)
+        self.pushed = raise_together(push)
         return self.pushed
 
     def dead_fractions(self) -> dict[str, float]:
@@ -304,9 +304,9 @@ class SaeTrainer:
         saved = None
         bank, args = self.run_state.bank, self.args
         if checkpoint is not None:
-            saved = agreed(lambda: self.run_state.load_weights(checkpoint))
+            saved = raise_together(lambda: self.run_state.load_weights(checkpoint))
         elif args.init_from is not None:
-            heads = agreed(lambda: open_pretrained(args.init_from))
+            heads = raise_together(lambda: open_pretrained(args.init_from))
             load_into(bank, match_heads(self.plans.values(), heads), heads)
         else:
             start_heads(bank, self.spread, self.activations, batches)
@@ -326,7 +326,7 @@ class SaeTrainer:
 
     def _act_on_control(self, position: Position) -> None:
         """Logs, evaluates and saves where callbacks asked for it; after a signal to any process, saves and stops."""
-        stops = any(gathered(self._interruption.requested))
+        stops = any(gather_objects(self._interruption.requested))
         if self.control.should_log:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:
@@ -394,10 +394,3 @@ def _plans(model: PreTrainedModel, args: SaeTrainingArguments, heads: list[HeadA
         plan.config.base_model_name_or_path = model.config.name_or_path or None
         plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
     return plans
-
-
-def _sequence_length(dataset: Any) -> int:
-    """Tokens of a row, to weigh heads by; a usual number where rows have none, or are those of a stream."""
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        return 2048
-    return len(dataset[0].get("input_ids", [0]))

@@ -25,7 +25,7 @@ def nothing_loads(monkeypatch):
 def test_heads_train_on_an_lm_in_8_or_4_bits(place, tmp_path, capfd, caplog, quantization, kind, loss):
     words = command_words(place, tmp_path, **{"model.quantization": quantization, "training.loss": loss})
     assert train.main(words) == 0
-    lm = load_lm(ModelArguments(name_or_path=str(place / "lm"), quantization=quantization), predicts=True)
+    lm = load_lm(ModelArguments(name_or_path=str(place / "lm"), quantization=quantization), with_lm_head=True)
     assert isinstance(lm.model.layers[1].mlp.down_proj, kind)
     head = AutoSae.from_pretrained(tmp_path / "run", hookpoint="layers.1")
     ids = torch.arange(32)[None]
@@ -50,7 +50,7 @@ def test_an_8_bit_lm_is_close_to_the_one_it_was_made_from(real_lm):
     with torch.no_grad():
         expected = plain(**text).logits.log_softmax(-1)
         for quantization, limit in (("8bit", 0.2), ("4bit", 2.0)):
-            lm = load_lm(ModelArguments(name_or_path=real_lm, quantization=quantization), predicts=True)
+            lm = load_lm(ModelArguments(name_or_path=real_lm, quantization=quantization), with_lm_head=True)
             found = lm(**text).logits.log_softmax(-1)
             kl = (expected.exp() * (expected - found)).sum(-1).mean()
             assert 0 < kl < limit, quantization
@@ -130,7 +130,7 @@ def test_weights_of_the_head_that_are_not_in_the_files_are_an_error(tmp_path):
     config = (tmp_path / "config.json").read_text().replace('"LlamaModel"', '"LlamaForCausalLM"')
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match="lack 'lm_head.weight'"):
-        load_lm(ModelArguments(name_or_path=str(tmp_path)), predicts=True)
+        load_lm(ModelArguments(name_or_path=str(tmp_path)), with_lm_head=True)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,6 @@ def test_bad_input_ends_with_status_2(place, tmp_path, capsys, changes, message)
 
 
 def test_an_architecture_has_no_values(place):
-    lm = load_architecture(ModelArguments(name_or_path=str(place / "lm")), predicts=True)
+    lm = load_architecture(ModelArguments(name_or_path=str(place / "lm")), with_lm_head=True)
     assert {parameter.device.type for parameter in lm.parameters()} == {"meta"}
     assert lm.get_output_embeddings() is not None

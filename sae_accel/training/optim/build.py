@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from ...bank.bank import SaeBank
 from ...bank.parameter_role import ParameterRole
 from ...lm.bitsandbytes_backend import require_bitsandbytes
-from ...models.modeling_head import BY_LATENT
+from ...models.pretrained_head import BY_LATENT
 from ...recipe.arguments import LoraArguments, SaeTrainingArguments
 from .hooks import clip_gradients, keep_unit_norm, move_in_proportion, scale_gradients
 from .muon import MuonWithAdam

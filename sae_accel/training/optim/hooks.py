@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...ops.rows import local, normalize_rows_, remove_parallel_
+from ...ops.rows import normalize_rows_, own_part, remove_parallel_
 
 
 # Learning rates by which thresholds move, as a part of themselves, in a step. At 1, L0 was still a sixth above k after
@@ -24,13 +24,13 @@ def keep_unit_norm(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     def project(optimizer, args, kwargs) -> None:
         for group, parameter in _with_gradients(optimizer):
             if group["role"].unit_norm:
-                remove_parallel_(local(parameter.grad), local(parameter), group["role"].cut)
+                remove_parallel_(own_part(parameter.grad), own_part(parameter), group["role"].cut)
 
     @torch.no_grad()
     def normalize(optimizer, args, kwargs) -> None:
         for group, parameter in _with_gradients(optimizer):
             if group["role"].unit_norm:
-                normalize_rows_(local(parameter), group["role"].cut)
+                normalize_rows_(own_part(parameter), group["role"].cut)
 
     optimizer.register_step_pre_hook(project)
     optimizer.register_step_post_hook(normalize)
@@ -47,7 +47,7 @@ def move_in_proportion(optimizer: torch.optim.Optimizer) -> None:
     @torch.no_grad()
     def remember(optimizer, args, kwargs) -> None:
         relative = (parameter for group, parameter in _with_gradients(optimizer) if group["role"].relative)
-        before[:] = [(local(parameter), local(parameter).clone()) for parameter in relative]
+        before[:] = [(own_part(parameter), own_part(parameter).clone()) for parameter in relative]
 
     @torch.no_grad()
     def multiply(optimizer, args, kwargs) -> None:
@@ -64,7 +64,7 @@ def scale_gradients(optimizer: torch.optim.Optimizer, scale: Mapping[str, Tensor
     def multiply(optimizer, args, kwargs) -> None:
         for group, parameter in _with_gradients(optimizer):
             if group["role"].head in scale:
-                local(parameter.grad).mul_(scale[group["role"].head])
+                own_part(parameter.grad).mul_(scale[group["role"].head])
 
     optimizer.register_step_pre_hook(multiply)
 
@@ -76,13 +76,13 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     def clip(optimizer, args, kwargs) -> None:
         squares: dict[str, Tensor] = {}
         for group, parameter in _with_gradients(optimizer):
-            square = local(parameter.grad).float().pow(2).sum()
+            square = own_part(parameter.grad).float().pow(2).sum()
             if group["role"].is_part:
                 dist.all_reduce(square)
             squares[group["role"].head] = squares.get(group["role"].head, 0.0) + square
         for group, parameter in _with_gradients(optimizer):
             factor = max_norm / (squares[group["role"].head].sqrt() + 1e-6)
-            local(parameter.grad).mul_(factor.clamp(max=1.0))
+            own_part(parameter.grad).mul_(factor.clamp(max=1.0))
 
     optimizer.register_step_pre_hook(clip)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ...bank.parameter_role import ParameterRole
-from ...ops.rows import local, normalize_rows_, row_slices
+from ...ops.rows import normalize_rows_, own_part, row_slices
 from .hooks import THRESHOLD_PACE
 
 
@@ -48,7 +48,7 @@ class Signum(torch.optim.Optimizer):
         weight = state["lr_max"] ** 2
         state["weight_sum"] += weight
         average = weight / state["weight_sum"] if weight else 0.0
-        tensors = (local(tensor) for tensor in (parameter, state["z"], parameter.grad))
+        tensors = (own_part(tensor) for tensor in (parameter, state["z"], parameter.grad))
         for y, z, grad in row_slices(*tensors, cut=group["role"].cut):
             _signum_rows(y, z, grad, group, average)
 
@@ -67,7 +67,7 @@ class Signum(torch.optim.Optimizer):
         try:
             for group, parameter in optimized:
                 if "z" in self.state[parameter]:
-                    kept.append((local(parameter), self._average(parameter, group)))
+                    kept.append((own_part(parameter), self._average(parameter, group)))
             yield
         finally:
             with torch.no_grad():
@@ -77,9 +77,9 @@ class Signum(torch.optim.Optimizer):
     @torch.no_grad()
     def _average(self, parameter: Tensor, group: dict) -> Tensor:
         """Puts the average into a parameter, in place as FSDP asks, and returns what it held."""
-        held = local(parameter)
+        held = own_part(parameter)
         before = held.clone()
-        held.lerp_(local(self.state[parameter]["z"]), 1 - 1 / group["momentum"])
+        held.lerp_(own_part(self.state[parameter]["z"]), 1 - 1 / group["momentum"])
         if group["role"].unit_norm:
             normalize_rows_(held, group["role"].cut)
         return before
