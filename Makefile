@@ -27,11 +27,11 @@ benchmark: .venv/test.stamp $(MODEL)  ## Compare training speed with sparsify on
 style: .venv/test.stamp  ## Format the code
 	$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-quality: .venv/test.stamp  ## Check the code's format
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+quality: .venv/test.stamp  ## Check the code's format and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:  ## Remove the environment and everything that was downloaded or made
-	rm -rf .venv quickstart runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv quickstart runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(MODEL): .venv/test.stamp
 	$(BIN)/python examples/prepare_quickstart.py --model-only

@@ -81,7 +81,8 @@ def test_files_and_functions_stay_short_enough_to_read():
         assert len(path.read_text().splitlines()) <= 400, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.body[0].lineno < 60, f"{path}: {node.name}"
+                code = node.body[ast.get_docstring(node) is not None :]
+                assert not code or node.end_lineno - code[0].lineno < 60, f"{path}: {node.name}"
 
 
 def test_importing_the_package_prints_nothing_and_offers_what_it_says():
