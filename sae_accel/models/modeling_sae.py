@@ -23,5 +23,9 @@ class SaeModel(HeadModel):
 
     config: SaeConfig
 
+    def __init__(self, config: SaeConfig):
+        super().__init__(config)
+        self.post_init()
+
     def _initial_decoder(self) -> Tensor:
         return torch.nn.functional.normalize(self.encoder.weight, dim=-1)

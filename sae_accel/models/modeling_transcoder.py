@@ -18,3 +18,7 @@ class TranscoderModel(HeadModel):
     """
 
     config: TranscoderConfig
+
+    def __init__(self, config: TranscoderConfig):
+        super().__init__(config)
+        self.post_init()

@@ -19,7 +19,12 @@ BY_LATENT = ("encoder.weight", "encoder.bias", "W_dec", "threshold", "b_mag", "r
 
 
 class PreTrainedHead(PreTrainedModel):
-    """The parameters of a head: where they start, how they are loaded, saved and released, and which are here."""
+    """
+    The parameters of a head: where they start, how they are loaded, saved and released, and which are here.
+
+    As in transformers, the `__init__` of a class that is made ends with `self.post_init()`, after it has added
+    parameters of its own.
+    """
 
     config: HeadConfig
     base_model_prefix = "head"
@@ -39,7 +44,6 @@ class PreTrainedHead(PreTrainedModel):
         for name in self._selection.buffers:
             self.register_buffer(name, torch.empty(config.num_latents))
         self.latent_slice: LatentSlice | None = None
-        self.post_init()
 
     @classmethod
     def from_pretrained(
