@@ -81,9 +81,7 @@ class SaeBank(nn.Module):
                 k=k[name],
                 total_variance=total_variance[name],
                 dead_mask=dead_masks.get(name),
-                auxk_alpha=plan.arguments.auxk_alpha,
-                multi_topk=plan.arguments.multi_topk,
-                sparsity_weight=plan.arguments.sparsity_weight,
+                **plan.arguments.loss_terms,
             )
             losses.append(output.loss)
             heads[name] = measured(output, head)

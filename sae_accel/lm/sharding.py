@@ -86,6 +86,7 @@ def _stay_whole(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Para
 
 def _forget_order(module: FSDPModule, *_: Any) -> None:
     """For a backward pass, which never comes, FSDP remembers every forward pass of a module."""
+    # Private to torch; tests/lm/test_sharding.py trains through it.
     group = module._get_fsdp_state()._fsdp_param_group
     group.comm_ctx.post_forward_order.clear()
     group._post_forward_indices.clear()

@@ -1,5 +1,4 @@
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..common.quiet import quiet_files
+from ..common.staging import staging_folder
 from ..formats import sae_lens, sparsify
 from ..models import HeadConfig, HeadModel
 from .auto import AutoSae
@@ -48,18 +48,15 @@ def convert(
             check(config)
         except InputError as error:
             raise InputError(f"Head {name!r} of {source!r} cannot be written for {to}: {error}") from error
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        for name in heads:
-            head = heads.load(name)
-            write(staging / name, head.config, head)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging, target)
+        with staging_folder(target) as staging:
+            for name in heads:
+                head = heads.load(name)
+                write(staging / name, head.config, head)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging, target)
     except OSError as error:
         raise InputError(f"{str(target)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return list(configs.items())
 
 

@@ -1,7 +1,6 @@
 import difflib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..common.globs import glob_to_regex
 from ..common.quiet import quiet_files
+from ..common.staging import staging_folder
 from ..formats import Place
 from ..formats.hook_names import lens_name
 from ..models.configuration_head import HeadConfig
@@ -144,17 +144,13 @@ class SaeHeads(Mapping):
             `InputError`: if a head cannot be read.
         """
         target = Path(save_directory).resolve()
-        staging = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
+        with staging_folder(target) as staging:
             for name in self:
                 head = self._loaded.get(name) or self.load(name)
                 with quiet_files():
                     head.save_pretrained(staging / name)
             for name in self:
                 _replace_head(staging / name, target / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
         """

@@ -108,6 +108,7 @@ class Selection:
     def dot(self, rows: Tensor, table: Tensor) -> Tensor:
         """Products of each token's row with the rows of the latents that it uses: `(num_tokens, k)`."""
         # The kernel behind embedding_bag's own gradient: it never gathers the (tokens, k, d) rows that bmm would need.
+        # Private to torch; the gradients in tests/ops/test_sparse.py fail without it.
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             rows, table, self.latents, self.starts, self.tokens, mode=0
         )

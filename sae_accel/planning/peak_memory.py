@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Private to torch, like the fake tensors it is used with; tests/planning/test_memory.py counts bytes by it.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -197,6 +197,11 @@ class HeadArguments:
         if isinstance(self.hookpoints, str):
             self.hookpoints = [self.hookpoints]
 
+    @property
+    def loss_terms(self) -> dict[str, Any]:
+        """What the loss of these heads is made of, as their forward pass takes it."""
+        return {name: getattr(self, name) for name in ("auxk_alpha", "multi_topk", "sparsity_weight")}
+
 
 @dataclass(kw_only=True)
 class LoraArguments:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..models import HeadModel
+from ..common.staging import staging_folder
 from ..common.quiet import quiet_files
 
 
@@ -34,15 +35,12 @@ def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, proc
         folder (`Path`): Where; made if it does not exist.
         process_index (`int`, defaults to 0): Which process writes.
     """
-    staging = folder.parent / f".{folder.name}.saving-{process_index}"
-    try:
+    with staging_folder(folder, f"saving-{process_index}") as staging:
         with quiet_files():
             head.save_pretrained(staging, state_dict=dict(weights))
         folder.mkdir(parents=True, exist_ok=True)
         for file in staging.iterdir():
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

@@ -84,6 +84,7 @@ class ZeroHeads(Spread):
         if self.stage < 3:
             yield from super().optimized(optimizer)
             return
+        # Private to DeepSpeed, here and in `renew`; tests/spread/test_spread.py compares stage 3 with one process.
         for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
             yield optimizer.param_groups[self.zero.sub_group_to_group_id[index]], flat
 

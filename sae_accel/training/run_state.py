@@ -292,5 +292,6 @@ class RunState:
 def _bring_to(scheduler: LRScheduler, step: int) -> None:
     """A schedule's learning rates follow from its step alone, and its base rates from the recipe."""
     if step:
+        # The count is private to torch, which warns if it does not fit; the tests that resume make warnings errors.
         scheduler.last_epoch, scheduler._step_count = step - 1, step + 1
         scheduler.step()

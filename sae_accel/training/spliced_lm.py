@@ -149,9 +149,7 @@ class SplicedHeads:
                     k=self.k[name],
                     total_variance=self.variances[name],
                     dead_mask=self.dead_masks.get(name),
-                    auxk_alpha=entry.auxk_alpha,
-                    multi_topk=entry.multi_topk,
-                    sparsity_weight=entry.sparsity_weight,
+                    **entry.loss_terms,
                 )
                 self.local_losses.append(own.loss)
                 output = head(read, k=self.k[name], return_loss=False) if read.requires_grad else own
