@@ -19,7 +19,7 @@ quickstart: .venv/quickstart.stamp  ## Train two SAEs and a transcoder on a real
 	$(RUN) -m sae_accel.train recipes/quickstart.yaml --training.overwrite_output_dir
 
 test: .venv/test.stamp $(MODEL)  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 benchmark: .venv/test.stamp $(MODEL)  ## Compare training speed with sparsify on this machine
 	$(BIN)/python benchmarks/throughput.py

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,14 +124,22 @@ def forbid_loading(monkeypatch) -> None:
     monkeypatch.setattr("sae_accel.training.run.load_lm", load)
 
 
+def torchrun_command(processes: int, words: list) -> list[str]:
+    """The words that start processes as users do, on a port that no other test uses at the same time."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher = str(Path(sys.executable).with_name("torchrun"))
+    return [launcher, "--nproc_per_node", str(processes), "--master_port", port, *map(str, words)]
+
+
 def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.CompletedProcess:
-    """Processes on CPUs, started as users start them, with the package of this checkout."""
+    """Processes on CPUs, with the package of this checkout."""
     root = Path(__file__).parent.parent
     variables = {"PYTHONPATH": f"{root}:{root / 'tests'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     variables["PYTHONFAULTHANDLER"] = "1"
-    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(processes), *map(str, words)]
     return subprocess.run(
-        command,
+        torchrun_command(processes, words),
         cwd=cwd,
         env=os.environ | variables | environment,
         capture_output=True,

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import command_words, run_together, torchrun
+from tiny import command_words, run_together, torchrun, torchrun_command
 
 from sae_accel.loading.auto import AutoSae
 from sae_accel.train import main
@@ -135,7 +135,7 @@ def test_accelerate_launch_of_two_processes_on_a_cpu_does_not_train_one_in_silen
 @pytest.mark.parametrize("end", ["killed", "interrupted"])
 def test_one_process_that_ends_ends_the_run_with_its_reason_and_a_whole_checkpoint(place, tmp_path, end):
     words = command_words(place, tmp_path, **{"training.max_steps": 1_000_000, "training.save_steps": 20})
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", *TRAIN, *words]
+    command = torchrun_command(2, [*TRAIN, *words])
     root = Path(__file__).parents[2]
     variables = {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "errors", "w") as errors:
