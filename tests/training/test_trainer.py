@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from tiny import (
     VOCAB,
+    Course,
     Stop,
     assert_equal,
     tiny_bert,
@@ -25,6 +26,7 @@ from transformers import TrainerCallback
 
 from sae_accel.common.errors import InputError
 from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeModel
 from sae_accel.ops.metrics import fvu
 from sae_accel.recipe.arguments import HeadArguments
 
@@ -244,18 +246,31 @@ def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_pat
         tiny_trainer(tmp_path / "b", train=nothing, exclude_tokens=[7]).train()
 
 
-def test_half_precision_lms_train_without_overflow(tmp_path):
-    lm = tiny_llama(dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations_are_measured_as_float64_would(tmp_path, dtype):
+    lm, data, course = tiny_llama(dtype=dtype), tiny_tokens(8), Course()
     with torch.no_grad():
-        lm.model.embed_tokens.weight.mul_(2000)
-    logs = _Logs()
-    trainer = tiny_trainer(
-        tmp_path, lm=lm, max_steps=3, logging_steps=1, optim="adam", callbacks=[logs], warmup_steps=0
-    )
-    before = weights(trainer)
-    trainer.train()
-    assert 0 < logs.logs[0]["train/fvu/layers.1"] < 10
-    assert not torch.equal(before["heads.layers:1.W_dec"], weights(trainer)["heads.layers:1.W_dec"])
+        # With a mean beside which they vary little, and squares that sum up to more than float16 can hold.
+        lm.model.embed_tokens.weight.mul_(2000).add_(200)
+    options = dict(lm=lm, train=data, held_out=data, optim="adam", learning_rate=1e-2, warmup_steps=0)
+    trainer = tiny_trainer(tmp_path, max_steps=2, logging_steps=1, callbacks=[course], **options)
+    metrics = trainer.train().metrics
+
+    def fvu_of(weights, tokens):
+        prefix = "heads.layers:1."
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        head = SaeModel(trainer.heads["layers.1"].config)
+        head.load_state_dict(state)
+        with torch.no_grad():
+            x = lm(torch.tensor(tokens), output_hidden_states=True).hidden_states[2].flatten(0, 1).double()
+            error = (x - head.double()(x).reconstruction).pow(2).sum()
+        return (error / (x - x.mean(0)).pow(2).sum()).item()
+
+    expected = [fvu_of(course.weights[i], data[4 * i : 4 * i + 4]["input_ids"]) for i in range(2)]
+    logged = [log["train/fvu/layers.1"] for log in trainer.state.log_history]
+    assert logged == pytest.approx(expected, rel=1e-4)
+    assert metrics["eval/fvu/layers.1"] == pytest.approx(fvu_of(course.weights[-1], data["input_ids"]), rel=1e-4)
+    assert expected[1] < expected[0] < 2
 
 
 @pytest.mark.parametrize(
