@@ -13,6 +13,7 @@ from tiny import (
     Course,
     Stop,
     assert_equal,
+    command_words,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -29,6 +30,8 @@ from sae_accel.loading.auto import AutoSae
 from sae_accel.models import SaeModel
 from sae_accel.ops.metrics import fvu
 from sae_accel.recipe.arguments import HeadArguments
+from sae_accel.recipe.command_line import parse_command_line
+from sae_accel.training.run import run
 
 
 HEADS = [
@@ -159,6 +162,43 @@ def test_one_heads_update_does_not_depend_on_another_head(tmp_path):
     together = tiny_trainer(tmp_path / "b", heads=HEADS, max_steps=4, max_grad_norm=0.1)
     alone.train(), together.train()
     assert_equal(alone.heads["layers.1.mlp"].state_dict(), together.heads["layers.1.mlp"].state_dict())
+
+
+@pytest.mark.parametrize("loss", [{}, {"training.loss": "ce", "training.fvu_weight": 1}], ids=["fvu", "ce"])
+@pytest.mark.parametrize(
+    ("field", "values", "others", "reached"),
+    [
+        (
+            "heads.auxk_alpha",
+            (0, 0.25, 0.75),
+            # From the second step on there are dead latents.
+            {"heads.dead_after_tokens": 1, "training.max_steps": 2},
+            {"encoder.weight", "encoder.bias", "W_dec"},
+        ),
+        (
+            "heads.sparsity_weight",
+            (1, 2, 4),
+            {"heads.activation": "jumprelu", "training.max_steps": 1},
+            {"threshold"},
+        ),
+    ],
+)
+def test_gradients_are_linear_in_the_weights_that_a_recipe_gives_to_losses(
+    place, tmp_path, field, values, others, reached, loss
+):
+    moments = []
+    for value in values:
+        words = {"heads.hookpoints": "layers.1", "training.optim": "adam", field: value} | others | loss
+        words["training.output_dir"] = tmp_path / str(value)
+        trainer = run(parse_command_line(command_words(place, tmp_path, **words)))
+        state = trainer.optimizer.state
+        moments.append({name: state[p]["exp_avg"] for name, p in trainer.heads["layers.1"].named_parameters()})
+    moved = []
+    for name in moments[0]:
+        less, more = (moments[i][name] - moments[0][name] for i in (1, 2))
+        torch.testing.assert_close(more, 3 * less, rtol=1e-3, atol=1e-3 * more.abs().max().item())
+        moved += [name] if less.abs().max() > 1e-5 else []
+    assert set(moved) >= reached
 
 
 def test_logged_values_are_means_over_exactly_the_steps_since_the_last_log(tmp_path):
