@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from tiny import (
     VOCAB,
@@ -311,6 +312,49 @@ def test_half_precision_activations_are_measured_as_float64_would(tmp_path, dtyp
     assert logged == pytest.approx(expected, rel=1e-4)
     assert metrics["eval/fvu/layers.1"] == pytest.approx(fvu_of(course.weights[-1], data["input_ids"]), rel=1e-4)
     assert expected[1] < expected[0] < 2
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    """Sets what Accelerate runs in, as its launcher would."""
+
+    def choose(name):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+    yield choose
+    choose("no")
+
+
+@pytest.mark.parametrize("loss", ["fvu", "ce", "kl"])
+def test_autocast_is_for_the_heads_and_not_for_the_lm(tmp_path, precision, loss):
+    before, acts = {}, {}
+    for name in ("no", "bf16"):
+        precision(name)
+        lm, before[name], acts[name] = tiny_llama(), [], []
+
+        def keep(module, args, output, seen=before[name]):
+            seen.append(output.clone())
+
+        def again(module, args, kwargs, output):
+            with torch.autocast("cpu", enabled=False):
+                assert torch.equal(module.forward(*args, **kwargs), output)
+
+        # What comes behind a head depends on its precision, so there each module is run again on what it was given.
+        for module in lm.model.layers[:2]:
+            module.register_forward_hook(keep)
+        for module in (*lm.model.layers[2:], lm.model.norm, lm.lm_head):
+            module.register_forward_hook(again, with_kwargs=True)
+        heads = [HeadArguments(hookpoints="layers.1", k=4, expansion_factor=4)]
+        trainer = tiny_trainer(tmp_path / name, heads, lm=lm, max_steps=2, loss=loss, held_out=tiny_tokens(4, seed=2))
+        head = trainer.heads["layers.1"]
+        head.register_forward_hook(lambda module, args, output, seen=acts[name]: seen.append(output.top_acts.detach()))
+        trainer.train()
+    assert len(before["no"]) == len(before["bf16"]) > 6
+    assert all(torch.equal(plain, mixed) for plain, mixed in zip(before["no"], before["bf16"], strict=True))
+    assert all(torch.equal(values, values.bfloat16().float()) for values in acts["bf16"])
+    assert not any(torch.equal(values, values.bfloat16().float()) for values in acts["no"])
 
 
 @pytest.mark.parametrize(
