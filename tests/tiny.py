@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,30 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise SystemExit("killed")
+
+
+class Course(TrainerCallback):
+    """The bank's weights before the first step and after each, and the gradients that each backward pass left."""
+
+    def __init__(self):
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+        self._end_step(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._end_step(model)
+
+    def _take(self, name, parameter):
+        self.gradients[-1][name] = parameter.grad.clone()
+
+    def _end_step(self, model):
+        self.weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        self.gradients.append({})
 
 
 def whole_and_resumed(folder, make, step: int = 5) -> tuple[SaeTrainer, SaeTrainer]:

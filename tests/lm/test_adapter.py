@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hub_server import HubServer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
+    Course,
     assert_equal,
     command_words,
     forbid_loading,
@@ -21,6 +23,7 @@ from tiny import (
     weights,
     whole_and_resumed,
 )
+from torch.func import functional_call
 
 import sae_accel.train as train
 from sae_accel.bank.plans import plan_heads
@@ -201,14 +204,63 @@ def test_a_lora_is_saved_as_peft_alone_reads_it(tmp_path, trained_heads):
     assert (tmp_path / "run" / "checkpoint-30" / "adapter" / "adapter_config.json").exists()
 
 
-def test_heads_can_train_with_the_lora(tmp_path, trained_heads):
-    lora = LoraArguments(rank=2, train_heads=True)
-    _, _, trainer = _lora_run(tmp_path / "run", lora, trained_heads, max_steps=3, fvu_weight=0.1, optim="signum")
+def _plain_loss(loss, lm, adapted, scale, head, rows, fvu_weight):
+    """The loss of an LM with a LoRA's products added to those of its layers, and a head spliced in, by hooks alone."""
+    with torch.no_grad():
+        clean = lm(rows).logits.log_softmax(-1)
+    own = []
+
+    def exchange(module, args, output):
+        new = head(output).reconstruction
+        own.append((new - output).pow(2).sum() / (output - output.mean((0, 1))).pow(2).sum())
+        return new
+
+    handles = [lm.model.layers[1].register_forward_hook(exchange)]
+    for name, (a, b) in adapted.items():
+
+        def add(module, args, output, a=a, b=b):
+            return output + scale * args[0] @ a.T @ b.T
+
+        handles.append(lm.get_submodule(name).register_forward_hook(add))
+    log_probs = lm(rows).logits.log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    if loss == "ce":
+        value = F.nll_loss(log_probs[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    else:
+        value = F.kl_div(log_probs, clean, log_target=True, reduction="none").sum(-1).mean()
+    return value + fvu_weight * own[0]
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_heads_and_a_lora_train_together_by_the_gradient_of_one_loss(tmp_path, trained_heads, loss):
+    lora, course = LoraArguments(rank=2, alpha=12.0, train_heads=True, learning_rate=1e-3), Course()
+    options = dict(loss=loss, max_steps=2, fvu_weight=0.1, warmup_steps=0, callbacks=[course])
+    lm, rows, trainer = _lora_run(tmp_path / "run", lora, trained_heads, **options)
     trainer.train()
-    before, after = (AutoSae.from_pretrained(folder).state_dict() for folder in (trained_heads, tmp_path / "run"))
-    assert not any(torch.equal(before[name], after[name]) for name in before)
-    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    places = {id(parameter): name for name, parameter in lm.named_parameters()}
+    before = {name: value.requires_grad_() for name, value in course.weights[1].items()}
+    adapted = {}
+    for i, parameter in enumerate(trainer.bank.adapter):
+        name, _, matrix = places[id(parameter)].partition(".lora_")
+        adapted.setdefault(name, {})[matrix[0]] = before[f"adapter.{i}"]
+    assert len(adapted) == 14
+    adapted = {name: (matrices["A"], matrices["B"]) for name, matrices in adapted.items()}
+    head = SaeModel(trainer.heads["layers.1"].config)
+    heads = {name.removeprefix("heads.layers:1."): value for name, value in before.items() if name.startswith("heads")}
+    plain, _ = trained_llama()
+    second = torch.tensor(rows[12:16]["input_ids"])
+
+    def spliced(tokens):
+        return functional_call(head, heads, (tokens,))
+
+    expected = _plain_loss(loss, plain.requires_grad_(False), adapted, 12.0 / 2, spliced, second, 0.1)
+    for name, gradient in zip(before, torch.autograd.grad(expected, list(before.values())), strict=True):
+        atol = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(course.gradients[1][name], gradient, rtol=1e-3, atol=atol)
+    assert not any(torch.equal(course.weights[0][name], value) for name, value in course.weights[-1].items())
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 28 and all(tensor.abs().max() > 0 for tensor in saved.values())
 
 
 @pytest.mark.parametrize("optim", ["signum", "muon"])

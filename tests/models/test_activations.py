@@ -206,8 +206,23 @@ def test_tokens_of_huge_norm_have_no_say_in_where_thresholds_begin():
     head.initialize_threshold(x)
     alone = head.threshold.clone()
     # More tokens than may be active for a latent, so that each would be at its threshold.
-    head.initialize_threshold(torch.cat([x, 100 * torch.randn(200, D)]))
-    torch.testing.assert_close(head.threshold, alone)
+    more = torch.nn.functional.normalize(torch.randn(200, D), dim=-1) * x.norm(dim=-1).median()
+    head.initialize_threshold(torch.cat([x, 4 * more]))
+    assert (head.threshold > 1.1 * alone).all()
+    for times in (6, 100):
+        head.initialize_threshold(torch.cat([x, times * more]))
+        torch.testing.assert_close(head.threshold, alone)
+
+
+def test_no_threshold_begins_below_a_tenth_of_a_usual_pre_activation():
+    head = SaeModel(SaeConfig(d_in=D, num_latents=M, k=4, activation="jumprelu")).eval()
+    with torch.no_grad():
+        head.encoder.bias[:9] = -100.0
+    x = torch.randn(1000, D)
+    head.initialize_threshold(x)
+    usual = head.encoder.weight.norm(dim=-1) * x.norm(dim=-1).median() / math.sqrt(D)
+    torch.testing.assert_close(head.threshold[:9], usual[:9] / 10)
+    assert (head.threshold[9:] > usual[9:]).all()
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])

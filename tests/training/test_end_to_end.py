@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from tiny import (
     VOCAB,
+    Course,
     assert_equal,
     tiny_gpt2,
     tiny_llama,
+    tiny_tokens,
     tiny_trainer,
     trained_llama,
     weights,
@@ -20,6 +22,7 @@ from sae_accel.common.errors import InputError
 from sae_accel.lm.logit_loss import LogitLoss
 from sae_accel.lm.splice import splice
 from sae_accel.loading.auto import AutoSae
+from sae_accel.models import SaeModel
 from sae_accel.recipe.arguments import HeadArguments
 
 
@@ -272,13 +275,51 @@ def test_a_killed_end_to_end_run_resumes_bit_for_bit(tmp_path, optim):
     assert whole.initial_metrics == resumed.initial_metrics
 
 
+def _kl(lm, heads, rows):
+    """KL of the LM with heads at their hookpoints from the LM without, by hooks of its own."""
+    with torch.no_grad():
+        clean = lm(rows).logits.log_softmax(-1)
+    handles = []
+    for name, head in heads.items():
+
+        def hook(module, args, kwargs, output, head=head):
+            own = output[0] if isinstance(output, tuple) else output
+            read = own if isinstance(head, SaeModel) else (*args, *kwargs.values())[0]
+            new = head(read, own).reconstruction
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        module = lm.base_model.get_submodule(name)
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    spliced = lm(rows).logits.log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return F.kl_div(spliced, clean, log_target=True, reduction="none").sum(-1).mean()
+
+
 def test_gpt2_trains_by_kl_through_its_attention(tmp_path):
     heads = [
-        HeadArguments(hookpoints="h.1.attn", type="transcoder", k=4),
-        HeadArguments(hookpoints="h.0.mlp.act", k=4),
+        HeadArguments(hookpoints="h.1.attn", type="transcoder", k=4, expansion_factor=4),
+        HeadArguments(hookpoints="h.0.mlp.act", k=4, expansion_factor=4),
     ]
-    trainer = tiny_trainer(tmp_path, heads, lm=tiny_gpt2(), loss="kl", max_steps=2)
-    assert trainer.train().training_loss > 0
+    lm, data, course = tiny_gpt2(), tiny_tokens(4), Course()
+    with torch.no_grad():
+        # As it is made its logits are near zero whatever comes.
+        [parameter.mul_(5) for parameter in lm.parameters() if parameter.ndim == 2]
+    options = dict(loss="kl", optim="adam", learning_rate=1e-2, warmup_steps=0, max_steps=6, logging_steps=1)
+    trainer = tiny_trainer(tmp_path, heads, lm=lm, train=data, callbacks=[course], **options)
+    trainer.train()
+    logged = [log["train/kl"] for log in trainer.state.log_history]
+    rows = torch.tensor(data["input_ids"])
+    for found, gradients, before in zip(logged, course.gradients[:-1], course.weights[:-1], strict=True):
+        trainer.bank.load_state_dict(before)
+        kl = _kl(lm, trainer.heads, rows)
+        assert found == pytest.approx(kl.item(), rel=1e-4)
+        names, parameters = zip(*trainer.bank.named_parameters(), strict=True)
+        expected = torch.autograd.grad(kl, parameters, materialize_grads=True)
+        for name, gradient in zip(names, expected, strict=True):
+            atol = 1e-4 * gradient.abs().max().item()
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=atol)
+    assert logged[-1] < 0.8 * logged[0]
 
 
 @pytest.mark.parametrize(
@@ -310,8 +351,27 @@ def test_an_lm_without_a_head_for_the_next_token_is_refused(tmp_path):
         tiny_trainer(tmp_path, [entry], lm=masked, loss="kl", max_steps=1)
 
 
-def test_auxk_reaches_dead_latents_beside_the_end_to_end_loss(tmp_path):
-    entry = HeadArguments(hookpoints="layers.1", k=2, expansion_factor=8, auxk_alpha=0.5, dead_after_tokens=1)
-    trainer = tiny_trainer(tmp_path, [entry], loss="ce", fvu_weight=1.0, max_steps=3)
-    trainer.train()
-    assert any("train/auxk_loss/layers.1" in log for log in trainer.state.log_history)
+def test_auxk_alone_moves_dead_latents_beside_the_end_to_end_loss(tmp_path):
+    moved = {}
+    for alpha in (0.0, 0.5):
+        entry = HeadArguments(
+            hookpoints="layers.1",
+            k=2,
+            normalize_decoder=False,
+            expansion_factor=8,
+            auxk_alpha=alpha,
+            dead_after_tokens=1,
+        )
+        course = Course()
+        options = dict(loss="ce", fvu_weight=1.0, optim="adam", max_steps=2, callbacks=[course])
+        trainer = tiny_trainer(tmp_path / str(alpha), [entry], **options)
+        trainer.train()
+        if not alpha:
+            # In the first step no latent is dead, so that both runs select the same ones in both steps.
+            silent = trainer.tokens_since_fired["layers.1"] == trainer.state.num_input_tokens_seen
+        for name in ("encoder.weight", "encoder.bias", "W_dec"):
+            start, end = (course.weights[i][f"heads.layers:1.{name}"][silent] for i in (0, -1))
+            moved[alpha, name] = (start != end).view(len(start), -1).any(1)
+    assert silent.sum() > 40
+    for name in ("encoder.weight", "encoder.bias", "W_dec"):
+        assert not moved[0.0, name].any() and moved[0.5, name].float().mean() > 0.9
