@@ -122,13 +122,17 @@ class Batches:
             batch_sampler=(batch.tolist() for batch in own),
             collate_fn=self.collate,
             pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),
         )
         for _ in places[len(own) :]:
             yield _without_rows(self.collate([self.dataset[0]]))
 
     def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
         size = self.args.per_device_train_batch_size
-        own = islice(DataLoader(self._own_part(epoch), size, drop_last=drop_last, collate_fn=self.collate), skip, None)
+        # A generator of its own, since a loader draws from it as it starts: so a run that goes on from a checkpoint
+        # finds torch's own where one that never stopped has it.
+        options = {"drop_last": drop_last, "collate_fn": self.collate, "generator": torch.Generator()}
+        own = islice(DataLoader(self._own_part(epoch), size, **options), skip, None)
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:

@@ -160,10 +160,13 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
                 f"{replacement.hookpoint!r}. Name a source that runs before."
             )
         caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-        if caches or replacement.needs_output or not _gives_one_tensor(module, forward, args, kwargs):
+        wraps = None
+        if not caches and not replacement.needs_output:
+            wraps = _what_is_around(module, forward, args, kwargs)
+        if wraps is None:
             output = forward(*args, **kwargs)
             return _exchange(replacement, output, activations)
-        return _OUTPUTS[module](replacement.compute(activations, None).to(activations.dtype))
+        return wraps(replacement.compute(activations, None).to(activations.dtype))
 
     module.forward = bypass
     try:
@@ -175,16 +178,19 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
             del module.forward
 
 
-# By module, how its output is made from the activation alone; None if there is more in it.
-_OUTPUTS: WeakKeyDictionary[nn.Module, Callable[[Tensor], Any] | None] = WeakKeyDictionary()
+# By module, and by the attention that it may be told to use, how its output is made from the activation alone; None if
+# there is more in it.
+_OUTPUTS: WeakKeyDictionary[nn.Module, dict[str | None, Callable[[Tensor], Any] | None]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _gives_one_tensor(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether a module gives its activation and nothing else, which its first pass tells."""
-    if module not in _OUTPUTS:
-        _OUTPUTS[module] = _container(forward(*args, **kwargs))
-    return _OUTPUTS[module] is not None
+def _what_is_around(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Callable[[Tensor], Any] | None:
+    """How a module's output is made from its activation, if that is all there is in it, which a first pass tells."""
+    attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    known = _OUTPUTS.setdefault(module, {})
+    if attention not in known:
+        known[attention] = _container(forward(*args, **kwargs))
+    return known[attention]
 
 
 def _container(output: Any) -> Callable[[Tensor], Any] | None:

@@ -115,7 +115,6 @@ def test_a_spliced_attention_still_gives_its_weights(make, hookpoint, kind):
         assert (found[2] - clean[2]).abs().max() > 0.1
 
 
-@pytest.mark.xfail(reason="What a module gives is kept from its first pass, for ever.", strict=True)
 def test_a_spliced_attention_gives_its_weights_after_passes_that_asked_for_none():
     lm, head = _lm_and_head(tiny_llama, "layers.1.self_attn", *TRANSCODER)
     options = _batch() | {"use_cache": False}
