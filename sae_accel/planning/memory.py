@@ -3,6 +3,7 @@
 import os
 from copy import copy
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import psutil
@@ -111,6 +112,8 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     lm = lm.to(_dtype_of(recipe, lm))
     lm_bytes = _lm_bytes(lm, recipe, launch)
     adapter = None if recipe.lora is None else _with_lora(lm, plans, recipe)
+    # With all that a run imports, which a process that only plans would not have loaded.
+    import_module("sae_accel.training.run")
     libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss + _YET_TO_LOAD
     found: dict[tuple, Rehearsal] = {}
     rows = []

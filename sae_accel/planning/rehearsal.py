@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..activations.running_lm import Activations, ActivationSource, RunningLM
-from ..bank.bank import build_head
+from ..bank.bank import SaeBank, build_head
 from ..bank.plans import HeadPlan
 from ..lm.hooks import Site
 from ..models import HeadModel, LatentSlice
@@ -148,6 +148,10 @@ class _RehearsedSpread(Replicated):
     def __init__(self, device: torch.device, share: Share):
         super().__init__(_Alone(device), share.plans)
         self.share = share
+
+    def settle(self, bank: SaeBank) -> SaeBank:
+        """Fake tensors stay where they were made."""
+        return bank
 
     def build(self, plan: HeadPlan) -> HeadModel:
         """A fresh head, or the latents of it that the process holds."""

@@ -42,6 +42,10 @@ class Spread:
         """Where heads lie until they are prepared."""
         return self.accelerator.device
 
+    def settle(self, bank: SaeBank) -> SaeBank:
+        """New heads, where they lie until they are prepared."""
+        return bank.to(self.starting_device)
+
     def build(self, plan: HeadPlan) -> HeadModel:
         """A fresh head, or what this process holds of it."""
         return build_head(plan)

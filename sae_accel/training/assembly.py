@@ -64,7 +64,7 @@ def assemble(
         lora ([`LoraArguments`], *optional*): A LoRA that trains around the heads.
         adapter (`PeftModel`, *optional*): The LM with that LoRA in it.
     """
-    bank = SaeBank(spread.plans, build=spread.build).to(spread.starting_device)
+    bank = spread.settle(SaeBank(spread.plans, build=spread.build))
     trained = [] if adapter is None else [p for p in adapter.parameters() if p.requires_grad]
     activations = spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))
     if lora is not None:
