@@ -1,1 +1,7 @@
 """What heads train on. Batches of tokens come in; activations by site go out, of this process's tokens or of all."""
+
+from .exchanged import ExchangedActivations
+from .running_lm import Activations, ActivationSource, RunningLM
+
+
+__all__ = ["ActivationSource", "Activations", "ExchangedActivations", "RunningLM"]

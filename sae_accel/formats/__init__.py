@@ -1,11 +1,8 @@
-"""Other libraries' files: each module finds heads among the files of a repo, and reads them."""
+"""Other libraries' files: each module finds heads among the files of a folder or repo, and reads them."""
 
-from . import circuit_tracer, dictionary_learning, gemma_scope, open_moss, sae_lens, sparsify, torch_files
 from .foreign import ForeignHead
+from .layouts import LAYOUTS
 from .place import Place
 
-
-# In this order, in which the last look at what those before have left.
-LAYOUTS = (sparsify, sae_lens, gemma_scope, open_moss, dictionary_learning, circuit_tracer, torch_files)
 
 __all__ = ["LAYOUTS", "ForeignHead", "Place"]

@@ -1,1 +1,6 @@
 """The loop. A recipe, an LM and data come in; trained heads go out."""
+
+from .trainer import SaeTrainer
+
+
+__all__ = ["SaeTrainer"]
