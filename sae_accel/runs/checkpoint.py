@@ -14,9 +14,9 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..models import HeadModel
-from ..common.staging import staging_folder
 from ..common.quiet import quiet_files
+from ..common.staging import staging_folder
+from ..models import HeadModel
 
 
 MANIFEST = "manifest.json"

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Mapping
 
 from ..common.run_files import ADAPTER
-from ..models import HeadModel
 from ..common.tables import aligned
+from ..models import HeadModel
 
 
 def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from ..recipe.arguments import LoraArguments, SaeTrainingArguments
-from .checkpoint import MANIFEST, STATE_FILE, checkpoints, newest_complete
-from ..common.errors import InputError
-from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, RUN_FILES, TRAINER_STATE
 from ..cards.model_card import CARD, is_ours
 from ..cards.plots import FREQUENCY_PLOT, FVU_PLOT
+from ..common.errors import InputError
+from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, RUN_FILES, TRAINER_STATE
 from ..hub.files import is_config_of_ours
+from ..recipe.arguments import LoraArguments, SaeTrainingArguments
+from .checkpoint import MANIFEST, STATE_FILE, checkpoints, newest_complete
 
 
 BEST, LOGS = "best", "logs"

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import command_words, tiny_llama, tiny_tokens, tiny_trainer, forbid_loading
+from tiny import command_words, forbid_loading, tiny_llama, tiny_tokens, tiny_trainer
 
-from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.common.errors import InputError
 from sae_accel.models import SaeConfig, SaeModel
+from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.train import main
 
 
