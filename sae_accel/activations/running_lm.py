@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import token_mask
-from ..lm.hooks import Site, capture, is_sharded, token_model
+from ..lm.hooks import Site, base_of, capture, is_sharded, token_model
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RunningLM:
         model.requires_grad_(False)
         # Dropout would make a noise of the activations.
         model.eval()
-        self.base_model = model.base_model
+        self.base_model = base_of(model)
         self.sites = sites
         self.exclude_tokens = exclude_tokens
         self.widths = widths

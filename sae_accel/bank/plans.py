@@ -5,7 +5,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError
-from ..lm.hooks import Site
+from ..lm.hooks import Site, base_of
 from ..lm.modules import closest, hookpoint_names, layer_list, match_modules, no_match
 from ..lm.probe import probe
 from ..models import HeadConfig
@@ -58,7 +58,7 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
         `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree or two heads share a
         name.
     """
-    base_model = model.base_model
+    base_model = base_of(model)
     names = hookpoint_names(base_model)
     found = [wanted for i, entry in enumerate(entries) for wanted in _wanted(entry, i, base_model, names)]
     probed = probe(base_model, list(dict.fromkeys(site for one in found for site in (*one.reads, *one.predicts))))

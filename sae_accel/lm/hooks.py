@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,11 @@ class Site(NamedTuple):
 
 class _AllRecorded(Exception):
     """Ends a forward pass once every site has been read: what follows would be computed for nothing."""
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """An LM without its own head."""
+    return cast(PreTrainedModel, model.base_model)
 
 
 def token_model(base_model: PreTrainedModel) -> nn.Module:
@@ -110,7 +115,7 @@ def capture(
 
     def keep(site: Site, tensor: Tensor) -> None:
         rows = tensor.reshape(-1, tensor.shape[-1])
-        if tokens is not None and len(rows) != mask.numel():
+        if mask is not None and len(rows) != mask.numel():
             raise InputError(
                 f"Module {site.module!r} gives {len(rows)} activations for {mask.numel()} tokens, so that those of "
                 "padding and of data.exclude_tokens cannot be told from others. Use full sequences and no "

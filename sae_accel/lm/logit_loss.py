@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError
+from .hooks import base_of
 
 
 # Bounds the logits that exist at one time to 64 MiB in float32, whatever the batch and the vocabulary.
@@ -30,7 +31,7 @@ class LogitLoss:
     def __init__(self, model: PreTrainedModel):
         name = type(model).__name__
         # A masked LM has a head, but sees the token that it would have to predict.
-        if model.get_output_embeddings() is None or model.base_model is model or name.endswith("ForMaskedLM"):
+        if model.get_output_embeddings() is None or base_of(model) is model or name.endswith("ForMaskedLM"):
             raise InputError(
                 f"training.loss: ce and kl need an LM with a head that predicts the next token, and {name} has none. "
                 "Load one by AutoModelForCausalLM, or use loss: fvu."
@@ -40,7 +41,7 @@ class LogitLoss:
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the LM's head reads, `(batch, ctx_len, d_model)`."""
-        output = self.model.base_model(**inputs)
+        output = base_of(self.model)(**inputs)
         self.output_class = type(output)
         return output.last_hidden_state
 
@@ -54,7 +55,7 @@ class LogitLoss:
         Returns:
             `torch.Tensor` of shape `(num_tokens, vocab_size)`, in float32 or wider.
         """
-        base_model = self.model.base_model
+        base_model = base_of(self.model)
         own = vars(base_model).get("forward")
         # The LM's own forward pass goes from here on as if its base model had just given these hidden states.
         base_model.forward = lambda *args, **kwargs: self.output_class(last_hidden_state=hidden[None])

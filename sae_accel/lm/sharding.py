@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..processes.agreement import gather_objects, raise_together, this_process
-from .hooks import token_model
+from .hooks import base_of, token_model
 from .modules import layer_list
 
 
@@ -61,7 +61,7 @@ def modules_to_shard(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         `InputError`: if it cannot be told which its layers are.
     """
-    running = token_model(model.base_model)
+    running = token_model(base_of(model))
     try:
         layers = running.get_submodule(layer_list(running))
     except InputError as error:
@@ -70,8 +70,8 @@ def modules_to_shard(model: PreTrainedModel) -> list[nn.Module]:
             "out. Remove shard, or use another LM."
         ) from error
     never_run = [model.get_output_embeddings()]
-    if running is not model.base_model:
-        never_run.append(model.base_model.get_decoder())
+    if running is not base_of(model):
+        never_run.append(base_of(model).get_decoder())
     return [module for module in (*layers, model.get_input_embeddings(), *never_run) if module is not None]
 
 

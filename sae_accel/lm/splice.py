@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..common.errors import InputError
 from ..models import HeadModel, Latents
-from .hooks import Site, first_tensor
+from .hooks import Site, base_of, first_tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def splice(
             )
         return Replacement(name, hookpoint, source_site(head, hookpoint), compute, not replace)
 
-    with replaced(model.base_model, [through(name, head) for name, head in heads.items()], unique=replace):
+    with replaced(base_of(model), [through(name, head) for name, head in heads.items()], unique=replace):
         yield latents
 
 

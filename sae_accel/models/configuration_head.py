@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -52,12 +52,23 @@ class HeadConfig(PreTrainedConfig):
     # The tag of a model card, and the paper that it credits: what, who, and the arXiv id.
     tag: ClassVar[str]
     paper: ClassVar[tuple[str, str, str] | None] = None
-    skip_connection: ClassVar[bool] = False
     # A head without a width means nothing, so there is no default config to compare a saved one with.
     has_no_defaults_at_init: ClassVar[bool] = True
 
     d_in: int = 0
-    num_latents: int | None = None
+    if TYPE_CHECKING:
+        # None until `__post_init__` alone.
+        num_latents: int
+
+        @property
+        def d_out(self) -> int: ...
+
+        @property
+        def skip_connection(self) -> bool: ...
+
+    else:
+        skip_connection: ClassVar[bool] = False
+        num_latents: int | None = None
     expansion_factor: int | None = 32
     k: int | None = 32
     activation: str = "topk"
@@ -99,7 +110,7 @@ class HeadConfig(PreTrainedConfig):
         return ((hookpoint, "output"),)
 
     @classmethod
-    def from_entry(cls, entry: HeadArguments, **fields: Any) -> "HeadConfig":
+    def from_entry(cls, entry: HeadArguments, **fields: Any) -> Self:
         """
         The config of a head that an entry of a recipe asks for.
 
@@ -108,6 +119,18 @@ class HeadConfig(PreTrainedConfig):
             fields (*optional*): What follows from the LM: `d_in`, `d_out`, `num_latents`, `hookpoint`, `source`.
         """
         return cls(expansion_factor=entry.expansion_factor, k=entry.k, activation=entry.activation, **fields)
+
+    @property
+    def trained_k(self) -> int:
+        """
+        `k`, where it must be known.
+
+        Raises:
+            `ValueError`: if it is not.
+        """
+        if self.k is None:
+            raise ValueError("The head's files do not tell k, which training needs. Set head.config.k.")
+        return self.k
 
     @property
     def title(self) -> str:
@@ -144,7 +167,7 @@ class HeadConfig(PreTrainedConfig):
             raise ValueError(f"k is None, but {self.activation} selects k latents for each token. Give it.")
         if self.k is not None and not 1 <= self.k <= self.num_latents:
             raise ValueError(f"k is {self.k}, but it must be from 1 to num_latents, {self.num_latents}.")
-        if self.activation == "groupmax" and self.num_latents % self.k:
+        if self.activation == "groupmax" and self.num_latents % self.trained_k:
             raise ValueError(
                 f"groupmax cuts {self.num_latents} latents into k = {self.k} equal groups, which does not divide. "
                 "Change k or num_latents."

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -25,8 +25,9 @@ class SaeConfig(HeadConfig):
     tag = "sparse-autoencoder"
 
     @classmethod
-    def from_entry(cls, entry: HeadArguments, *, d_out: int, **fields: Any) -> "SaeConfig":
+    def from_entry(cls, entry: HeadArguments, **fields: Any) -> Self:
         """As of any head; its rows are kept at unit norm unless the entry says otherwise."""
+        fields.pop("d_out", None)
         return super().from_entry(entry, normalize_decoder=entry.normalize_decoder is not False, **fields)
 
     @property

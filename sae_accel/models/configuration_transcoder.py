@@ -1,4 +1,4 @@
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -25,11 +25,15 @@ class TranscoderConfig(HeadConfig):
 
     normalize_decoder: bool = False
     apply_b_dec_to_input: bool = False
-    d_out: int | None = None
+    if TYPE_CHECKING:
+        # None until `__post_init__` alone.
+        d_out: int
+    else:
+        d_out: int | None = None
     skip_connection: bool = False
 
     @classmethod
-    def from_entry(cls, entry: HeadArguments, **fields: Any) -> "TranscoderConfig":
+    def from_entry(cls, entry: HeadArguments, **fields: Any) -> Self:
         """As of any head, with the entry's skip connection."""
         return super().from_entry(entry, skip_connection=entry.skip_connection, **fields)
 

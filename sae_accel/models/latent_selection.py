@@ -131,13 +131,13 @@ def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, part: float) 
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, threshold, bandwidth):
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(values, threshold)
         ctx.bandwidth = bandwidth
         return _passed(values, threshold)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, threshold = ctx.saved_tensors
         near = _near(values, threshold, ctx.bandwidth)
         # The paper's theta / epsilon, with an epsilon that is a part of theta.
@@ -146,13 +146,13 @@ class _JumpReLU(torch.autograd.Function):
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, threshold, bandwidth):
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(values, threshold)
         ctx.bandwidth = bandwidth
         return (values > threshold.clamp_min(0)).to(threshold.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, threshold = ctx.saved_tensors
         near = _near(values, threshold, ctx.bandwidth)
         return None, -grad * near / (ctx.bandwidth * threshold).where(near, 1), None

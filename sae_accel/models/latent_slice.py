@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,23 +53,23 @@ class LatentSlice:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part):
+    def forward(ctx: Any, part: Tensor) -> Tensor:
         total = part.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor):
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad

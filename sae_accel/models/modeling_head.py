@@ -1,3 +1,6 @@
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +41,7 @@ class HeadModel(PreTrainedHead):
             `ValueError`: if the last dimension is not `d_in`.
         """
         tokens, _ = normalize(self._tokens(activations), self.config.normalize_input)
-        values, selection, _ = self._encode(tokens, self.config.k)
+        values, selection, _ = self._encode(tokens, self.config.k or 0)
         shape = (*activations.shape[:-1], values.shape[1])
         return Latents(self._activate(values, selection).view(shape), selection.indices.view(shape))
 
@@ -137,12 +140,11 @@ class HeadModel(PreTrainedHead):
         losses: dict[str, Tensor] = {}
         if return_loss:
             wanted = self._wanted(tokens, target)
-            own_variance = variance_of(wanted) if total_variance is None or self._has_sparsity_loss else None
-            variance = own_variance if total_variance is None else total_variance
+            variance = variance_of(wanted) if total_variance is None else total_variance
             # Tokens that are all alike have no variance to explain; their losses and gradients must stay finite.
-            denominator = torch.where(variance > 0, variance, 1.0)
+            denominator = torch.where(variance.gt(0), variance, 1.0)
             losses["fvu"] = squared_error(wanted, reconstruction) / denominator
-            if dead is not None:
+            if dead is not None and dead_mask is not None:
                 residual = wanted - reconstruction.detach()
                 losses["auxk_loss"] = self._auxk_error(*dead, dead_mask, residual) / denominator
             if multi_topk:
@@ -150,10 +152,11 @@ class HeadModel(PreTrainedHead):
                 losses["multi_topk_fvu"] = squared_error(wanted, wide) / denominator
             if self._has_sparsity_loss:
                 l0 = self._summed(self._steps(values, chosen).sum()) / max(len(tokens), 1)
+                own_variance = variance if total_variance is None else variance_of(wanted)
                 losses["sparsity_loss"] = (l0 / k - 1) ** 2 * own_variance / denominator
             weights = {"fvu": 1.0, "auxk_loss": auxk_alpha, "multi_topk_fvu": MULTI_TOPK_WEIGHT}
             weights["sparsity_loss"] = sparsity_weight
-            losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
+            losses["loss"] = reduce(add, [weights[name] * loss for name, loss in losses.items()])
         leading = activations.shape[:-1]
         output = HeadOutput(
             reconstruction=reconstruction.view(*leading, self.config.d_out),
@@ -190,7 +193,7 @@ class HeadModel(PreTrainedHead):
             return
         tokens = self._tokens(activations)
         shifted = tokens - self.b_dec if self.config.apply_b_dec_to_input else tokens
-        part = self.config.k / self.config.num_latents
+        part = self.config.trained_k / self.config.num_latents
         self.threshold.copy_(first_thresholds(shifted, self.encoder.weight, self.encoder.bias, part))
 
     @torch.no_grad()
@@ -223,7 +226,7 @@ class HeadModel(PreTrainedHead):
         if not acts.numel():
             return acts.new_zeros((), dtype=torch.float32)
         # Without a look at how many there are, which would wait for the device.
-        smallest = torch.where(acts > 0, acts, torch.inf).min().detach().float()
+        smallest = torch.where(acts.gt(0), acts, torch.inf).min().detach().float()
         return torch.where(smallest.isfinite(), smallest, 0.0)
 
     def _activate(self, values: Tensor, selection: Selection) -> Tensor:
@@ -248,13 +251,13 @@ class HeadModel(PreTrainedHead):
         return part if self.latent_slice is None else self.latent_slice.sum(part)
 
     def _encode(
-        self, tokens: Tensor, k: int | None, dead_mask: Tensor | None = None
+        self, tokens: Tensor, k: int, dead_mask: Tensor | None = None
     ) -> tuple[Tensor, Selection, tuple[Tensor, Selection] | None]:
         """Pre-activations of the selected latents, and of the `d_out / 2` foremost dead ones."""
         choose, aux = self._selection, 0 if dead_mask is None else self._k_aux
 
         def select(pre_activations: Tensor) -> tuple[Tensor, Tensor]:
-            values, indices = choose.select(self, pre_activations, k and self._here(k))
+            values, indices = choose.select(self, pre_activations, self._here(k))
             if dead_mask is None:
                 return values, indices
             # In front, because pieces may differ in how many columns follow.
@@ -262,11 +265,13 @@ class HeadModel(PreTrainedHead):
             return torch.cat([dead[0], values], -1), torch.cat([dead[1], indices], -1)
 
         def settle(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            assert choose.settle is not None, "asked for only where there is one"
             kept = choose.settle(self, values[:, aux:], indices[:, aux:], k)
-            both = zip((values, indices), kept, strict=True)
-            return tuple(torch.cat([whole[:, :aux], rest], -1) for whole, rest in both) if aux else kept
+            if not aux:
+                return kept
+            return torch.cat([values[:, :aux], kept[0]], -1), torch.cat([indices[:, :aux], kept[1]], -1)
 
-        shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        shift: Tensor | None = self.b_dec if self.config.apply_b_dec_to_input else None
         if shift is not None and self.latent_slice is not None:
             shift = self.latent_slice.shared(shift)
         weights, settling = (self.encoder.weight, self.encoder.bias, shift), settle if choose.settle else None
@@ -276,12 +281,13 @@ class HeadModel(PreTrainedHead):
         return values[:, aux:], selection.columns(aux, None), (values[:, :aux], selection.columns(0, aux))
 
     def _decode(self, acts: Tensor, selection: Selection, tokens: Tensor | None) -> Tensor:
-        if self.W_dec is None:
-            raise ValueError("The head was loaded with encoder_only=True and cannot decode. Load it without.")
+        decoder = self.decoder_rows
         if tokens is None and (self.W_skip is not None or self.config.normalize_input is not None):
             what = "has a skip connection" if self.W_skip is not None else "normalises its input"
             raise ValueError(f"The head {what}: decode also needs the activations that it read.")
-        reconstruction = self._summed(sparse_decode(acts, selection, self.W_dec)) + self.b_dec
+        reconstruction = self._summed(sparse_decode(acts, selection, decoder)) + self.b_dec
+        if tokens is None:
+            return reconstruction
         if self.config.normalize_input is not None:
             reconstruction = normalize(tokens, self.config.normalize_input)[1](reconstruction)
         if self.W_skip is not None:
@@ -291,7 +297,7 @@ class HeadModel(PreTrainedHead):
     def _auxk_error(self, values: Tensor, dead: Selection, dead_mask: Tensor, residual: Tensor) -> Tensor:
         # Living latents fill up the selection where few are dead; their pre-activation is -inf, and ReLU makes it 0.
         foremost = values if self.latent_slice is None else self.latent_slice.largest(values)
-        estimate = self._summed(sparse_decode(nn.functional.relu(foremost), dead, self.W_dec))
+        estimate = self._summed(sparse_decode(nn.functional.relu(foremost), dead, self.decoder_rows))
         return squared_error(residual, estimate) * (self._summed(dead_mask.sum()) / self._k_aux).clamp(max=1.0)
 
     @property
@@ -315,11 +321,11 @@ class HeadModel(PreTrainedHead):
             )
         return activations.reshape(-1, self.config.d_in).to(self.dtype)
 
-    def _wanted_k(self, k: int | None, multi_topk: bool) -> int | None:
-        k = self.config.k if k is None else k
+    def _wanted_k(self, k: int | None, multi_topk: bool = False) -> int:
+        """Latents of each token; 0 where nobody knows and nothing asks."""
         if k is None and (multi_topk or self.training and not self._selection.counts):
-            raise ValueError("The head's files do not tell k, which training needs. Set head.config.k.")
-        return k
+            return self.config.trained_k
+        return (self.config.k if k is None else k) or 0
 
     def _wanted(self, tokens: Tensor, target: Tensor | None) -> Tensor:
         if target is not None:

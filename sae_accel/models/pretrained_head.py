@@ -1,6 +1,6 @@
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class PreTrainedHead(PreTrainedModel):
     """
 
     config: HeadConfig
+    # Numbers by latent that some activations have.
+    threshold: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
     base_model_prefix = "head"
     main_input_name = "activations"
     # The tensors that a head without a decoder leaves in its file.
@@ -48,7 +52,7 @@ class PreTrainedHead(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, hookpoint: str | None = None, **kwargs: Any
-    ):
+    ) -> Self:
         """
         As in transformers, with two arguments more.
 
@@ -63,7 +67,8 @@ class PreTrainedHead(PreTrainedModel):
             kwargs["subfolder"] = hookpoint
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
+    # One commit with a card, where transformers' method pushes the files of one model.
+    def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
         Releases the head to the top of a repo, in one commit, with a model card.
 
@@ -134,6 +139,18 @@ class PreTrainedHead(PreTrainedModel):
         )
 
     @property
+    def decoder_rows(self) -> Tensor:
+        """
+        `W_dec`, `(num_latents, d_out)`.
+
+        Raises:
+            `ValueError`: if the head was loaded without its decoder.
+        """
+        if self.W_dec is None:
+            raise ValueError("The head was loaded with encoder_only=True and cannot decode. Load it without.")
+        return self.W_dec
+
+    @property
     def _selection(self) -> LatentSelection:
         return SELECTIONS[self.config.activation]
 
@@ -154,4 +171,4 @@ class PreTrainedHead(PreTrainedModel):
     def _initial_decoder(self) -> Tensor:
         """Where `W_dec` starts, `(num_latents, d_out)`."""
         # Before training, a transcoder should predict the target's mean, not noise.
-        return torch.zeros_like(self.W_dec)
+        return torch.zeros_like(self.decoder_rows)

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,7 @@ class Selection:
     @cached_property
     def _places(self) -> Tensor:
         """Positions of the uses in the flattened `indices`."""
+        assert self.used is not None, "all entries count"
         return self.used.flatten().nonzero().squeeze(1)
 
 
@@ -183,7 +185,9 @@ def sparse_decode(acts: Tensor, selection: Selection, weight: Tensor) -> Tensor:
     return _SparseDecode.apply(acts.to(weight.dtype), weight, selection)
 
 
-def _select_in_pieces(x, weight, bias, select) -> tuple[Tensor, Tensor]:
+def _select_in_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor, select: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -198,8 +202,8 @@ def _select_in_pieces(x, weight, bias, select) -> tuple[Tensor, Tensor]:
     if len(pieces) == 1:
         return pieces[0]
     width = max(values.shape[1] for values, _ in pieces)
-    values, indices = zip(*(_widened(*piece, width) for piece in pieces), strict=True)
-    return torch.cat(values), torch.cat(indices)
+    wide = [_widened(values, indices, width) for values, indices in pieces]
+    return torch.cat([values for values, _ in wide]), torch.cat([indices for _, indices in wide])
 
 
 def _widened(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -211,13 +215,21 @@ class _SelectedLinear(torch.autograd.Function):
     """A linear map of which only the selected outputs, already computed, are used."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, shift, values, selection):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        values: Tensor,
+        selection: Selection,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.selection = selection
         return values.clone()
 
     @staticmethod
-    def backward(ctx, grad_values):
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         selection = ctx.selection
         needs_x, needs_weight, needs_bias, needs_shift = ctx.needs_input_grad[:4]
@@ -236,13 +248,13 @@ class _SelectedLinear(torch.autograd.Function):
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, acts, weight, selection):
+    def forward(ctx: Any, acts: Tensor, weight: Tensor, selection: Selection) -> Tensor:
         ctx.save_for_backward(acts, weight)
         ctx.selection = selection
         return selection.sum_by_token(acts, weight)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         acts, weight = ctx.saved_tensors
         grad_output = grad_output.contiguous()
         grad_acts = ctx.selection.dot(grad_output, weight) if ctx.needs_input_grad[0] else None

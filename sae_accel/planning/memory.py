@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
 from ..common.tables import aligned
+from ..lm.hooks import base_of
 from ..lm.load import load_architecture
 from ..lm.sharding import modules_to_shard
 from ..models.latent_selection import BATCHTOPK_MOST, SELECTIONS
@@ -162,7 +163,7 @@ def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], recipe: Recipe) -> An
     # Only those who train one wait for PEFT to be imported.
     from ..training.lora import add_lora, lora_targets
 
-    return add_lora(lm, lora_targets(lm.base_model, plans, recipe.lora), recipe.lora)
+    return add_lora(lm, lora_targets(base_of(lm), plans, recipe.lora), recipe.lora)
 
 
 def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share]:

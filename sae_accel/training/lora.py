@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..lm.adapter import quiet_peft
+from ..lm.hooks import base_of
 from ..lm.modules import hookpoint_names, layer_list, match_modules, no_match
 from ..recipe.arguments import LoraArguments
 
@@ -62,7 +63,7 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=[within + name for name in targets],
-        fan_in_fan_out=all(isinstance(model.base_model.get_submodule(name), Conv1D) for name in targets),
+        fan_in_fan_out=all(isinstance(base_of(model).get_submodule(name), Conv1D) for name in targets),
     )
     with quiet_peft():
         return get_peft_model(model, config).eval()

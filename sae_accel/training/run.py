@@ -6,6 +6,7 @@ from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
 from ..lm.bitsandbytes_backend import require_bitsandbytes
+from ..lm.hooks import base_of
 from ..lm.load import load_architecture, load_lm, load_tokenizer
 from ..lm.probe import ProbeFailed
 from ..processes.agreement import first_on_node, raise_together, this_process
@@ -109,7 +110,7 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
     if training.distribute_modules:
         place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
     if recipe.lora is not None:
-        lora_targets(architecture.base_model, plans, recipe.lora)
+        lora_targets(base_of(architecture), plans, recipe.lora)
     return plans
 
 

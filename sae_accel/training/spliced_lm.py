@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..activations.running_lm import without_cache
 from ..bank.bank import SaeBank, measured
 from ..data.collate import token_mask
+from ..lm.hooks import base_of
 from ..lm.logit_loss import IGNORED, LogitLoss
 from ..lm.splice import Replacement, replaced
 
@@ -32,7 +33,7 @@ class SplicedLM:
         self.model = model
         self.exclude_tokens = exclude_tokens
         self.adapter = adapter
-        self.options = without_cache(model.base_model)
+        self.options = without_cache(base_of(model))
 
     def counts(self, batch: dict[str, Tensor], loss: str) -> Tensor:
         """Tokens of a batch whose loss is counted: for `ce` those with a next token, for `kl` all."""
@@ -71,7 +72,7 @@ class SplicedLM:
             if not len(mask):
                 nothing = torch.zeros(0, 1, device=mask.device) + heads.without_tokens()
                 return self.losses(nothing, batch["input_ids"].flatten(), None if clean is None else nothing.detach())
-            with replaced(self.model.base_model, heads.replacements()):
+            with replaced(base_of(self.model), heads.replacements()):
                 # An LM may be spread over devices; its hidden states come back to where the tokens are.
                 hidden = self.losses.hidden_states(**batch, **self.options).to(mask.device)
             return self.losses(hidden[mask], self.labels(batch)[mask], None if clean is None else clean[mask])

@@ -18,6 +18,7 @@ from ..data.batches import Batches, Position, sequence_length
 from ..hub.publisher import Publisher, hub_repo
 from ..hub.release import Pushed, Release
 from ..lm.adapter import unwrapped
+from ..lm.hooks import base_of
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
 from ..processes.agreement import gather_objects, raise_together
@@ -98,7 +99,7 @@ class SaeTrainer:
         self.spread = spread_heads(
             args, self.accelerator, plans, ctx_len=sequence_length(train_dataset), with_lora=lora is not None
         )
-        adapter = None if lora is None else add_lora(model, lora_targets(model.base_model, plans, lora), lora)
+        adapter = None if lora is None else add_lora(model, lora_targets(base_of(model), plans, lora), lora)
         self.assembly = assemble(model, args, self.spread, site_widths(plans), list(exclude_tokens), lora, adapter)
         self.activations, self.objective = self.assembly.activations, self.assembly.objective
         self.run_state = RunState(
