@@ -1,6 +1,6 @@
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..ops import Selection
 from .plans import HeadPlan
 
 
+T = TypeVar("T")
 # What a head's loss is made of.
 LOSSES = ("fvu", "auxk_loss", "multi_topk_fvu", "sparsity_loss")
 
@@ -40,14 +41,14 @@ class SaeBank(nn.Module):
     def named_heads(self) -> Iterator[tuple[str, HeadModel]]:
         """Name and head, in the order of the plans."""
         for name in self.plans:
-            yield name, self.heads[_key(name)]
+            yield name, cast(HeadModel, self.heads[_key(name)])
 
-    def forward(self, work: Callable[["SaeBank"], Any]) -> Any:
+    def forward(self, work: Callable[["SaeBank"], T]) -> T:
         """
         `work` on these heads. What trains them runs in here, so that DDP and FSDP see it.
 
         Args:
-            work (`Callable[[SaeBank], Any]`): A forward pass, such as `local_losses` of a batch.
+            work (`Callable[[SaeBank], T]`): A forward pass, such as `local_losses` of a batch.
         """
         return work(self)
 
@@ -99,8 +100,9 @@ def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
     What is counted of a head's forward pass: the losses that there are, `active`, the number of activations above
     zero, `uses`, that number by latent, and with `batchtopk` its smallest activation, once for each token.
     """
+    assert output.top_acts is not None and output.top_indices is not None, "a forward pass gives both"
     indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
-    uses = Selection(indices, head.num_latents).scatter((output.top_acts > 0).float())
+    uses = Selection(indices, head.num_latents).scatter(output.top_acts.gt(0).float())
     values = {part: output[part].detach() for part in LOSSES if output.get(part) is not None}
     if output.smallest_act is not None:
         values["smallest_act"] = output.smallest_act * len(indices)

@@ -69,7 +69,8 @@ def _matches(plans: list[HeadPlan], heads: SaeHeads) -> list[Match]:
             f"{heads.origin!r} has no head for {', '.join(map(repr, missing))}. It holds {there}. "
             "Name the same hookpoints, or remove the entry."
         )
-    matches = [Match(plan, names[plan.name], heads.config(names[plan.name])) for plan in plans]
+    found = {plan.name: name for plan in plans if (name := names[plan.name]) is not None}
+    matches = [Match(plan, found[plan.name], heads.config(found[plan.name])) for plan in plans]
     for match in matches:
         _check_same(match, heads)
     return matches
@@ -118,7 +119,7 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
             raise InputError(
                 f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."
             )
-        if head.config.normalize_decoder and head.W_dec.requires_grad:
+        if head.config.normalize_decoder and head.decoder_rows.requires_grad:
             _warn_of_norms(pretrained, name)
             _fold_norms(pretrained)
         head.load_whole(pretrained.state_dict())
@@ -126,7 +127,7 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
 
 
 def _warn_of_norms(head: HeadModel, name: str) -> None:
-    far = (head.W_dec.norm(dim=-1) - 1).abs().max().item()
+    far = (head.decoder_rows.norm(dim=-1) - 1).abs().max().item()
     if far > _FAR_FROM_UNIT_NORM and SELECTIONS[head.config.activation].counts:
         logger.warning(
             f"training.init_from: decoder rows of head {name!r} differ from norm 1 by up to {far:.2g}. Brought to it, "
@@ -140,13 +141,13 @@ def _fold_norms(head: HeadModel) -> None:
     Brings decoder rows that were not kept at norm 1 back to it, as training will keep them, and gives their norms to
     the encoder, so that what an active latent adds to the reconstruction stays the same.
     """
-    norms = head.W_dec.norm(dim=-1)
+    norms = head.decoder_rows.norm(dim=-1)
     if (norms - 1).abs().max() > _UNIT_NORM_TOLERANCE and norms.min() > 0:
         head.encoder.weight.mul_(norms[:, None])
         head.encoder.bias.mul_(norms)
         if "threshold" in head.state_dict():
             head.threshold.mul_(norms)
-        normalize_rows_(head.W_dec)
+        normalize_rows_(head.decoder_rows)
 
 
 def _same_name(plan: HeadPlan, plans: list[HeadPlan], heads: SaeHeads) -> str | None:

@@ -43,20 +43,21 @@ def site_widths(plans: Iterable[HeadPlan]) -> dict[Site, int]:
     return {site: width for plan in plans for site, width in plan.widths.items()}
 
 
-def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[HeadPlan]:
+def plan_heads(model: PreTrainedModel, entries: list[HeadArguments], spliced: bool = False) -> list[HeadPlan]:
     """
     Turns the entries of a recipe into heads, by one short forward pass of the LM, which may lie on the meta device.
 
     Args:
         model (`PreTrainedModel`): The LM, or one of its architecture.
         entries (`list[HeadArguments]`): The recipe's `heads`.
+        spliced (`bool`, defaults to `False`): Whether they train spliced into the LM, all together.
 
     Returns:
         `list[HeadPlan]`: in the order of the entries, within each in the order of the LM's modules.
 
     Raises:
-        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree or two heads share a
-        name.
+        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree, two heads share a
+            name, or they cannot be spliced in.
     """
     base_model = base_of(model)
     names = hookpoint_names(base_model)
@@ -70,18 +71,54 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments]) -> list[Hea
                 f"Two heads are called {wanted.name!r}, one of {origins[wanted.name]} and one of {wanted.where}. Set "
                 "`name` in one of them."
             )
-        plans[wanted.name] = _plan(wanted, probed)
+        plans[wanted.name] = _plan(wanted, probed, model)
         origins[wanted.name] = wanted.where
+    if spliced:
+        _check_spliced(plans.values())
     return list(plans.values())
 
 
-def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
-    """
-    Checks that heads can be spliced into an LM together.
+class _Wanted(NamedTuple):
+    """What an entry asks for at one hookpoint, before the LM has been run."""
 
-    Raises:
-        `InputError`: if two sit at one hookpoint, or a hookpoint may run any number of times.
-    """
+    where: str
+    entry: HeadArguments
+    hookpoint: str
+    source: str | None
+    reads: tuple[Site, ...]
+    predicts: tuple[Site, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.hookpoint}/{self.entry.name}" if self.entry.name else self.hookpoint
+
+
+def _plan(wanted: _Wanted, probed: dict[Site, tuple[Site, int]], model: PreTrainedModel) -> HeadPlan:
+    entry, hookpoint = wanted.entry, wanted.hookpoint
+    reads, predicts = (tuple(probed[site][0] for site in sites) for sites in (wanted.reads, wanted.predicts))
+    widths = dict(probed[site] for site in (*wanted.reads, *wanted.predicts))
+    uncounted = [site.module for site in widths if site.within is not None]
+    # A module's own input and output come together, however often it runs.
+    if uncounted and (entry.source is not None or len({site.module for site in widths}) > 1):
+        raise InputError(
+            f"{wanted.where}.source: {uncounted[0]!r} may run any number of times in a forward pass, so what "
+            f"{reads[0].module!r} gives cannot be matched with {hookpoint!r}. Remove source."
+        )
+    d_in, d_out = (sum(widths[site] for site in part) for part in (reads, predicts))
+    num_latents = entry.num_latents or entry.expansion_factor * d_in
+    check_latents(entry.k, num_latents, entry.activation, entry.multi_topk, f"{wanted.where} at {hookpoint!r}")
+    told = {
+        "hookpoint": hookpoint,
+        "source": wanted.source,
+        "base_model_name_or_path": model.config.name_or_path or None,
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+    }
+    config = config_of_kind(entry.type).from_entry(entry, d_in=d_in, d_out=d_out, num_latents=num_latents, **told)
+    return HeadPlan(wanted.name, hookpoint, reads, predicts, widths, config, entry)
+
+
+def _check_spliced(plans: Iterable[HeadPlan]) -> None:
+    """No two at one hookpoint, and none where a module may run any number of times or more than it gives is read."""
     seen: dict[str, str] = {}
     for plan in plans:
         if plan.hookpoint in seen:
@@ -102,40 +139,6 @@ def check_end_to_end(plans: Iterable[HeadPlan]) -> None:
             )
 
 
-class _Wanted(NamedTuple):
-    """What an entry asks for at one hookpoint, before the LM has been run."""
-
-    where: str
-    entry: HeadArguments
-    hookpoint: str
-    source: str | None
-    reads: tuple[Site, ...]
-    predicts: tuple[Site, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.hookpoint}/{self.entry.name}" if self.entry.name else self.hookpoint
-
-
-def _plan(wanted: _Wanted, probed: dict[Site, tuple[Site, int]]) -> HeadPlan:
-    entry, hookpoint = wanted.entry, wanted.hookpoint
-    reads, predicts = (tuple(probed[site][0] for site in sites) for sites in (wanted.reads, wanted.predicts))
-    widths = dict(probed[site] for site in (*wanted.reads, *wanted.predicts))
-    uncounted = [site.module for site in widths if site.within is not None]
-    # A module's own input and output come together, however often it runs.
-    if uncounted and (entry.source is not None or len({site.module for site in widths}) > 1):
-        raise InputError(
-            f"{wanted.where}.source: {uncounted[0]!r} may run any number of times in a forward pass, so what "
-            f"{reads[0].module!r} gives cannot be matched with {hookpoint!r}. Remove source."
-        )
-    d_in, d_out = (sum(widths[site] for site in part) for part in (reads, predicts))
-    num_latents = entry.num_latents or entry.expansion_factor * d_in
-    check_latents(entry.k, num_latents, entry.activation, entry.multi_topk, f"{wanted.where} at {hookpoint!r}")
-    told = {"hookpoint": hookpoint, "source": wanted.source}
-    config = config_of_kind(entry.type).from_entry(entry, d_in=d_in, d_out=d_out, num_latents=num_latents, **told)
-    return HeadPlan(wanted.name, hookpoint, reads, predicts, widths, config, entry)
-
-
 def _wanted(entry: HeadArguments, index: int, base_model: PreTrainedModel, names: list[str]) -> Iterator[_Wanted]:
     """The heads of an entry, one at each of its hookpoints."""
     kind, seen = config_of_kind(entry.type), set()
@@ -150,7 +153,9 @@ def _wanted(entry: HeadArguments, index: int, base_model: PreTrainedModel, names
             yield _Wanted(f"heads[{index}]", entry, hookpoint, source, reads, predicts)
 
 
-def _matches(entry: HeadArguments, index: int, base_model, names: list[str]) -> Iterator[list[tuple[str, list[str]]]]:
+def _matches(
+    entry: HeadArguments, index: int, base_model: PreTrainedModel, names: list[str]
+) -> Iterator[list[tuple[str, list[str]]]]:
     """For each pattern of an entry, what it matches; a stride counts within one pattern, so it drops no pattern."""
     for pattern in entry.hookpoints:
         if not (matches := list(match_modules(pattern, names))):
@@ -158,7 +163,7 @@ def _matches(entry: HeadArguments, index: int, base_model, names: list[str]) -> 
         yield matches
     if not entry.hookpoints:
         layers = layer_list(base_model)
-        count = len(base_model.get_submodule(layers))
+        count = len(list(base_model.get_submodule(layers).children()))
         if wrong := [layer for layer in entry.layers if not 0 <= layer < count]:
             raise InputError(
                 f"heads[{index}].layers: {type(base_model).__name__} has no layer {wrong[0]}; it has 0 to {count - 1}."

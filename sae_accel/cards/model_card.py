@@ -150,7 +150,7 @@ def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
 def _eval_results(run: Run) -> list[EvalResult]:
     """Every metric on held-out tokens: of heads, and of the LM with them."""
     data = run.section("data")
-    dataset = {
+    dataset: dict[str, Any] = {
         "dataset_type": _dataset_id(run) or "unspecified",
         "dataset_name": f"{_shown(data['path'], run)}, held out" if data.get("path") else "held-out tokens",
         "dataset_config": data.get("name"),

@@ -2,9 +2,14 @@ import math
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 PLOTS = "plots"
@@ -45,11 +50,13 @@ def draw_plots(
     """
     curves = {name: _curve(name, log_history) for name in names}
     curves = {name: curve for name, curve in curves.items() if curve}
-    frequencies = {name: frequencies[name] for name in names if name in (frequencies or {}) and len(frequencies[name])}
+    known = frequencies or {}
+    known = {name: known[name] for name in names if name in known and len(known[name])}
     drawn = []
-    for file, draw, values in ((FVU_PLOT, _draw_fvu, curves), (FREQUENCY_PLOT, _draw_frequencies, frequencies)):
-        if values:
-            drawn.append(_save(draw(values), folder / file))
+    if curves:
+        drawn.append(_save(_draw_fvu(curves), folder / FVU_PLOT))
+    if known:
+        drawn.append(_save(_draw_frequencies(known), folder / FREQUENCY_PLOT))
     return drawn
 
 
@@ -59,7 +66,7 @@ def _curve(name: str, log_history: Sequence[Mapping[str, Any]]) -> list[tuple[fl
     return [(tokens, fvu) for tokens, fvu in points if math.isfinite(fvu) and fvu > 0]
 
 
-def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> Any:
+def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> "Figure":
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = _axes("tokens trained", "FVU on training tokens")
@@ -81,7 +88,7 @@ def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> Any:
     return figure
 
 
-def _draw_frequencies(frequencies: Mapping[str, np.ndarray]) -> Any:
+def _draw_frequencies(frequencies: Mapping[str, np.ndarray]) -> "Figure":
     figure, axes = _axes(
         "log₁₀ of firing frequency (part of tokens on which a latent is active)", "latents of the head"
     )
@@ -113,11 +120,12 @@ def _never_fired(count: int, total: int) -> str:
     return f"{count:,} of {total:,} latents never fired"
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
+def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=_INCHES, dpi=_DPI, layout=layout, facecolor="white")
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -127,19 +135,20 @@ def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _colors(count: int) -> Any:
+def _colors(count: int) -> np.ndarray:
+    """A colour for each head, `(count, 4)`."""
     from matplotlib import colormaps
 
     if count <= _MOST_IN_LEGEND:
-        return colormaps["tab10"].colors[:count]
+        return colormaps["tab10"](np.arange(count))
     # The end of the scale is too light on white.
     return colormaps["viridis"](np.linspace(0, 0.92, count))
 
 
-def _explain_colors(figure: Any, axes: Any, names: list[str], colors: Any) -> None:
+def _explain_colors(figure: "Figure", axes: "Axes", names: list[str], colors: np.ndarray) -> None:
     """A legend for a few heads; for many a scale with the names of some."""
     if len(names) <= _MOST_IN_LEGEND:
-        place = "outside upper left" if len(names) == 1 else "outside right upper"
+        place: Any = "outside upper left" if len(names) == 1 else "outside right upper"
         figure.legend(loc=place, frameon=False, fontsize=8.5, labelspacing=0.8)
         return
     from matplotlib.cm import ScalarMappable
@@ -155,7 +164,7 @@ def _explain_colors(figure: Any, axes: Any, names: list[str], colors: Any) -> No
     scale.outline.set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The version of matplotlib would make other bytes of the same image.
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -177,7 +186,7 @@ def _short(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _tokens_label(tokens: float, _: int) -> str:
+def _tokens_label(tokens: float, _: float) -> str:
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(tokens) >= unit:
             return f"{tokens / unit:g}{letter}"

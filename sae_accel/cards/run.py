@@ -132,7 +132,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     return content
 
 
-def _expect(path: Path, where: str, value: Any, kind: type) -> None:
+def _expect(path: Path, where: str, value: object, kind: type) -> None:
     """Refuses a value that is not what the card reads there."""
     if not isinstance(value, (int, float) if kind is float else kind):
         raise InputError(

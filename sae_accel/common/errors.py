@@ -1,6 +1,5 @@
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 
 class InputError(ValueError):
@@ -12,7 +11,7 @@ class InputError(ValueError):
     """
 
 
-def near(value: Any, choices: Iterable[str]) -> str:
+def near(value: object, choices: Iterable[str]) -> str:
     """A question that names the nearest of `choices`, after a blank; empty if none is near."""
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {closest[0]}?" if closest else ""

@@ -1,8 +1,8 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -10,12 +10,13 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..common.errors import InputError
 from ..processes.agreement import gather_objects
 from ..recipe.arguments import SaeTrainingArguments
-from .collate import collate
+from .collate import IndexedRows, Row, Rows, collate
 
 
 class Position(NamedTuple):
@@ -45,12 +46,12 @@ class Batches:
         pad_token_id (`int`): Fills up rows that are shorter than others.
     """
 
-    def __init__(self, dataset: Any, args: SaeTrainingArguments, accelerator: Accelerator, pad_token_id: int):
+    def __init__(self, dataset: Rows | None, args: SaeTrainingArguments, accelerator: Accelerator, pad_token_id: int):
         self.dataset = dataset
         self.args = args
         self.accelerator = accelerator
         self.collate = partial(collate, pad_token_id=pad_token_id)
-        self.has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        self.has_length = isinstance(dataset, IndexedRows)
 
     def windows(self, position: Position) -> Iterator[tuple[list[dict[str, Tensor]], Position]]:
         """The batches of each optimizer step, without end, with the position that comes after them."""
@@ -101,7 +102,7 @@ class Batches:
     def _batch_rows(self, epoch: int, drop_last: bool) -> list[Tensor]:
         """Where in the data each batch of this process lies; those that others read alone are empty."""
         length, size, processes = (
-            len(self.dataset),
+            len(self._indexed()),
             self.args.per_device_train_batch_size,
             self.accelerator.num_processes,
         )
@@ -118,20 +119,24 @@ class Batches:
         places = self._batch_rows(epoch, drop_last)[skip:]
         own = [batch for batch in places if len(batch)]
         yield from DataLoader(
-            self.dataset,
+            cast(TorchDataset, self._indexed()),
             batch_sampler=(batch.tolist() for batch in own),
             collate_fn=self.collate,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
         for _ in places[len(own) :]:
-            yield _without_rows(self.collate([self.dataset[0]]))
+            yield _without_rows(self.collate([self._indexed()[0]]))
 
     def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
         size = self.args.per_device_train_batch_size
         # A generator of its own, since a loader draws from it as it starts: so a run that goes on from a checkpoint
         # finds torch's own where one that never stopped has it.
-        options = {"drop_last": drop_last, "collate_fn": self.collate, "generator": torch.Generator()}
+        options: dict[str, Any] = {
+            "drop_last": drop_last,
+            "collate_fn": self.collate,
+            "generator": torch.Generator(),
+        }
         own = islice(DataLoader(self._own_part(epoch), size, **options), skip, None)
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
@@ -142,15 +147,19 @@ class Batches:
             batch = _without_rows(batch) if found is None else found
             yield batch
 
+    def _indexed(self) -> IndexedRows:
+        assert isinstance(self.dataset, IndexedRows), "asked for only where there is a length"
+        return self.dataset
+
     def _own_part(self, epoch: int) -> Any:
-        if epoch and hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        if epoch and (set_epoch := getattr(self.dataset, "set_epoch", None)):
+            set_epoch(epoch)
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         if processes == 1:
             return self.dataset
         if isinstance(self.dataset, IterableDataset):
             return split_dataset_by_node(self.dataset, index, processes)
-        return _EveryNth(self.dataset, index, processes)
+        return _EveryNth(cast(Iterable[Row], self.dataset), index, processes)
 
     def _check_size(self, sequences: int) -> None:
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
@@ -162,9 +171,9 @@ class Batches:
             )
 
 
-def sequence_length(dataset: Any) -> int:
+def sequence_length(dataset: Rows | None) -> int:
     """Tokens of a row, to weigh heads by; a usual number where rows have none, or are those of a stream."""
-    if not hasattr(dataset, "__len__") or not len(dataset):
+    if not isinstance(dataset, IndexedRows) or not len(dataset):
         return 2048
     return len(dataset[0].get("input_ids", [0]))
 
@@ -172,10 +181,10 @@ def sequence_length(dataset: Any) -> int:
 class _EveryNth(TorchIterableDataset):
     """Rows `first`, `first + step`, ... of a stream that knows nothing of processes."""
 
-    def __init__(self, stream: Any, first: int, step: int):
+    def __init__(self, stream: Iterable[Row], first: int, step: int):
         self.stream, self.first, self.step = stream, first, step
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Row]:
         return islice(self.stream, self.first, None, self.step)
 
 

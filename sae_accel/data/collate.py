@@ -1,11 +1,28 @@
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
-def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+# A sequence of token ids, or an image, by the names of what it has.
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class IndexedRows(Protocol):
+    """Rows with a length, which can be read in any order, such as a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+# What a run may train on: rows with a length, or a stream of them.
+Rows = IndexedRows | Iterable[Row]
+
+
+def collate(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Tensor]:
     """
     A batch of sequences, filled up on the right where they differ in length, or of images.
 
@@ -42,8 +59,11 @@ def token_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tenso
     Returns:
         `torch.BoolTensor` of shape `(batch, ctx_len)`; None for images, of which every patch trains.
     """
-    if "input_ids" not in batch:
-        return None
+    return text_mask(batch, exclude_tokens) if "input_ids" in batch else None
+
+
+def text_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tensor:
+    """As `token_mask`, of a batch that is text."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     excluded = torch.tensor(list(exclude_tokens), dtype=ids.dtype, device=ids.device)
     return mask & ~torch.isin(ids, excluded) if len(excluded) else mask

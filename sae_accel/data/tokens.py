@@ -100,7 +100,7 @@ def _tokenized(
         return _pack(
             dataset, tokenizer, arguments.ctx_len, arguments.text_column, arguments.num_proc, vocab_size=vocab_size
         )
-    kept = [column for column in ("input_ids", "attention_mask") if column in columns]
+    kept: list[str] = [column for column in ("input_ids", "attention_mask") if column in columns]
     for column in kept:
         if not isinstance(first[column], list) or not all(isinstance(value, int) for value in first[column]):
             raise InputError(f"The data's column {column!r} does not hold lists of whole numbers. Rename or mend it.")

@@ -9,7 +9,7 @@ import yaml
 
 from ..common.errors import InputError, one_line
 from ..common.run_files import folders_of
-from .foreign import ForeignHead, Source, foreign_head, last_part
+from .foreign import ForeignHead, Source, foreign_head, last_part, number_in
 from .hook_names import module_of
 from .place import Place
 from .tensor_file import open_tensors
@@ -54,7 +54,7 @@ def open_head(place: Place) -> ForeignHead:
     k = place.given.get("k", keys.get("k"))
     if by_rank and k is None:
         raise InputError("its configuration says topk, but not how many latents are active. Give k.")
-    layer, lm = _WEIGHTS_FILE.fullmatch(place.paths["weights"].name)[1], keys.get("model_name")
+    layer, lm = number_in(place.paths["weights"].name, _WEIGHTS_FILE.pattern), keys.get("model_name")
     hooks = [f"blocks.{layer}.{keys.get(f'feature_{side}_hook', default)}" for side, default in _DEFAULT_HOOKS]
     own_input = keys.get("feature_input_hook", _MLP_INPUT) == _MLP_INPUT
     return foreign_head(

@@ -16,7 +16,7 @@ from .foreign import (
 )
 from .hook_names import module_of
 from .place import Place
-from .tensor_file import TorchFile, open_tensors
+from .tensor_file import TensorFile, open_tensors
 
 
 CONFIG_FILE = "config.json"
@@ -71,7 +71,7 @@ def open_head(place: Place) -> ForeignHead:
     )
 
 
-def _sources(file: TorchFile, activation: str) -> dict[str, Any]:
+def _sources(file: TensorFile, activation: str) -> dict[str, Any]:
     own = "W_enc" in file.shapes
     bias = next((name for name in ("b_dec", "bias", "decoder_bias", "decoder.bias") if name in file.shapes), "b_dec")
     sources: dict[str, Any] = {

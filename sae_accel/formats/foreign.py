@@ -1,7 +1,7 @@
 """What the readers of other libraries' files have in common."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ class Source(NamedTuple):
 
 def foreign_head(
     file: TensorFile,
-    sources: dict[str, Source | Tensor],
+    sources: Mapping[str, Source | Tensor],
     place: Place,
     *,
     transcoder: bool = False,
@@ -81,17 +81,18 @@ def foreign_head(
     shapes = {name: _shape(file, source) for name, source in sources.items()}
     for name, dimensions in {"encoder.weight": 2, "W_dec": 2, "b_dec": 1}.items():
         if len(shapes.get(name, [0] * dimensions)) != dimensions:
-            found = f"{sources[name].name} of {str(file.path)!r} has shape {file.shapes[sources[name].name]}"
+            stored = getattr(sources[name], "name", name)
+            found = f"{stored} of {str(file.path)!r} has shape {file.shapes[stored]}"
             raise InputError(f"{found}, where a {dimensions}-dimensional tensor is read. Fetch the file again.")
     num_latents, d_in = shapes["encoder.weight"]
     d_out = shapes["W_dec"][1] if "W_dec" in shapes else shapes["b_dec"][0]
     for name, expected in {"d_in": d_in, "num_latents": num_latents, "d_out": d_out}.items():
         told = (declared or {}).get(name)
         if told is not None and told != expected:
-            kind = "" if isinstance(told, int) else f", a {type(told).__name__}"
-            raise InputError(f"its configuration says {name} = {told!r}{kind}, but its weights have {expected}.")
+            of_type = "" if isinstance(told, int) else f", a {type(told).__name__}"
+            raise InputError(f"its configuration says {name} = {told!r}{of_type}, but its weights have {expected}.")
     _check_shapes(shapes, num_latents, d_in, d_out)
-    kind = TranscoderConfig if transcoder else SaeConfig
+    kind: type[HeadConfig] = TranscoderConfig if transcoder else SaeConfig
     own = {"d_out": d_out, "skip_connection": skips} if transcoder else {}
     fields = {"d_in": d_in, "num_latents": num_latents, "normalize_decoder": False, **own, **fields}
     if "input_scale" in place.given:

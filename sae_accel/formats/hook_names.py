@@ -38,7 +38,7 @@ def module_of(hook: str | None, lm: str | None) -> str | None:
         return layer.format(index - 1) if index else None
     if place == "resid_post":
         return layer.format(index)
-    if _NORMED_OUTPUTS.search(lm.lower()):
+    if _NORMED_OUTPUTS.search((lm or "").lower()):
         mlp, attention = "post_feedforward_layernorm", "post_attention_layernorm"
     return f"{layer.format(index)}.{mlp if place == 'mlp_out' else attention}"
 

@@ -52,7 +52,10 @@ def open_head(place: Place) -> ForeignHead:
     # The oldest files call the encoder W_enc, of shape (d_in, num_latents).
     oldest = "W_enc" in file.shapes
     weight = Source("W_enc", transposed=True) if oldest else Source("encoder.weight")
-    sources = {"encoder.weight": weight, "encoder.bias": Source("b_enc" if oldest else "encoder.bias")}
+    sources: dict[str, Source | torch.Tensor] = {
+        "encoder.weight": weight,
+        "encoder.bias": Source("b_enc" if oldest else "encoder.bias"),
+    }
     sources |= {name: Source(name) for name in ("W_dec", "b_dec", "W_skip") if name in file.shapes or name == "b_dec"}
     if oldest and "b_enc" not in file.shapes:
         sources["encoder.bias"] = torch.zeros(file.shapes["W_enc"][1])

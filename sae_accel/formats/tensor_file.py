@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -62,7 +62,8 @@ class TensorFile(ABC):
         A copy of a matrix, transposed or multiplied if asked for, of which the file's own form is never in memory as
         well.
         """
-        shape, out, start = self.shapes[name], None, 0
+        shape, start = self.shapes[name], 0
+        out: Tensor | None = None
         for rows in self.pieces(name):
             if out is None:
                 out = torch.empty(shape[::-1] if transposed else shape, dtype=rows.dtype)
@@ -70,6 +71,8 @@ class TensorFile(ABC):
             part = out[:, start:stop] if transposed else out[start:stop]
             part.copy_(rows.t() if transposed else rows)
             start = stop
+        if out is None:
+            return torch.empty(shape[::-1] if transposed else shape)
         return out if factor == 1.0 else out.mul_(factor)
 
     def _bounds(self, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -144,7 +147,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.errors import InputError
@@ -10,7 +10,7 @@ from ..common.run_files import folders_of
 from .foreign import ForeignHead, Source, foreign_head, last_part, names_in, number_in
 from .hook_names import module_of
 from .place import Place
-from .tensor_file import TorchFile, open_tensors
+from .tensor_file import TorchFile
 
 
 # What a run leaves beside heads.
@@ -37,10 +37,10 @@ def open_head(place: Place) -> ForeignHead:
     Raises:
         `InputError`: if the file cannot be read, its tensors are those of no head, or it does not tell k.
     """
-    file = open_tensors(place.paths["weights"])
+    file = TorchFile(Path(place.paths["weights"]))
     names = file.shapes.keys()
     hook = _hook(f"{place.origin}/{place.name}")
-    shared = {"hookpoint": place.hookpoint, "aliases": [hook] if hook else None}
+    shared: dict[str, Any] = {"hookpoint": place.hookpoint, "aliases": [hook] if hook else None}
     if {"encoder.weight", "pre_bias", "latent_bias"} <= names:
         return _openai(file, place, shared)
     if "encoder_linear.weight" in names:

@@ -37,7 +37,9 @@ class Publisher(TrainerCallback):
         # The step of the newest checkpoint, if that was left out.
         self._left_out: int | None = None
 
-    def on_save(self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(  # type: ignore[override]
+        self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """
         Begins to push a checkpoint's heads. While an earlier push is at work, one that is not the last is left out,
         unless every checkpoint is to be pushed.

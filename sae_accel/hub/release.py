@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..cards.model_card import CARD, is_ours, is_somebodys, write_card
@@ -126,9 +126,11 @@ class Release:
             left_card = CARD in there and is_ours(files[CARD]) and is_somebodys(_fetch(api, repo_id, CARD, before))
             if left_card:
                 del files[CARD]
-            operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
             old = outdated_files(there, self.heads, files, replaces_all=not left)
-            operations += [CommitOperationDelete(name, is_folder=False) for name in old]
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+                *(CommitOperationDelete(name, is_folder=False) for name in old),
+            ]
             # What was decided by the repo's files holds for that commit alone.
             commit = api.create_commit(
                 repo_id, operations, commit_message=message, revision=revision, parent_commit=before

@@ -1,7 +1,8 @@
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -27,6 +28,10 @@ _PREFIX = "base_model.model."
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
+# An LM's class is found by its config.
+AutoClass = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]
+
+
 class Adapter:
     """
     A PEFT adapter in a folder or repo.
@@ -46,19 +51,20 @@ class Adapter:
             weights = load_peft_weights(self.folder, device="cpu")
         self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
         if isinstance(self.config, PromptLearningConfig):
+            kind = getattr(self.config.peft_type, "value", self.config.peft_type)
             raise InputError(
-                f"model.adapter: {arguments.adapter!r} is of type {self.config.peft_type.value}, which changes what "
-                "the LM reads and not its modules. Use an adapter such as LoRA."
+                f"model.adapter: {arguments.adapter!r} is of type {kind}, which changes what the LM reads and not its "
+                "modules. Use an adapter such as LoRA."
             )
 
-    def auto_class(self, config: PreTrainedConfig) -> type:
+    def auto_class(self, config: PreTrainedConfig) -> AutoClass:
         """The class of an LM with whose names its files were written: with or without the LM's head."""
         prefixes = {name.removeprefix(_PREFIX).split(".")[0] for name in self.shapes}
         for mapping, auto_class in (
             (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
             (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
         ):
-            if type(config) in mapping and mapping[type(config)].base_model_prefix in prefixes:
+            if type(config) in mapping and getattr(mapping[type(config)], "base_model_prefix", None) in prefixes:
                 return auto_class
         return AutoModel
 
@@ -101,7 +107,7 @@ class Adapter:
             raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
 
 
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     The LM itself, in whose modules an adapter lies; what PEFT wraps around it is not needed.
 
@@ -110,7 +116,8 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    within: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model) if within is None else within()
 
 
 @contextmanager
@@ -123,7 +130,7 @@ def quiet_peft() -> Iterator[None]:
 
 def _fetch(arguments: ModelArguments) -> str:
     """Where the adapter's files lie on this machine, after fetching them if need be."""
-    repository = Repository(arguments.adapter, token=arguments.token)
+    repository = Repository(str(arguments.adapter), token=arguments.token)
     if _FILES[0] not in repository.files:
         raise ValueError(f"it has no {_FILES[0]}. Name a folder or repo that PEFT has written.")
     return str(Path([repository.fetch(file) for file in _FILES if file in repository.files][0]).parent)

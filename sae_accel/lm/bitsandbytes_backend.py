@@ -46,4 +46,4 @@ def keep_unpacked(model: nn.Module) -> None:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch's types know tensors alone.

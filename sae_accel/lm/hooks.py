@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError
@@ -53,7 +54,7 @@ def record(
         on_tensor (`Callable[[Site, Tensor], None]`): Receives each activation, `(..., d)`.
     """
 
-    def watch(site: Site) -> Any:
+    def watch(site: Site) -> RemovableHandle:
         module = base_model.get_submodule(site.module)
         if site.side == "input":
             return module.register_forward_pre_hook(

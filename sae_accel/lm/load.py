@@ -1,5 +1,5 @@
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -22,6 +22,10 @@ from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
 from .sharding import modules_to_shard, shard_in_turn
+
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, AutoClass
 
 
 def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) -> PreTrainedModel:
@@ -82,7 +86,8 @@ def load_lm(
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         adapter = _adapter(arguments)
-        model, report = _auto_class(config, adapter, with_lm_head).from_pretrained(
+        # With the report that is asked for it gives a pair, which its types do not know.
+        model, report = cast(Any, _auto_class(config, adapter, with_lm_head)).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
@@ -123,7 +128,7 @@ class lm_errors:
         self.verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         transformers_logging.set_verbosity(self.verbosity)
         # A device that this build of torch does not know ends in an AssertionError.
         expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
@@ -134,7 +139,7 @@ class lm_errors:
             ) from error
 
 
-def _adapter(arguments: ModelArguments) -> Any:
+def _adapter(arguments: ModelArguments) -> "Adapter | None":
     """The adapter that an LM is to carry. Only those who ask for one wait for PEFT to be imported."""
     if arguments.adapter is None:
         return None
@@ -143,7 +148,7 @@ def _adapter(arguments: ModelArguments) -> Any:
     return Adapter(arguments)
 
 
-def _auto_class(config: PreTrainedConfig, adapter: Any, with_lm_head: bool) -> type:
+def _auto_class(config: PreTrainedConfig, adapter: "Adapter | None", with_lm_head: bool) -> "AutoClass":
     """Without its head, which is never run, unless the head or the names that an adapter's files use need it."""
     if with_lm_head:
         return AutoModelForCausalLM

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..common.errors import InputError
 from .hooks import base_of
@@ -37,7 +38,7 @@ class LogitLoss:
                 "Load one by AutoModelForCausalLM, or use loss: fvu."
             )
         self.model = model
-        self.output_class: type | None = None
+        self.output_class: type[ModelOutput] = ModelOutput
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the LM's head reads, `(batch, ctx_len, d_model)`."""
@@ -104,7 +105,7 @@ class _InPieces(torch.autograd.Function):
     """Sums of losses over pieces of tokens. The first one's gradient is taken piece by piece on the way."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, losses: Callable, size: int, count: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, losses: Callable, size: int, count: int) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
         totals = torch.zeros(count, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -113,12 +114,12 @@ class _InPieces(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 piece = hidden[rows].detach().requires_grad_(wanted)
                 values = losses(piece, rows)
-                if wanted:
+                if grad is not None:
                     grad[rows] = torch.autograd.grad(values[0], piece)[0]
             totals += torch.stack([value.detach() for value in values])
         ctx.grad = grad
         return totals.unbind()
 
     @staticmethod
-    def backward(ctx, grad_first: Tensor, *others: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_first: Tensor, *others: Tensor) -> tuple[Tensor | None, None, None, None]:
         return ctx.grad * grad_first.to(ctx.grad.dtype), None, None, None

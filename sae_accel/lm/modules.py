@@ -28,7 +28,8 @@ def hookpoint_names(base_model: PreTrainedModel) -> list[str]:
     Dotted names of the modules that a glob can match. Lists of modules have no forward pass; what PEFT put around a
     module goes by that module's name.
     """
-    names, passed_over = [], ()
+    names: list[str] = []
+    passed_over: tuple[str, ...] = ()
     for name, module in base_model.named_modules():
         if passed_over and name.startswith(passed_over):
             continue

@@ -1,9 +1,9 @@
 from collections import Counter
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..common.errors import InputError, one_line
@@ -98,7 +98,7 @@ def _inputs(base_model: PreTrainedModel, rows: int, ctx_len: int) -> dict[str, A
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         images = torch.randn(rows, config.num_channels, *size, generator=generator)
         return {"pixel_values": images.to(device, base_model.dtype)}
-    vocab_size = base_model.get_input_embeddings().num_embeddings
+    vocab_size = cast(nn.Embedding, base_model.get_input_embeddings()).num_embeddings
     return {"input_ids": torch.randint(vocab_size, (rows, ctx_len), generator=generator).to(device)}
 
 

@@ -1,6 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -49,7 +49,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         module.register_forward_hook(_forget_order)
     # Memory that CUDA streams of their own have gathered into could not be used again by the next module.
-    share_comm_ctx(modules)
+    share_comm_ctx([module for module in modules if isinstance(module, FSDPModule)])
     return model.to(this_process().device)
 
 
@@ -61,9 +61,9 @@ def modules_to_shard(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         `InputError`: if it cannot be told which its layers are.
     """
-    running = token_model(base_of(model))
+    running = cast(PreTrainedModel, token_model(base_of(model)))
     try:
-        layers = running.get_submodule(layer_list(running))
+        layers = cast(nn.ModuleList, running.get_submodule(layer_list(running)))
     except InputError as error:
         raise InputError(
             f"model.shard: the list of layers of {type(running).__name__} cannot be told, so the LM cannot be shared "
@@ -84,9 +84,11 @@ def _stay_whole(model: PreTrainedModel, modules: list[nn.Module]) -> set[nn.Para
     return {parameter for parameter, count in owners.items() if count > 1 or not parameter.ndim}
 
 
-def _forget_order(module: FSDPModule, *_: Any) -> None:
+def _forget_order(module: nn.Module, *_: Any) -> None:
     """For a backward pass, which never comes, FSDP remembers every forward pass of a module."""
     # Private to torch; tests/lm/test_sharding.py trains through it.
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = cast(FSDPModule, module)._get_fsdp_state()._fsdp_param_group
+    if group is None:
+        return
     group.comm_ctx.post_forward_order.clear()
     group._post_forward_indices.clear()

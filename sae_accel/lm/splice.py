@@ -30,7 +30,7 @@ class Replacement:
     name: str
     hookpoint: str
     reads: Site
-    compute: Callable[[Tensor, Tensor | None], Tensor]
+    compute: Callable[[Tensor, Tensor | None], Tensor | None]
     needs_output: bool = False
 
 
@@ -68,7 +68,7 @@ def splice(
     def through(name: str, head: HeadModel) -> Replacement:
         def compute(activations: Tensor, original: Tensor | None) -> Tensor | None:
             latents[name] = head.encode(activations)
-            return head.decode(*latents[name], activations) if replace else original
+            return head.decode(latents[name], activations=activations) if replace else original
 
         hookpoint = head.config.hookpoint or name.split("/")[0]
         if not hookpoint:
@@ -166,7 +166,9 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
         if wraps is None:
             output = forward(*args, **kwargs)
             return _exchange(replacement, output, activations)
-        return wraps(replacement.compute(activations, None).to(activations.dtype))
+        new = replacement.compute(activations, None)
+        assert new is not None, "what only reads needs the module's output"
+        return wraps(new.to(activations.dtype))
 
     module.forward = bypass
     try:
@@ -206,11 +208,12 @@ def _exchange(replacement: Replacement, output: Any, activations: Tensor | None 
     """`output` with its activation exchanged, whatever container it sits in."""
     original = first_tensor(output, Site(replacement.hookpoint, "output"))
     new = replacement.compute(original if activations is None else activations, original)
-    if new is original:
+    if new is None or new is original:
         return output
     new = new.to(original.dtype)
     if output is original:
         return new
     if isinstance(output, Mapping):
-        return type(output)({key: new if value is original else value for key, value in output.items()})
+        exchanged = {key: new if value is original else value for key, value in output.items()}
+        return type(output)(**exchanged)
     return tuple(new if value is original else value for value in output)

@@ -1,4 +1,5 @@
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 from ..common.errors import InputError, near
 from ..formats import Place
@@ -22,10 +23,32 @@ class AutoSae:
     def __init__(self) -> None:
         raise TypeError("AutoSae is not instantiated. Use AutoSae.from_pretrained.")
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, hookpoint: str, subfolder: str | None = None, **kwargs: Any
+    ) -> HeadModel: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, hookpoint: None = None, *, subfolder: str, **kwargs: Any
+    ) -> HeadModel: ...
+
+    @overload
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: Any,
+        pretrained_model_name_or_path: str | Path,
+        hookpoint: str | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> HeadModel | SaeHeads: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
         hookpoint: str | None = None,
         subfolder: str | None = None,
         **kwargs: Any,
@@ -65,8 +88,8 @@ class AutoSae:
             )
         repository, places = _find(str(pretrained_model_name_or_path), kwargs)
         heads = SaeHeads(repository, places, kwargs)
-        if hookpoint is not None or subfolder is not None:
-            return heads[hookpoint if subfolder is None else subfolder]
+        if (named := subfolder if hookpoint is None else hookpoint) is not None:
+            return heads[named]
         if len(heads) > 1:
             return heads
         (name, place), *_ = places.items()
@@ -78,7 +101,7 @@ class AutoSae:
         return heads[name]
 
     @classmethod
-    def open(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> SaeHeads:
+    def open(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> SaeHeads:
         """
         The heads of a folder or repo by name, be they one or many; otherwise like `from_pretrained`.
 

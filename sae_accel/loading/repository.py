@@ -89,7 +89,7 @@ class hub_errors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         refused = isinstance(error, HfHubHTTPError) and not _is_down(error)
         if isinstance(error, (OfflineModeIsEnabled, HTTPError)) and not refused:
             raise _Unreachable(_in_a_line(error)) from error

@@ -25,7 +25,7 @@ class HeadNotFound(InputError, KeyError):
         return str(self.args[0])
 
 
-class SaeHeads(Mapping):
+class SaeHeads(Mapping[str, HeadModel]):
     """
     The heads of a folder or repo by name, in natural order (`layers.2` before `layers.10`). A head is fetched and
     loaded when it is first asked for, and kept. What another library calls it is a name too.

@@ -1,10 +1,14 @@
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from .pretrained_head import PreTrainedHead
 
 
 # Bounds what one token may take of a batch's latents in training, where tokens of huge norm would take thousands.
@@ -30,9 +34,9 @@ class LatentSelection(NamedTuple):
         counts (`bool`): Whether `k` latents are selected for each token, neither more nor less.
     """
 
-    select: Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]
-    activate: Callable[[Any, Tensor, Tensor], Tensor]
-    settle: Callable[[Any, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    select: Callable[["PreTrainedHead", Tensor, int], tuple[Tensor, Tensor]]
+    activate: Callable[["PreTrainedHead", Tensor, Tensor], Tensor]
+    settle: Callable[["PreTrainedHead", Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     nests: bool = False
@@ -166,12 +170,12 @@ def _near(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return ((values - threshold).abs() < bandwidth * threshold / 2) & (threshold > 0)
 
 
-def _relu(head: Any, values: Tensor, indices: Tensor) -> Tensor:
+def _relu(head: "PreTrainedHead", values: Tensor, indices: Tensor) -> Tensor:
     # ReLU comes after the selection: it is exact, and touches k values for each token instead of num_latents.
     return F.relu(values)
 
 
-def _above_threshold(head: Any, pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _above_threshold(head: "PreTrainedHead", pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     threshold = head.threshold.clamp_min(0).to(pre_activations.dtype)
     if head.training:
         # What lies within the kernel moves the threshold, though it is not active.
@@ -179,21 +183,21 @@ def _above_threshold(head: Any, pre_activations: Tensor, k: int) -> tuple[Tensor
     return above(pre_activations, threshold)
 
 
-def _jump(head: Any, values: Tensor, indices: Tensor) -> Tensor:
+def _jump(head: "PreTrainedHead", values: Tensor, indices: Tensor) -> Tensor:
     return jump_relu(values, head.threshold[indices], head.config.bandwidth)
 
 
-def _batch_candidates(head: Any, pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _batch_candidates(head: "PreTrainedHead", pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if head.training:
         return topk(pre_activations, min(BATCHTOPK_MOST * k, pre_activations.shape[-1]))
     return above(pre_activations, head.threshold.clamp_min(0).to(pre_activations.dtype))
 
 
-def _batch_settle(head: Any, values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _batch_settle(head: "PreTrainedHead", values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return batch_topk(values, indices, k) if head.training else (values, indices)
 
 
-def _gated(head: Any, values: Tensor, indices: Tensor) -> Tensor:
+def _gated(head: "PreTrainedHead", values: Tensor, indices: Tensor) -> Tensor:
     """
     Where the gate is open, a magnitude whose weights are the gate's times `exp(r_mag)`. See arXiv:2404.16014, section
     3.

@@ -1,7 +1,5 @@
 """Kinds of heads: the configuration and the model of each, by the `model_type` of its files and by a recipe's word."""
 
-from typing import Any
-
 from transformers import AutoConfig, AutoModel
 
 from ..common.errors import InputError, near
@@ -38,7 +36,7 @@ def register(config_class: type[HeadConfig], model_class: type[HeadModel]) -> No
     KINDS.setdefault(config_class.kind, {})
 
 
-def known_config(model_type: Any) -> type[HeadConfig] | None:
+def known_config(model_type: object) -> type[HeadConfig] | None:
     """The configuration whose files have this `model_type`, if they are those of a head."""
     return _BY_MODEL_TYPE[model_type][0] if model_type in _BY_MODEL_TYPE else None
 

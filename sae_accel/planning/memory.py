@@ -4,26 +4,28 @@ import os
 from copy import copy
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
 
 import psutil
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
+from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.tables import aligned
 from ..lm.hooks import base_of
 from ..lm.load import load_architecture
 from ..lm.sharding import modules_to_shard
 from ..models.latent_selection import BATCHTOPK_MOST, SELECTIONS
+from ..recipe.arguments import LoraArguments
 from ..recipe.checks import check_sharding
 from ..recipe.recipe import Recipe
 from ..spread.latents import latent_bounds
 from ..spread.placement import num_parameters, place_heads
 from ..spread.zero import LEAN
+from ..training.lora import add_lora, lora_targets
 from .launch import Launch
 from .rehearsal import Rehearsal, Share, rehearse
 
@@ -107,17 +109,15 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     if recipe.model.shard:
         check_sharding(with_lm_head=with_lm_head, processes=launch.processes)
     lm = load_architecture(replace(recipe.model, shard=False), with_lm_head=with_lm_head)
-    plans = [_countable(plan) for plan in plan_heads(lm, recipe.heads)]
-    if with_lm_head:
-        check_end_to_end(plans)
-    lm = lm.to(_dtype_of(recipe, lm))
+    plans = [_countable(plan) for plan in plan_heads(lm, recipe.heads, spliced=with_lm_head)]
+    nn.Module.to(lm, _dtype_of(recipe, lm))
     lm_bytes = _lm_bytes(lm, recipe, launch)
-    adapter = None if recipe.lora is None else _with_lora(lm, plans, recipe)
+    adapter = None if recipe.lora is None else _with_lora(lm, plans, recipe.lora)
     # With all that a run imports, which a process that only plans would not have loaded.
     import_module("sae_accel.training.run")
     libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss + _YET_TO_LOAD
     found: dict[tuple, Rehearsal] = {}
-    rows = []
+    rows: list[ProcessMemory] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = lm if adapter is None else adapter
         whole.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -126,8 +126,8 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
             if (size := _size(share)) not in found:
                 found[size] = rehearse(recipe, lm, adapter, share, launch.bf16)
             names = [plan.name for plan in share.plans]
-            *held, work = _spread_out(found[size], plans, launch)
-            one = ProcessMemory(names, *held, lm_bytes, work, libraries)
+            parameters, gradients, optimizer, work = _spread_out(found[size], plans, launch)
+            one = ProcessMemory(names, parameters, gradients, optimizer, lm_bytes, work, libraries)
             writes = libraries and (not rows or launch.way == "distribute_modules")
             rows.append(_with_saving(one, found[size], share.plans, launch) if writes else one)
     return rows
@@ -136,7 +136,7 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
 def memory_table(processes: list[ProcessMemory], launch: Launch) -> str:
     """One line for each process, in GB of 10^9 bytes, as `nvidia-smi` and `free` nearly count."""
     head = ("process", "heads", "parameters", "gradients", "optimizer", "LM", "activations", "Python", "in all")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for index, one in enumerate(processes):
         sizes = (one.parameters, one.gradients, one.optimizer, one.lm, one.work, one.libraries, one.total)
         rows.append((str(index), _some(one.heads), *(f"{size / 1e9:.2f}" for size in sizes)))
@@ -155,15 +155,12 @@ def _countable(plan: HeadPlan) -> HeadPlan:
     if SELECTIONS[config.activation].counts:
         return plan
     config = copy(config)
-    config.k, config.activation = min(BATCHTOPK_MOST * config.k, config.num_latents), "topk"
+    config.k, config.activation = min(BATCHTOPK_MOST * config.trained_k, config.num_latents), "topk"
     return replace(plan, config=config)
 
 
-def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], recipe: Recipe) -> Any:
-    # Only those who train one wait for PEFT to be imported.
-    from ..training.lora import add_lora, lora_targets
-
-    return add_lora(lm, lora_targets(base_of(lm), plans, recipe.lora), recipe.lora)
+def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> PeftModel:
+    return add_lora(lm, lora_targets(base_of(lm), plans, lora), lora)
 
 
 def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share]:
@@ -230,7 +227,7 @@ def _with_saving(one: ProcessMemory, rehearsal: Rehearsal, plans: list[HeadPlan]
 def _lm_bytes(lm: PreTrainedModel, recipe: Recipe, launch: Launch) -> int:
     """The LM's weights and buffers as they are loaded, or where it is sharded a process's part and one layer."""
     quantized = _quantized_weights(lm) if recipe.model.quantization else set()
-    small = _QUANTIZED_BYTES.get(recipe.model.quantization, 0.0)
+    small = _QUANTIZED_BYTES.get(recipe.model.quantization or "", 0.0)
 
     def size(module: nn.Module) -> int:
         tensors = {*module.parameters(), *module.buffers()}
@@ -253,7 +250,8 @@ def _dtype_of(recipe: Recipe, lm: PreTrainedModel) -> torch.dtype:
     """In which the LM's weights that are not quantised are loaded."""
     if recipe.model.dtype != "auto":
         return getattr(torch, recipe.model.dtype)
-    return lm.config.dtype or torch.float32
+    kept = lm.config.dtype
+    return kept if isinstance(kept, torch.dtype) else torch.float32
 
 
 def _some(names: list[str]) -> str:

@@ -28,7 +28,7 @@ class PeakMemory(TorchDispatchMode):
         self.live = self._peak = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def of(self, work: Callable[[], Any]) -> int:
+    def of(self, work: Callable[[], object]) -> int:
         """The most bytes that live at one time while `work` goes on, with those that lived before."""
         self._peak = self.live
         work()

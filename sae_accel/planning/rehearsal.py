@@ -1,10 +1,11 @@
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activations.running_lm import Activations, ActivationSource, RunningLM
@@ -67,7 +68,7 @@ class Rehearsal(NamedTuple):
     evaluation: int
 
 
-def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: Any, share: Share, bf16: bool) -> Rehearsal:
+def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: PeftModel | None, share: Share, bf16: bool) -> Rehearsal:
     """
     Trains and evaluates a process's heads on tensors without memory, and notes what they would take.
 
@@ -98,7 +99,13 @@ class _Stage:
     """Heads, optimizer and objective of a process, put together as the trainer does it, and one batch."""
 
     def __init__(
-        self, recipe: Recipe, lm: PreTrainedModel, adapter: Any, share: Share, bf16: bool, device: torch.device
+        self,
+        recipe: Recipe,
+        lm: PreTrainedModel,
+        adapter: PeftModel | None,
+        share: Share,
+        bf16: bool,
+        device: torch.device,
     ):
         training, exclude = recipe.training, list(recipe.data.exclude_tokens)
         spread = _RehearsedSpread(device, share)
@@ -172,13 +179,13 @@ class _Alone(SimpleNamespace):
     def __init__(self, device: torch.device):
         super().__init__(device=device, num_processes=1, process_index=0, is_main_process=True)
 
-    def unwrap_model(self, model: Any) -> Any:
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
         return model
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def no_sync(self, model: Any) -> Any:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
 

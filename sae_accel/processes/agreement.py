@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -38,7 +38,8 @@ def raise_together(work: Callable[[], T]) -> T:
     """
     if this_process().num_processes == 1:
         return work()
-    result = refusal = None
+    result: T | None = None
+    refusal: InputError | None = None
     try:
         result = work()
     except InputError as error:
@@ -46,11 +47,11 @@ def raise_together(work: Callable[[], T]) -> T:
     refusals = gather_objects(refusal and str(refusal))
     first = next((message for message in refusals if message is not None), None)
     if first is not None:
-        raise refusal if str(refusal) == first else InputError(first)
-    return result
+        raise refusal if refusal is not None and str(refusal) == first else InputError(first)
+    return cast(T, result)
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """`value` of each process, on every process, however long the slowest takes."""
     process = this_process()
     values = [value] * process.num_processes
@@ -95,7 +96,7 @@ def first_on_node(work: Callable[[], T], task: str) -> T:
     if process.local_process_index == 1:
         print(f"sae_accel: every other process of this machine waits for {task} by its first.", file=sys.stderr)
     result = raise_together(work if first else lambda: None)
-    return raise_together((lambda: result) if first else work)
+    return raise_together((lambda: cast(T, result)) if first else work)
 
 
 @cache

@@ -32,8 +32,9 @@ def _asked_processes() -> int | None:
     from accelerate.commands.launch import launch_command_parser
 
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = [] if parent is None else parent.cmdline()
+    except psutil.Error:
         return None
     if "launch" not in words[:4] or not any("accelerate" in word for word in words[:3]):
         return None

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -46,16 +45,16 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.process.num_processes == 1:
             return
-        unforeseen = error is not None and not isinstance(error, InputError | KeyboardInterrupt)
-        if unforeseen:
-            self._explain(error)
+        unforeseen = None if isinstance(error, InputError | KeyboardInterrupt) else error
+        if unforeseen is not None:
+            self._explain(unforeseen)
         self._closed.set()
         try:
             self._store.set(f"closed/{self.process.process_index}", "1")
-            if self.process.is_main_process and not unforeseen:
+            if self.process.is_main_process and unforeseen is None:
                 # To the others a store that is gone means that this process has died.
                 everyone = [f"closed/{index}" for index in range(self.process.num_processes)]
                 self._store.wait(everyone, timedelta(seconds=4 * BEAT))
@@ -67,7 +66,7 @@ class Watch:
         first = self.process.is_main_process
         host = os.environ.get("MASTER_ADDR", "localhost")
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
-        port = gather_objects(store and store.port)[0]
+        port = gather_objects(0 if store is None else store.port)[0]
         return store or dist.TCPStore(host, port, is_master=False)
 
     def _explain(self, error: BaseException) -> None:

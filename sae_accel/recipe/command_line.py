@@ -88,7 +88,7 @@ def help_text(width: int) -> str:
     width = max(76, min(width, 120))
     lines = [USAGE, _filled(NOTES, width, 0, 0)]
     for section, arguments in SECTIONS.items():
-        meaning = arguments.__doc__.strip().splitlines()[0]
+        meaning = (arguments.__doc__ or "").strip().splitlines()[0]
         lines += ["", _filled(f"{section}: {meaning}", width, 0, 2), ""]
         hints = field_hints(arguments)
         for option in fields(arguments):

@@ -100,7 +100,7 @@ def _flat(value: dict[Any, Any]) -> dict[str, Any]:
     return flat
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     """A float, or what YAML takes for something else: an integer, or 1e-3, which without a point is a string."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
@@ -110,7 +110,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     if value is None:
         return "null"
     return f"{value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"

@@ -10,7 +10,7 @@ from .arguments import SECTIONS
 class StrictLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, where PyYAML would take the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -64,6 +64,7 @@ def _fault(error: yaml.YAMLError, text: str) -> str:
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         return f", line {line}, column {column}: it holds the character {chr(error.character)!r}"
+    assert isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None, "PyYAML says where"
     mark = error.problem_mark
     reason = ", ".join(part for part in (error.context, error.problem) if part)
     return f", line {mark.line + 1}, column {mark.column + 1}: {reason}"

@@ -38,7 +38,7 @@ def losses_table(metrics: Mapping[str, float]) -> str:
     """The LM's losses before and after a run that trained by them; nothing for other runs."""
     if "initial/ce" not in metrics:
         return ""
-    rows = [("", "before", "after")]
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
     heads = [key.removeprefix("initial/") for key in metrics if key.startswith("initial/fvu/")]
     for name, words in (
         ("ce_clean", "cross-entropy of the LM"),
@@ -50,14 +50,23 @@ def losses_table(metrics: Mapping[str, float]) -> str:
     return "\n" + "\n".join(aligned(rows)) + "\n"
 
 
-def closing_message(trainer, metrics: Mapping[str, float]) -> str:
-    """What a run ends with: the table, the speed, and the next commands."""
-    folder = trainer.args.output_dir
+def closing_message(
+    folder: str, heads: Mapping[str, HeadModel], metrics: Mapping[str, float], with_lora: bool = False
+) -> str:
+    """
+    What a run ends with: the table, the speed, and the next commands.
+
+    Args:
+        folder (`str`): The run's output folder.
+        heads (`Mapping[str, HeadModel]`): Heads by name.
+        metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
+        with_lora (`bool`, defaults to `False`): Whether a LoRA was trained around them.
+    """
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
     logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
-    adapter = "" if trainer.adapter is None else f" The LoRA is in {folder}/{ADAPTER}, as peft reads it."
+    adapter = f" The LoRA is in {folder}/{ADAPTER}, as peft reads it." if with_lora else ""
     return f"""
-{metrics_table(trainer.heads, metrics)}
+{metrics_table(heads, metrics)}
 {losses_table(metrics)}
 {held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
 Saved in {folder}.{adapter}

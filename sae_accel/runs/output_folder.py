@@ -142,8 +142,8 @@ class OutputFolder:
     def _logs(self) -> Iterator[Path]:
         recipe = _mapping(self.path / RECIPE, yaml.safe_load) if RECIPE in self._reports() else {}
         told = (recipe.get("training") or {}).get("run_name")
-        for name in {self.run_name, told, self.path.resolve().name} - {None, ""}:
-            if _is_below(name):
+        for name in {self.run_name, told, self.path.resolve().name}:
+            if name and _is_below(name):
                 files = (self.path / LOGS / name).rglob("*")
                 yield from sorted(file for file in files if file.is_file() and _LOG_FILES.fullmatch(file.name))
 

@@ -1,10 +1,9 @@
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.running_lm import Activations, RunningLM
 from ..bank.bank import SaeBank, build_head
@@ -54,12 +53,12 @@ class Spread:
         """Where the heads of this process get their activations from."""
         return lm
 
-    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Heads and optimizer, ready to train."""
         # A LoRA's parameters stay where the LM lies, which may be on several devices.
         return self.accelerator.prepare(bank, optimizer, device_placement=[not len(bank.adapter), True])
 
-    def synchronized(self, bank: Any, last: bool) -> Any:
+    def synchronized(self, bank: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Gradients meet across processes in the last backward pass of a step only."""
         self.accelerator.sync_gradients = last
         return nullcontext() if last else self.accelerator.no_sync(bank)
@@ -145,6 +144,6 @@ class Spread:
         return whole.to(parameter.device, copy=True)
 
 
-def _belongs(value: Any, parameter: Tensor) -> bool:
+def _belongs(value: object, parameter: Tensor) -> bool:
     """Whether an entry of a parameter's state has an element for each of the parameter's."""
     return isinstance(value, Tensor) and value.shape == parameter.shape

@@ -1,5 +1,5 @@
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,7 +17,7 @@ class FullyShardedHeads(Spread):
         """The CPU: no device has to hold all heads whole, for they go to it one after the other, in parts."""
         return torch.device("cpu")
 
-    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[SaeBank, torch.optim.Optimizer]:
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Heads and optimizer, ready to train."""
         plugin = self.accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
@@ -34,4 +34,5 @@ class FullyShardedHeads(Spread):
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The rows of this process."""
+        assert isinstance(parameter, DTensor), "FSDP has cut every parameter"
         return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,9 +1,8 @@
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.exchanged import ExchangedActivations
 from ..activations.running_lm import Activations, RunningLM
@@ -49,7 +48,7 @@ class SpreadLatents(Spread):
         """Activations of all processes' tokens, at every hookpoint."""
         return ExchangedActivations(lm, [lm.sites] * self.accelerator.num_processes, self.accelerator, at_once=False)
 
-    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Latents that are this process's own need mixed precision, and nothing that meets."""
         for group in optimizer.param_groups:
             group["role"].is_part = group["role"].whole_shape != group["params"][0].shape
@@ -71,7 +70,7 @@ class SpreadLatents(Spread):
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
         """The rows of this process's latents."""
-        own = head.latent_slice.of(whole) if group["role"].parameter in BY_LATENT else whole
+        own = head.own_rows(whole) if head is not None and group["role"].parameter in BY_LATENT else whole
         return own.to(parameter.device, copy=True)
 
 
@@ -88,7 +87,7 @@ def latent_bounds(plan: HeadPlan, processes: int) -> list[int]:
             f"training.distribute_latents: head {plan.name!r} has batchtopk, whose latents compete over a whole "
             "batch. Use topk or jumprelu, or distribute_modules."
         )
-    groups = config.k if config.activation == "groupmax" else config.num_latents
+    groups = config.trained_k if config.activation == "groupmax" else config.num_latents
     if config.activation == "groupmax" and entry.k_decay_steps:
         raise InputError(
             f"training.distribute_latents: head {plan.name!r} has groupmax with k_decay_steps, whose groups change "

@@ -1,9 +1,8 @@
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.exchanged import ExchangedActivations
 from ..activations.running_lm import Activations, RunningLM
@@ -43,7 +42,7 @@ class SpreadModules(Spread):
         needs = [list(site_widths(plans)) for plans in self.placed]
         return ExchangedActivations(lm, needs, self.accelerator, at_once=True)
 
-    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Heads that are this process's own need mixed precision, and nothing that meets."""
         bank = self.accelerator.prepare_model(bank, evaluation_mode=True)
         return bank, self.accelerator.prepare_optimizer(optimizer)

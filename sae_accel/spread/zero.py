@@ -1,9 +1,8 @@
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..bank.bank import SaeBank
@@ -67,7 +66,7 @@ class ZeroHeads(Spread):
             "gradient_clipping": 0.0,
         }
 
-    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Heads and optimizer, ready to train."""
         engine, prepared = self.accelerator.prepare(bank, optimizer)
         self.zero = engine.optimizer

@@ -8,10 +8,11 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from ..recipe.arguments import SaeTrainingArguments
 
 
+# Callbacks here are given our own arguments, where transformers' types know its own alone.
 class FlowCallback(DefaultFlowCallback):
     """Asks for logging, evaluation, checkpoints and the end, by the numbers of steps in the arguments."""
 
-    def on_step_end(
+    def on_step_end(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """After each optimizer step; the last one is logged and saved whatever its number."""
@@ -29,10 +30,10 @@ class FlowCallback(DefaultFlowCallback):
 class ProgressBar(TrainerCallback):
     """A bar with tokens/s and time left on a terminal; elsewhere, one line for each logging."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bar: tqdm | None = None
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Opens the bar."""
@@ -48,7 +49,7 @@ class ProgressBar(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True
             )
 
-    def on_step_end(
+    def on_step_end(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Moves the bar."""
@@ -56,7 +57,7 @@ class ProgressBar(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix_str(f"{self._speed(state):,.0f} tokens/s", refresh=False)
 
-    def on_log(
+    def on_log(  # type: ignore[override]
         self,
         args: SaeTrainingArguments,
         state: TrainerState,
@@ -86,7 +87,7 @@ class ProgressBar(TrainerCallback):
             flush=True,
         )
 
-    def on_train_end(
+    def on_train_end(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Closes the bar."""

@@ -3,7 +3,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bank.bank import SaeBank
 from ..bank.moments import Moments
@@ -36,7 +36,7 @@ class EndToEndObjective:
         self.fvu_weight = fvu_weight
 
     def gradients(
-        self, bank: Any, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
+        self, bank: nn.Module, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
     ) -> StepResult:
         """
         Leaves in the bank's parameters the gradient of the loss on an accumulation window.
@@ -73,13 +73,13 @@ class EndToEndObjective:
         return self.local.frequencies
 
     @torch.no_grad()
-    def evaluate(self, bank: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate(self, bank: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """
         Mean CE of the clean LM and with all heads spliced in, KL between the two, and what [`LocalObjective`]
         measures.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
-        k = {name: head.config.k for name, head in heads.named_heads()}
+        k = {name: head.config.trained_k for name, head in heads.named_heads()}
         sums, counts = StepSums(), StepSums()
 
         def measure() -> Iterator[dict[str, Tensor]]:
@@ -91,7 +91,8 @@ class EndToEndObjective:
                 yield batch
 
         metrics = self.local.evaluate(bank, measure())
-        sums.total(self.spread.sum), counts.total(self.spread.sum)
+        sums.total(self.spread.sum)
+        counts.total(self.spread.sum)
         for name, value in sums.by_head["lm"].items():
             count = counts.by_head["lm"]["kl" if name == "kl" else "ce"]
             metrics[f"eval/{name}"] = (value / count.clamp_min(1)).item()

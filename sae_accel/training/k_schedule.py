@@ -13,10 +13,10 @@ def k_at(step: int, config: HeadConfig, arguments: HeadArguments) -> int:
         arguments (`HeadArguments`): Its `k_decay_steps`, and whether 4k latents must exist for Multi-TopK.
     """
     if step >= arguments.k_decay_steps:
-        return config.k
+        return config.trained_k
     start = min(10 * config.d_in, config.num_latents // 4 if arguments.multi_topk else config.num_latents)
     progress = step / arguments.k_decay_steps
-    k = max(config.k, round(start * (1 - progress) + config.k * progress))
+    k = max(config.trained_k, round(start * (1 - progress) + config.trained_k * progress))
     if config.activation == "groupmax":
         # Groups must be equal, so k rises to the next number that divides the latents.
         k = next(divisor for divisor in range(k, config.num_latents + 1) if config.num_latents % divisor == 0)

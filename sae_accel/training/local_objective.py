@@ -1,9 +1,8 @@
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.running_lm import ActivationSource
 from ..bank.bank import SaeBank
@@ -45,7 +44,7 @@ class LocalObjective:
         self.frequencies: dict[str, Tensor] = {}
 
     def gradients(
-        self, bank: Any, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
+        self, bank: nn.Module, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
     ) -> StepResult:
         """
         Leaves in the bank's parameters the gradient of the loss on an accumulation window, but for the factors
@@ -88,10 +87,10 @@ class LocalObjective:
         return step_result(self.spread, sums, num_tokens, head_tokens, self.scale)
 
     @torch.no_grad()
-    def evaluate(self, bank: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate(self, bank: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """FVU, L0 and the part of latents that stay silent, by head, over all processes."""
         heads: SaeBank = self.accelerator.unwrap_model(bank)
-        k = {name: head.config.k for name, head in heads.named_heads()}
+        k = {name: head.config.trained_k for name, head in heads.named_heads()}
         unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
         moments: dict[Site, Moments] = {}
         sums, num_tokens = StepSums(), torch.zeros((), device=self.accelerator.device)

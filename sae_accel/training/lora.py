@@ -61,7 +61,7 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it, and its scale may be any number.
         target_modules=[within + name for name in targets],
         fan_in_fan_out=all(isinstance(base_of(model).get_submodule(name), Conv1D) for name in targets),
     )

@@ -1,7 +1,10 @@
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
-from ..bank.plans import HeadPlan, check_end_to_end, plan_heads
+from ..bank.plans import HeadPlan, plan_heads
 from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
@@ -44,7 +47,8 @@ def run(recipe: Recipe) -> SaeTrainer:
         finally:
             # A push that fails comes after all that is to be told of the run.
             if trainer.metrics and trainer.accelerator.is_main_process:
-                print(closing_message(trainer, trainer.metrics))
+                with_lora = trainer.adapter is not None
+                print(closing_message(training.output_dir, trainer.heads, trainer.metrics, with_lora))
         if trainer.pushed is not None:
             print(f"Released: {trainer.pushed.url}{trainer.pushed.about_left()}")
     return trainer
@@ -55,17 +59,14 @@ def _trainer(recipe: Recipe) -> SaeTrainer:
     plans = raise_together(lambda: _plans_before_loading(recipe))
     checkpoint = raise_together(lambda: _where_to_begin(recipe, plans))
     if training.push_to_hub:
-        raise_together(
-            lambda: this_process().is_main_process and open_repo(hub_repo(training), training.hub_private_repo)
-        )
-    starts_anew = training.init_from is not None and checkpoint is None
-    if plans is not None and starts_anew:
-        raise_together(lambda: _show_matches(plans, training.init_from))
+        raise_together(lambda: _open_repo(training))
+    init_from = training.init_from if checkpoint is None else None
+    if plans is not None and init_from is not None:
+        raise_together(lambda: _show_matches(plans, init_from))
     tokenizer = raise_together(lambda: load_tokenizer(recipe.model))
-    lm = raise_together(
-        lambda: load_lm(recipe.model, with_lm_head=training.loss != "fvu", device=this_process().device)
-    )
-    vocab_size = lm.get_input_embeddings().num_embeddings
+    device, with_lm_head = this_process().device, training.loss != "fvu"
+    lm = raise_together(lambda: load_lm(recipe.model, with_lm_head=with_lm_head, device=device))
+    vocab_size = cast(nn.Embedding, lm.get_input_embeddings()).num_embeddings
     train_dataset, eval_dataset = first_on_node(
         lambda: load_tokens(recipe.data, tokenizer, vocab_size=vocab_size), "the data to be tokenised"
     )
@@ -82,8 +83,8 @@ def _trainer(recipe: Recipe) -> SaeTrainer:
             recipe=recipe,
         )
     )
-    if plans is None and starts_anew:
-        raise_together(lambda: _show_matches(list(trainer.plans.values()), training.init_from))
+    if plans is None and init_from is not None:
+        raise_together(lambda: _show_matches(list(trainer.plans.values()), init_from))
     if trainer.spread.description and trainer.accelerator.is_main_process:
         print(trainer.spread.description)
     return trainer
@@ -101,12 +102,10 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
         require_bitsandbytes("training.optim", training.optim)
     architecture = load_architecture(recipe.model, with_lm_head=training.loss != "fvu")
     try:
-        plans = plan_heads(architecture, recipe.heads)
+        plans = plan_heads(architecture, recipe.heads, spliced=training.loss != "fvu")
     except ProbeFailed:
         # The same checks come once the LM is loaded.
         return None
-    if training.loss != "fvu":
-        check_end_to_end(plans)
     if training.distribute_modules:
         place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
     if recipe.lora is not None:

@@ -231,12 +231,13 @@ class RunState:
         # The optimizer knows a LoRA's parameters by another name than its folder.
         states = {name: part["optimizer"] for name, part in saved["parts"].items()}
         states["lora"] = states.get(ADAPTER, {})
-        self.spread.load_states(self.heads, self.optimizer, states)
+        optimizer, lr_scheduler = self._begun()
+        self.spread.load_states(self.heads, optimizer, states)
         progress = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.progress.global_step = progress.global_step
         self.progress.num_input_tokens_seen = progress.num_input_tokens_seen
         self.progress.log_history = progress.log_history
-        _bring_to(self.lr_scheduler, progress.global_step)
+        _bring_to(lr_scheduler, progress.global_step)
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
             self.tokens_since_fired[name] = count.to(self.accelerator.device)
@@ -256,6 +257,10 @@ class RunState:
             "shapes of a LoRA": [list(parameter.shape) for parameter in self.bank.adapter],
         }
 
+    def _begun(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        assert self.optimizer is not None and self.lr_scheduler is not None, "the run has not begun"
+        return self.optimizer, self.lr_scheduler
+
     def _sequences(self) -> int:
         """Sequences in a batch, over all processes."""
         return self.args.per_device_train_batch_size * self.accelerator.num_processes
@@ -266,17 +271,18 @@ class RunState:
 
     def _save_parts(self, staging: Path) -> None:
         """Writes beside each head what training it needs and using it does not."""
+        optimizer, _ = self._begun()
         for name, head in self.heads.items():
             part = {
                 "weights": self.spread.weights(head) if self.args.optim == "signum" else None,
-                "optimizer": self.spread.states(name, head, self.optimizer),
+                "optimizer": self.spread.states(name, head, optimizer),
                 "tokens_since_fired": self.spread.whole(head, "encoder.bias", self.tokens_since_fired[name]),
             }
             if self.spread.writes(name):
                 torch.save(part, staging / name / files.STATE_FILE)
         if self.adapter is not None and self.accelerator.is_main_process:
             weights = {str(i): parameter.detach() for i, parameter in enumerate(self.bank.adapter)}
-            part = {"weights": weights, "optimizer": self.spread.states("lora", None, self.optimizer)}
+            part = {"weights": weights, "optimizer": self.spread.states("lora", None, optimizer)}
             torch.save(part, staging / ADAPTER / files.STATE_FILE)
 
     def _load_part(self, checkpoint: Path, name: str) -> dict[str, Any]:

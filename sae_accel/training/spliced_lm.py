@@ -1,15 +1,15 @@
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..activations.running_lm import without_cache
 from ..bank.bank import SaeBank, measured
-from ..data.collate import token_mask
+from ..data.collate import text_mask
 from ..lm.hooks import base_of
 from ..lm.logit_loss import IGNORED, LogitLoss
 from ..lm.splice import Replacement, replaced
@@ -22,13 +22,13 @@ class SplicedLM:
     Args:
         model (`PreTrainedModel`): A causal LM. An adapter that it carries for training is off in clean passes.
         exclude_tokens (`list[int]`): Token ids at which nothing is spliced or measured.
-        adapter (*optional*): A PEFT model around it, whose adapter is trained.
+        adapter (`PeftModel`, *optional*): A PEFT model around it, whose adapter is trained.
 
     Raises:
         `InputError`: if the LM has no head.
     """
 
-    def __init__(self, model: PreTrainedModel, exclude_tokens: list[int], adapter: Any = None):
+    def __init__(self, model: PreTrainedModel, exclude_tokens: list[int], adapter: PeftModel | None = None):
         self.losses = LogitLoss(model)
         self.model = model
         self.exclude_tokens = exclude_tokens
@@ -37,11 +37,11 @@ class SplicedLM:
 
     def counts(self, batch: dict[str, Tensor], loss: str) -> Tensor:
         """Tokens of a batch whose loss is counted: for `ce` those with a next token, for `kl` all."""
-        return (self.labels(batch) != IGNORED).sum() if loss == "ce" else token_mask(batch, self.exclude_tokens).sum()
+        return (self.labels(batch) != IGNORED).sum() if loss == "ce" else text_mask(batch, self.exclude_tokens).sum()
 
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """By token the next one, `(batch, ctx_len)`; `IGNORED` where either is padding or excluded, and at the end."""
-        mask = token_mask(batch, self.exclude_tokens)
+        mask = text_mask(batch, self.exclude_tokens)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         both = mask[:, :-1] & mask[:, 1:]
         labels[:, :-1] = batch["input_ids"][:, 1:].masked_fill(~both, IGNORED)
@@ -67,7 +67,7 @@ class SplicedLM:
             clean (`torch.Tensor` of shape `(batch, ctx_len, d_model)`, *optional*): Hidden states of the clean LM;
                 with them KL is measured and trained by, and without them CE.
         """
-        mask = token_mask(batch, self.exclude_tokens)
+        mask = text_mask(batch, self.exclude_tokens)
         with _full_precision(batch):
             if not len(mask):
                 nothing = torch.zeros(0, 1, device=mask.device) + heads.without_tokens()
@@ -105,7 +105,7 @@ class SplicedHeads:
         variances: dict[str, Tensor] | None = None,
         dead_masks: dict[str, Tensor] | None = None,
     ):
-        mask = token_mask(batch, exclude_tokens)
+        mask = text_mask(batch, exclude_tokens)
         self.bank, self.k, self.device = bank, k, mask.device
         self.variances, self.dead_masks = variances or {}, dead_masks or {}
         self.rows = None if mask.all() else mask.flatten().nonzero().squeeze(-1)
@@ -143,6 +143,7 @@ class SplicedHeads:
             if not self.variances:
                 output = own = head(read, k=self.k[name], return_loss=False)
             else:
+                assert original is not None, "what is measured runs its module"
                 # A head's local loss must not reach the heads before it, which shaped what it reads.
                 own = head(
                     read.detach(),
@@ -177,7 +178,7 @@ def _full_precision(batch: dict[str, Tensor]) -> torch.autocast:
     return torch.autocast(batch["input_ids"].device.type, enabled=False)
 
 
-def _autocast_of(batch: dict[str, Tensor]) -> Any:
+def _autocast_of(batch: dict[str, Tensor]) -> Callable[[], AbstractContextManager[object]]:
     """Makes the present autocast anew, for use where it has been turned off."""
     kind = batch["input_ids"].device.type
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))

@@ -8,7 +8,7 @@ from torch import Tensor
 class StepSums:
     """What heads measured in one optimizer step or evaluation, summed over micro-batches on the device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.by_head: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, measured: dict[str, dict[str, Tensor]]) -> None:
@@ -29,7 +29,7 @@ class StepSums:
 class FiringCounts:
     """On how many of the tokens since the last look each latent was active, by head."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.uses: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
 
@@ -49,7 +49,7 @@ class FiringCounts:
 class RunningMeans:
     """Means of logged values over the steps since the last log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
 

@@ -7,14 +7,17 @@ from typing import Any
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from ..bank.init_from import load_into, match_heads, open_pretrained
-from ..bank.plans import HeadPlan, check_end_to_end, plan_heads, site_widths
+from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
 from ..data.batches import Batches, Position, sequence_length
+from ..data.collate import Rows
 from ..hub.publisher import Publisher, hub_repo
 from ..hub.release import Pushed, Release
 from ..lm.adapter import unwrapped
@@ -25,6 +28,7 @@ from ..processes.agreement import gather_objects, raise_together
 from ..processes.trackers import shown_settings
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from ..recipe.checks import check_objective
+from ..recipe.recipe import Recipe
 from ..runs import checkpoint as files
 from ..runs.output_folder import OutputFolder, written_places
 from ..spread.choose import spread_heads
@@ -73,14 +77,14 @@ class SaeTrainer:
         model: PreTrainedModel,
         args: SaeTrainingArguments,
         heads: list[HeadArguments] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
         *,
         exclude_tokens: Iterable[int] = (),
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         lora: LoraArguments | None = None,
-        recipe: Any = None,
+        recipe: Recipe | None = None,
     ):
         heads = heads or [HeadArguments()]
         check_objective(args, heads, lora)
@@ -93,7 +97,7 @@ class SaeTrainer:
         self.accelerator = make_accelerator(args)
         set_seed(args.seed)
         model = unwrapped(model)
-        plans = _plans(model, args, heads)
+        plans = plan_heads(model, heads, spliced=args.loss != "fvu")
         if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
             model.to(self.accelerator.device)
         self.spread = spread_heads(
@@ -107,7 +111,9 @@ class SaeTrainer:
         )
         places = written_places(self.plans, args, lora)
         self.folder = OutputFolder(self.output_dir, places, args.run_name, writes_recipe=recipe is not None)
-        self.optimizer = self.lr_scheduler = None
+        # What takes a step, made when the run begins.
+        self.optimizer: Optimizer | None = None
+        self.lr_scheduler: LRScheduler | None = None
         self.control = TrainerControl()
         self.publisher = raise_together(self._publisher) if args.push_to_hub else None
         policies = [FlowCallback(), *([] if self.publisher is None else [self.publisher])]
@@ -187,15 +193,15 @@ class SaeTrainer:
         if checkpoint is None and self.args.loss != "fvu":
             self._measure_start(batches)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self._tell("on_train_begin")
         with Interruption() as self._interruption:
             windows = batches.windows(position)
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 window, position = next(windows)
                 self.training_step(window)
-                self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+                self._tell("on_step_end")
                 self._act_on_control(position)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._tell("on_train_end")
         metrics = self._evaluate_and_keep_best() if self.eval_dataset is not None else {}
         metrics |= self.initial_metrics
         trained = self.state.num_input_tokens_seen - tokens_before
@@ -219,6 +225,7 @@ class SaeTrainer:
             for name, head in self.heads.items()
         }
         result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
+        assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -226,7 +233,7 @@ class SaeTrainer:
             self.heads[name].observe_smallest(smallest)
         self.counters.add(result, k)
 
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Rows | None = None) -> dict[str, float]:
         """
         FVU, L0 and the part of latents that stay silent, by head, on held-out rows, with the weights that are saved.
         With loss `ce` or `kl` also the LM's own losses, in nats, by token.
@@ -249,7 +256,7 @@ class SaeTrainer:
         metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
         self.counters.frequencies = dict(self.objective.frequencies)
         self.accelerator.log(metrics, step=self.state.global_step)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._tell("on_evaluate", metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -295,6 +302,11 @@ class SaeTrainer:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
         return self.counters.dead_fractions()
 
+    def _tell(self, event: str, *values: dict[str, float]) -> None:
+        """Calls the callbacks, which transformers types for arguments of its own class."""
+        call = getattr(self.callback_handler, event)
+        self.control = call(self.args, self.state, self.control, *values)
+
     def _publisher(self) -> Publisher | None:
         """On the main process, what pushes."""
         return Publisher(self.args) if self.accelerator.is_main_process else None
@@ -302,12 +314,11 @@ class SaeTrainer:
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
         self.state.max_steps = batches.max_steps()
-        saved = None
-        bank, args = self.run_state.bank, self.args
+        bank, args, init_from = self.run_state.bank, self.args, self.args.init_from
         if checkpoint is not None:
             saved = raise_together(lambda: self.run_state.load_weights(checkpoint))
-        elif args.init_from is not None:
-            heads = raise_together(lambda: open_pretrained(args.init_from))
+        elif init_from is not None:
+            heads = raise_together(lambda: open_pretrained(init_from))
             load_into(bank, match_heads(self.plans.values(), heads), heads)
         else:
             start_heads(bank, self.spread, self.activations, batches)
@@ -317,12 +328,12 @@ class SaeTrainer:
         self.lr_scheduler = build_scheduler(optimizer, args, self.state.max_steps)
         self.optimizer = self.run_state.prepare(optimizer, self.lr_scheduler)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        position = Position() if saved is None else self.run_state.restore(checkpoint, saved)
+        position = Position() if checkpoint is None else self.run_state.restore(checkpoint, saved)
         name = self.args.run_name or self.output_dir.resolve().name
         self.accelerator.init_trackers(name, config=shown_settings(self.args))
         return position
 
-    def _batches(self, dataset: Any) -> Batches:
+    def _batches(self, dataset: Rows | None) -> Batches:
         return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
 
     def _act_on_control(self, position: Position) -> None:
@@ -334,7 +345,7 @@ class SaeTrainer:
             self._evaluate_and_keep_best()
         if self.control.should_save or stops:
             folder = self.run_state.save_checkpoint(position)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._tell("on_save")
         if stops:
             if self.publisher is not None:
                 self.publisher.finish(interrupted=True)
@@ -344,7 +355,7 @@ class SaeTrainer:
         values = self.counters.flush()
         self.accelerator.log(values, step=self.state.global_step)
         self.state.log_history.append({**values, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, values)
+        self._tell("on_log", values)
 
     def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         with self.run_state.evaluated_weights():
@@ -352,6 +363,7 @@ class SaeTrainer:
 
     def _measure_start(self, batches: Batches) -> None:
         """The LM's losses before the first step, on held-out rows, or else on those of that step."""
+        rows: Iterable[dict[str, Tensor]]
         if self.eval_dataset is None:
             rows, _ = next(batches.windows(Position()))
         else:
@@ -359,7 +371,7 @@ class SaeTrainer:
         metrics = self._measure(rows)
         self.initial_metrics.update({key.replace("eval/", "initial/"): value for key, value in metrics.items()})
         self.accelerator.log(self.initial_metrics, step=0)
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, self.initial_metrics)
+        self._tell("on_log", self.initial_metrics)
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         """Each head is kept by its own FVU; heads that were trained together by the loss that they share."""
@@ -385,13 +397,3 @@ class SaeTrainer:
         # Heads that were trained together are of use only together.
         with files.staged(folder, self.accelerator) as staging:
             self.run_state.save_into(staging, names)
-
-
-def _plans(model: PreTrainedModel, args: SaeTrainingArguments, heads: list[HeadArguments]) -> list[HeadPlan]:
-    plans = plan_heads(model, heads)
-    if args.loss != "fvu":
-        check_end_to_end(plans)
-    for plan in plans:
-        plan.config.base_model_name_or_path = model.config.name_or_path or None
-        plan.config.base_model_revision = getattr(model.config, "_commit_hash", None)
-    return plans

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -47,8 +47,7 @@ def build_optimizer(
     Raises:
         `InputError`: if bitsandbytes cannot be used for `adam8bit`.
     """
-    kinds = {"signum": Signum, "muon": MuonWithAdam, "adam8bit": _adam8bit, "adam": torch.optim.Adam}
-    optimizer = kinds[arguments.optim](list(_parameter_groups(bank, arguments, lora)))
+    optimizer = _KINDS[arguments.optim](list(_parameter_groups(bank, arguments, lora)))
     scale_gradients(optimizer, scale)
     if arguments.max_grad_norm is not None:
         clip_gradients(optimizer, arguments.max_grad_norm)
@@ -96,3 +95,11 @@ def _adam8bit(groups: list[dict]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import Adam8bit
 
     return Adam8bit(groups)
+
+
+_KINDS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "signum": Signum,
+    "adam": torch.optim.Adam,
+    "adam8bit": _adam8bit,
+    "muon": MuonWithAdam,
+}

@@ -1,11 +1,14 @@
 """What happens to gradients and parameters around an optimizer's step, because DeepSpeed shows them nowhere else."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ...bank.parameter_role import ParameterRole
 from ...ops.rows import normalize_rows_, own_part, remove_parallel_
 
 
@@ -14,30 +17,30 @@ from ...ops.rows import normalize_rows_, own_part, remove_parallel_
 THRESHOLD_PACE = 5
 
 
-def keep_unit_norm(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def keep_unit_norm(optimizer: Optimizer) -> Optimizer:
     """
     Makes an optimizer keep the rows of its `unit_norm` groups at norm 1: before each step the gradient's part along
     each row goes, after it the rows are normalised. See arXiv:2406.04093, appendix A.1.
     """
 
     @torch.no_grad()
-    def project(optimizer, args, kwargs) -> None:
-        for group, parameter in _with_gradients(optimizer):
-            if group["role"].unit_norm:
-                remove_parallel_(own_part(parameter.grad), own_part(parameter), group["role"].cut)
+    def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for role, parameter, gradient in _with_gradients(optimizer):
+            if role.unit_norm:
+                remove_parallel_(gradient, parameter, role.cut)
 
     @torch.no_grad()
-    def normalize(optimizer, args, kwargs) -> None:
-        for group, parameter in _with_gradients(optimizer):
-            if group["role"].unit_norm:
-                normalize_rows_(own_part(parameter), group["role"].cut)
+    def normalize(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for role, parameter, _ in _with_gradients(optimizer):
+            if role.unit_norm:
+                normalize_rows_(parameter, role.cut)
 
     optimizer.register_step_pre_hook(project)
     optimizer.register_step_post_hook(normalize)
     return optimizer
 
 
-def move_in_proportion(optimizer: torch.optim.Optimizer) -> None:
+def move_in_proportion(optimizer: Optimizer) -> None:
     """
     Takes an update of a `relative` group for one of the logarithm: a threshold has the scale of what a head reads,
     which no learning rate knows.
@@ -45,12 +48,12 @@ def move_in_proportion(optimizer: torch.optim.Optimizer) -> None:
     before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def remember(optimizer, args, kwargs) -> None:
-        relative = (parameter for group, parameter in _with_gradients(optimizer) if group["role"].relative)
-        before[:] = [(own_part(parameter), own_part(parameter).clone()) for parameter in relative]
+    def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        relative = (parameter for role, parameter, _ in _with_gradients(optimizer) if role.relative)
+        before[:] = [(parameter, parameter.clone()) for parameter in relative]
 
     @torch.no_grad()
-    def multiply(optimizer, args, kwargs) -> None:
+    def multiply(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for held, old in before:
             held.copy_(old * (THRESHOLD_PACE * (held - old)).exp())
         before.clear()
@@ -59,36 +62,39 @@ def move_in_proportion(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(multiply)
 
 
-def scale_gradients(optimizer: torch.optim.Optimizer, scale: Mapping[str, Tensor]) -> None:
+def scale_gradients(optimizer: Optimizer, scale: Mapping[str, Tensor]) -> None:
+    """Multiplies gradients, before each step, by what `scale` then holds for their head."""
+
     @torch.no_grad()
-    def multiply(optimizer, args, kwargs) -> None:
-        for group, parameter in _with_gradients(optimizer):
-            if group["role"].head in scale:
-                own_part(parameter.grad).mul_(scale[group["role"].head])
+    def multiply(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for role, _, gradient in _with_gradients(optimizer):
+            if role.head in scale:
+                gradient.mul_(scale[role.head])
 
     optimizer.register_step_pre_hook(multiply)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
     """Head by head, so that one head's update never depends on another's."""
 
     @torch.no_grad()
-    def clip(optimizer, args, kwargs) -> None:
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         squares: dict[str, Tensor] = {}
-        for group, parameter in _with_gradients(optimizer):
-            square = own_part(parameter.grad).float().pow(2).sum()
-            if group["role"].is_part:
+        for role, _, gradient in _with_gradients(optimizer):
+            square = gradient.float().pow(2).sum()
+            if role.is_part:
                 dist.all_reduce(square)
-            squares[group["role"].head] = squares.get(group["role"].head, 0.0) + square
-        for group, parameter in _with_gradients(optimizer):
-            factor = max_norm / (squares[group["role"].head].sqrt() + 1e-6)
-            own_part(parameter.grad).mul_(factor.clamp(max=1.0))
+            squares[role.head] = squares[role.head] + square if role.head in squares else square
+        for role, _, gradient in _with_gradients(optimizer):
+            factor = max_norm / (squares[role.head].sqrt() + 1e-6)
+            gradient.mul_(factor.clamp(max=1.0))
 
     optimizer.register_step_pre_hook(clip)
 
 
-def _with_gradients(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
+def _with_gradients(optimizer: Optimizer) -> Iterator[tuple[ParameterRole, Tensor, Tensor]]:
+    """What this process holds of each parameter with a gradient, and of that gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                yield group, parameter
+                yield group["role"], own_part(parameter), own_part(parameter.grad)

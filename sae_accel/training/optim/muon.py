@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -12,12 +15,12 @@ class MuonWithAdam(torch.optim.Optimizer):
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
         matrices, vectors = self._split()
-        self._parts = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")]
         # A LoRA around frozen heads has no vectors.
         self._parts += [torch.optim.Adam(vectors)] if vectors else []
         self._share()
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients that the parameters hold."""
         loss = None if closure is None else closure()
         for part in self._parts:

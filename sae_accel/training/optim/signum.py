@@ -1,5 +1,6 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ class Signum(torch.optim.Optimizer):
         momentum (`float`, defaults to 0.95): Weight of the average where the gradient is taken.
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95):
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum, "role": ParameterRole()})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients that the parameters hold."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -48,6 +49,7 @@ class Signum(torch.optim.Optimizer):
         weight = state["lr_max"] ** 2
         state["weight_sum"] += weight
         average = weight / state["weight_sum"] if weight else 0.0
+        assert parameter.grad is not None, "only parameters with a gradient are updated"
         tensors = (own_part(tensor) for tensor in (parameter, state["z"], parameter.grad))
         for y, z, grad in row_slices(*tensors, cut=group["role"].cut):
             _signum_rows(y, z, grad, group, average)
