@@ -19,6 +19,8 @@ class LouderConfig(LlamaConfig):
 
 class LouderModel(LlamaModel):
     config_class = LouderConfig
+
+print("Louder runs.")
 """
 CONFIGURATIONS = """---
 configs:

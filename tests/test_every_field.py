@@ -92,8 +92,8 @@ FIELDS: dict[str, Check] = {
         ),
     ),
     "model.trust_remote_code": Shows(
-        lambda run: run.refusal or type(run.lm).__name__,
-        {None: Says("contains custom code"), "true": "LouderModel"},
+        lambda run: (run.refusal, type(run.lm).__name__, "Louder runs." in run.out),
+        {None: (Says("contains custom code"), "NoneType", False), "true": (None, "LouderModel", True)},
         {"model.name_or_path": "louder"},
     ),
     "data.path": Shows(
@@ -228,7 +228,7 @@ FIELDS: dict[str, Check] = {
     "training.overwrite_output_dir": field_checks.may_not_overwrite_unless_told,
     "training.per_device_train_batch_size": Shows(lambda run: set(map(len, run.trained)), {8: {8}, 4: {4}}),
     "training.gradient_accumulation_steps": Shows(
-        lambda run: (run.steps, run.metrics["train/tokens"]), {1: (3, 384), 2: (3, 768)}
+        lambda run: (run.steps, run.metrics["train/tokens"]), {1: (8, 1024), 2: (4, 1024)}, WHOLE_PASS
     ),
     "training.micro_batches": Shows(lambda run: set(run.rows), {1: {128}, 4: {32}}),
     "training.max_steps": Shows("steps", {None: 8, 2: 2}),
@@ -279,7 +279,9 @@ FIELDS: dict[str, Check] = {
     ),
     # Each of two heads.
     "training.max_grad_norm": Shows(
-        lambda run: run.norms == approx([math.sqrt(2) / 2] * 3, rel=1e-3), {None: False, 0.5: True}
+        lambda run: run.norms == approx([math.sqrt(2) / 2] * 3, rel=1e-3),
+        {None: False, 0.5: True},
+        {"training.optim": "adam", "heads.normalize_decoder": "false"},
     ),
     "training.seed": field_checks.seeds_the_rest,
     "training.logging_steps": Shows(lambda run: run.log("step"), {None: [3], 1: [1, 2, 3], 2: [2, 3]}),
