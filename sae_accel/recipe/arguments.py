@@ -284,7 +284,9 @@ class SaeTrainingArguments:
         minimum=0.0,
     )
     max_grad_norm: float | None = _option(
-        None, "Clip the gradient's norm, head by head; no clipping if not set.", above=0.0
+        None,
+        "Clip the gradient's norm, head by head; no clipping if not set. Not with signum, which steps by signs.",
+        above=0.0,
     )
     seed: int = _option(42, "Seed of everything random but the heads' weights and the data's order.", minimum=0)
     logging_steps: int = _option(

@@ -182,10 +182,10 @@ def check_sharding(*, with_lm_head: bool, processes: int) -> None:
 
 def check_schedule(training: SaeTrainingArguments) -> None:
     """
-    Checks the learning rate's schedule.
+    Checks the learning rate's schedule, and clipping.
 
     Raises:
-        `InputError`: if there is no such schedule, or it does not fit the optimizer or the run.
+        `InputError`: if there is no such schedule, or it or clipping does not fit the optimizer or the run.
     """
     schedule, warmup = training.lr_scheduler_type, training.warmup_steps
     if schedule is not None and schedule not in SCHEDULES:
@@ -201,6 +201,11 @@ def check_schedule(training: SaeTrainingArguments) -> None:
         raise InputError(
             f"training.lr_scheduler_type: signum is schedule-free, so {schedule} would count twice. Remove it, set "
             "constant or constant_with_warmup, or use adam."
+        )
+    if training.optim == "signum" and training.max_grad_norm is not None:
+        raise InputError(
+            "training.max_grad_norm: signum steps by the sign of the gradient, which clipping leaves as it is. Remove "
+            "it, or use another training.optim."
         )
     # Below 1, warmup_steps is a part of the run.
     if training.max_steps is not None and warmup is not None and warmup >= max(1, training.max_steps):

@@ -56,6 +56,7 @@ COMPANIONS = {
     "sparsity_weight": {"heads": {"activation": "jumprelu"}},
     "max_memory": {"model": {"device_map": "auto"}},
     "lr_scheduler_type": {"training": {"optim": "adam"}},
+    "max_grad_norm": {"training": {"optim": "adam"}},
     "fvu_weight": {"training": {"loss": "ce"}},
     "save_best": {"training": {"eval_steps": 5}},
 }
@@ -109,7 +110,7 @@ def test_a_saved_recipe_gives_back_the_same_strings(tmp_path, text):
         model=ModelArguments(name_or_path=text, revision=text),
         data=DataArguments(load_args={"data_files": {text: [text, 1, None]}}, exclude_tokens=[1, 2]),
         heads=[HeadArguments(hookpoints=[text, "h.*"], learning_rate=1e-7), HeadArguments(layers=[3])],
-        training=SaeTrainingArguments(resume_from_checkpoint=text, max_grad_norm=1e22),
+        training=SaeTrainingArguments(resume_from_checkpoint=text, learning_rate=1e22),
     )
     recipe.save(tmp_path / "new" / "recipe.yaml")
     assert load_recipe(tmp_path / "new" / "recipe.yaml") == recipe
@@ -307,6 +308,7 @@ def test_one_glob_needs_no_list():
         ("training: {lr_scheduler_type: linaer, optim: adam}", "no schedule of transformers. Did you mean linear"),
         ("training: {lr_scheduler_type: greedy, optim: adam}", "needs arguments .* Allowed are linear, cosine, "),
         ("training: {lr_scheduler_type: linear}", "signum is schedule-free"),
+        ("training: {max_grad_norm: 1.0}", "signum steps by the sign of the gradient"),
         ("training: {max_steps: 5, warmup_steps: 5}", "not below training.max_steps, 5"),
         ("heads: [{hookpoints: a, layers: [1]}]", "hookpoints and layers are two ways"),
         ("heads: [{source: a}]", r"heads\[0\].source: only a transcoder has one"),
