@@ -1,7 +1,8 @@
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from typing_extensions import Self
 
 from ..recipe.arguments import HeadArguments
 from .latent_selection import SELECTIONS

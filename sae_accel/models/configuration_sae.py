@@ -1,6 +1,7 @@
-from typing import Any, Self
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from typing_extensions import Self
 
 from ..recipe.arguments import HeadArguments
 from .configuration_head import HeadConfig

@@ -1,6 +1,7 @@
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
+from typing_extensions import Self
 
 from ..recipe.arguments import HeadArguments
 from .configuration_head import HeadConfig

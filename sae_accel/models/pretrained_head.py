@@ -1,11 +1,12 @@
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from typing_extensions import Self
 
 from ..common.quiet import quiet_files
 from .configuration_head import HeadConfig
