@@ -201,6 +201,24 @@ def test_logged_values_are_means_over_exactly_the_steps_since_the_last_log(tmp_p
     assert single[0] != pytest.approx(single[6], rel=1e-3)
 
 
+def test_logged_l0_is_the_mean_number_of_active_latents_of_the_tokens_of_a_step(tmp_path):
+    lm, data, course, logs = tiny_llama(), tiny_tokens(), Course(), _Logs()
+    # More than are ever above zero, so that tokens differ in how many they use.
+    heads = [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4)]
+    options = dict(gradient_accumulation_steps=2, micro_batches=3, max_steps=3, logging_steps=1)
+    trainer = tiny_trainer(tmp_path, heads=heads, lm=lm, train=data, callbacks=[course, logs], **options)
+    trainer.train()
+    expected = []
+    for i, before in enumerate(course.weights[:3]):
+        head = SaeModel(trainer.heads["layers.1"].config)
+        head.load_state_dict({name.removeprefix("heads.layers:1."): value for name, value in before.items()})
+        with torch.no_grad():
+            hidden = lm(torch.tensor(data[8 * i : 8 * i + 8]["input_ids"]), output_hidden_states=True).hidden_states[2]
+        expected.append((head.encode(hidden).top_acts > 0).sum(-1).float().mean().item())
+    assert [log["train/l0/layers.1"] for log in logs.logs] == pytest.approx(expected, rel=1e-4)
+    assert max(expected) < 85, "a weak test"
+
+
 def test_a_checkpoint_holds_as_many_steps_as_its_name_says(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=7, save_steps=3, save_total_limit=2)
     trainer.train()
@@ -260,18 +278,22 @@ def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activ
     assert trainer.dead_fractions()["layers.1"] == pytest.approx(dead.float().mean().item()) and not dead.all()
 
 
-def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_path):
+# Signs of gradients hide what is no number, and Adam's moments keep it.
+@pytest.mark.parametrize(("optim", "activation"), [("signum", "topk"), ("adam", "topk"), ("adam", "batchtopk")])
+def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_path, optim, activation):
     data = tiny_tokens(32)
     rows = torch.tensor(data["input_ids"])
     rows[:4] = 7
     data = Dataset.from_dict({"input_ids": rows.tolist()})
-    trainer = tiny_trainer(tmp_path, train=data, exclude_tokens=[7], max_steps=4)
+    heads = [HeadArguments(hookpoints="layers.[12]", k=4, expansion_factor=4, activation=activation)]
+    options = dict(heads=heads, optim=optim, exclude_tokens=[7])
+    trainer = tiny_trainer(tmp_path, train=data, max_steps=4, **options)
     trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
     assert trainer.state.num_input_tokens_seen == int((rows[:16] != 7).sum())
     nothing = Dataset.from_dict({"input_ids": [[7] * 16] * 32})
     with pytest.raises(InputError, match="No token of the training data trains"):
-        tiny_trainer(tmp_path / "b", train=nothing, exclude_tokens=[7]).train()
+        tiny_trainer(tmp_path / "b", train=nothing, **options).train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
