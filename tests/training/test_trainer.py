@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny import (
     VOCAB,
     Course,
@@ -28,7 +29,7 @@ from transformers import TrainerCallback
 
 from sae_accel.common.errors import InputError
 from sae_accel.loading.auto import AutoSae
-from sae_accel.models import SaeModel
+from sae_accel.models import Latents, SaeModel
 from sae_accel.ops.metrics import fvu
 from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.recipe.command_line import parse_command_line
@@ -201,22 +202,27 @@ def test_logged_values_are_means_over_exactly_the_steps_since_the_last_log(tmp_p
     assert single[0] != pytest.approx(single[6], rel=1e-3)
 
 
-def test_logged_l0_is_the_mean_number_of_active_latents_of_the_tokens_of_a_step(tmp_path):
+def test_logs_tell_how_many_latents_are_active_and_the_run_how_often_each_was_since_the_last_log(tmp_path):
     lm, data, course, logs = tiny_llama(), tiny_tokens(), Course(), _Logs()
     # More than are ever above zero, so that tokens differ in how many they use.
     heads = [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4)]
-    options = dict(gradient_accumulation_steps=2, micro_batches=3, max_steps=3, logging_steps=1)
+    options = dict(gradient_accumulation_steps=2, micro_batches=3, max_steps=4, logging_steps=2)
     trainer = tiny_trainer(tmp_path, heads=heads, lm=lm, train=data, callbacks=[course, logs], **options)
     trainer.train()
-    expected = []
-    for i, before in enumerate(course.weights[:3]):
+    frequencies = []
+    for i, before in enumerate(course.weights[:4]):
         head = SaeModel(trainer.heads["layers.1"].config)
         head.load_state_dict({name.removeprefix("heads.layers:1."): value for name, value in before.items()})
         with torch.no_grad():
             hidden = lm(torch.tensor(data[8 * i : 8 * i + 8]["input_ids"]), output_hidden_states=True).hidden_states[2]
-        expected.append((head.encode(hidden).top_acts > 0).sum(-1).float().mean().item())
+        dense = head.encode(hidden.flatten(0, 1)).to_dense(head.num_latents)
+        frequencies.append((dense > 0).float().mean(0))
+    two_steps = [(frequencies[i] + frequencies[i + 1]) / 2 for i in (0, 2)]
+    expected = [frequency.sum().item() for frequency in two_steps]
     assert [log["train/l0/layers.1"] for log in logs.logs] == pytest.approx(expected, rel=1e-4)
     assert max(expected) < 85, "a weak test"
+    saved = load_file(tmp_path / "latent_frequency.safetensors")["layers.1"]
+    torch.testing.assert_close(saved, two_steps[1], rtol=0, atol=1e-2)
 
 
 def test_a_checkpoint_holds_as_many_steps_as_its_name_says(tmp_path):
@@ -255,6 +261,9 @@ def test_what_is_saved_is_what_was_evaluated_with_decoder_rows_of_unit_norm(tmp_
         assert metrics["eval/fvu/layers.2"] == pytest.approx(fvu(hidden, output.reconstruction).item(), rel=1e-4)
         assert metrics["eval/l0/layers.2"] == pytest.approx((output.top_acts > 0).sum(-1).float().mean().item())
         assert json.loads((tmp_path / optim / "metrics.json").read_text()) == metrics
+        dense = Latents(output.top_acts, output.top_indices).to_dense(96)
+        saved = load_file(tmp_path / optim / "latent_frequency.safetensors")["layers.2"]
+        torch.testing.assert_close(saved, (dense > 0).float().mean(0))
 
 
 def test_evaluation_and_saving_do_not_change_the_course_of_training(tmp_path):
