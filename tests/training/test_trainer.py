@@ -274,8 +274,8 @@ def test_evaluation_and_saving_do_not_change_the_course_of_training(tmp_path):
 
 
 def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activity(tmp_path):
-    heads = [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4, dead_after_tokens=150)]
-    trainer = tiny_trainer(tmp_path, heads=heads, max_steps=3)
+    logs, heads = _Logs(), [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4, dead_after_tokens=150)]
+    trainer = tiny_trainer(tmp_path, heads=heads, max_steps=3, logging_steps=1, callbacks=[logs])
     with torch.no_grad():
         trainer.heads["layers.1"].encoder.weight[:10] = 0
         trainer.heads["layers.1"].encoder.bias[:10] = -1
@@ -285,6 +285,9 @@ def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activ
     assert trainer.tokens_since_fired["layers.1"][:10].tolist() == [192] * 10
     dead = trainer.tokens_since_fired["layers.1"] > 150
     assert trainer.dead_fractions()["layers.1"] == pytest.approx(dead.float().mean().item()) and not dead.all()
+    assert [log["train/dead/layers.1"] for log in logs.logs] == [0, 0, trainer.dead_fractions()["layers.1"]]
+    trainer.plans["layers.1"].arguments.dead_after_tokens = 192
+    assert trainer.dead_fractions()["layers.1"] == 0, "only more tokens than that are too many"
 
 
 # Signs of gradients hide what is no number, and Adam's moments keep it.
