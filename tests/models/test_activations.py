@@ -13,6 +13,7 @@ from sae_accel import HeadArguments, SaeTrainingArguments
 from sae_accel.common.errors import InputError
 from sae_accel.loading.auto import AutoSae
 from sae_accel.models import SaeConfig, SaeModel, TranscoderConfig, TranscoderModel
+from sae_accel.models.latent_selection import topk
 from sae_accel.ops import sparse
 from sae_accel.recipe.checks import check_entry, check_objective
 
@@ -48,6 +49,9 @@ def _dense(head: SaeModel, x: torch.Tensor) -> torch.Tensor:
             return relu(pre)
         case "jumprelu" | "batchtopk":
             return pre * (pre > head.threshold)
+        case "signed_topk":
+            largest = pre.abs().topk(K, dim=-1).values[..., -1:]
+            return pre * (pre.abs() >= largest)
         case "gated":
             gate = (x - head.b_dec) @ head.encoder.weight.T
             return (pre > 0) * relu(gate * head.r_mag.exp() + head.b_mag)
@@ -70,6 +74,22 @@ def test_latents_and_reconstruction_are_the_papers(activation, in_pieces, x, mon
     expected = dense @ head.W_dec + head.b_dec
     torch.testing.assert_close(head(x).reconstruction, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(head.decode(*head.encode(x)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_signed_topk_keeps_the_largest_by_magnitude_with_their_sign(x):
+    head = _head("signed_topk")
+    dense = _dense(head, x)
+    assert (dense < 0).any() and (dense > 0).any()
+    torch.testing.assert_close(_scattered(head, x), dense)
+    torch.testing.assert_close(head(x).reconstruction, dense @ head.W_dec + head.b_dec)
+
+
+def test_topk_of_fewer_latents_than_k_gives_each_of_them_and_then_nothing():
+    pre_activations = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -3.0, 5.0]])
+    values, indices = topk(pre_activations, 5)
+    nothing = [-math.inf] * 2
+    assert values.tolist() == [[3, 2, 1, *nothing], [5, -1, -3, *nothing]]
+    assert indices[:, :3].tolist() == [[1, 2, 0], [2, 0, 1]] and indices.max() < 3
 
 
 @pytest.mark.parametrize("activation", ["relu", "gated"])
@@ -151,6 +171,8 @@ def test_batchtopk_trains_on_the_largest_of_the_batch(x):
     output = head(x)
     torch.testing.assert_close(_scattered(head, x).reshape(-1, M), expected)
     torch.testing.assert_close(output.smallest_act.double(), least)
+    # It is summed up over a step, which must not hold on to the step's graphs.
+    assert not output.smallest_act.requires_grad
     expected_output = expected @ head.W_dec + head.b_dec
     torch.testing.assert_close(output.reconstruction.reshape(-1, D), expected_output)
 
@@ -195,7 +217,11 @@ def test_a_run_ends_with_l0_near_k_by_a_threshold(activation, tmp_path):
 
 def test_jumprelu_thresholds_begin_where_l0_is_k():
     head = SaeModel(SaeConfig(d_in=D, num_latents=M, k=4, activation="jumprelu")).eval()
-    x = torch.randn(1000, D)
+    mean = 3 * torch.randn(D)
+    x = torch.randn(1000, D) + mean
+    with torch.no_grad():
+        head.b_dec.copy_(mean)
+        head.encoder.bias.normal_(std=0.1)
     head.initialize_threshold(x)
     assert abs((head.encode(x).top_acts > 0).sum(-1).float().mean() - 4) < 0.1
 

@@ -117,6 +117,19 @@ def test_auxk_passes_gradcheck_in_the_dead_latents(make_head, num_dead):
     assert gradcheck(loss, inputs, fast_mode=True)
 
 
+def test_auxk_of_a_target_of_one_dimension_takes_the_foremost_dead_latent():
+    config = TranscoderConfig(d_in=D_IN, d_out=1, num_latents=NUM_LATENTS, k=K)
+    head = _randomize(TranscoderModel(config), torch.float64)
+    x = torch.randn(TOKENS, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, dead_mask = x[:, :1] + 1, make_dead_mask(4)
+    pre = (x @ head.encoder.weight.T + head.encoder.bias).masked_fill(~dead_mask, -torch.inf)
+    best = pre.max(-1)
+    estimate = best.values.relu()[:, None] * head.W_dec[best.indices]
+    output = head(x, y, dead_mask=dead_mask)
+    error = (y - output.reconstruction - estimate).pow(2).sum()
+    assert_same(output.auxk_loss, error / (y - y.mean(0)).pow(2).sum())
+
+
 def test_dead_latent_gets_gradient_from_auxk():
     head = make_sae()
     x, y = make_data(head)

@@ -43,3 +43,17 @@ def test_a_heads_repr_says_what_it_is():
     assert repr(TranscoderModel(config)) == (
         "TranscoderModel(transcoder, relu, encoder 12 -> 40, no decoder, torch.float32)"
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SaeConfig(d_in=12, num_latents=50, k=3),
+        TranscoderConfig(d_in=12, d_out=8, num_latents=50, k=3),
+        TranscoderConfig(d_in=12, d_out=8, num_latents=50, k=3, skip_connection=True),
+    ],
+    ids=["sae", "transcoder", "skip connection"],
+)
+def test_a_config_counts_the_weights_of_its_head(config):
+    head = (SaeModel if isinstance(config, SaeConfig) else TranscoderModel)(config)
+    assert config.num_parameters == sum(parameter.numel() for parameter in head.parameters())

@@ -52,6 +52,11 @@ def test_half_precision_and_float32_can_be_mixed():
     assert found.item() == pytest.approx(by_hand(target, reconstruction).item(), rel=1e-5)
 
 
+def test_two_tokens_are_enough_for_fvu():
+    target, reconstruction = draw(tokens=2)
+    torch.testing.assert_close(fvu(target, reconstruction), by_hand(target, reconstruction))
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_fvu_of_fewer_than_two_tokens_raises(tokens):
     with pytest.raises(ValueError, match=f"at least two tokens, but {tokens} was given"):

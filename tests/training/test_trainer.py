@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny import (
     VOCAB,
     Course,
@@ -28,7 +29,7 @@ from transformers import TrainerCallback
 
 from sae_accel.common.errors import InputError
 from sae_accel.loading.auto import AutoSae
-from sae_accel.models import SaeModel
+from sae_accel.models import Latents, SaeModel
 from sae_accel.ops.metrics import fvu
 from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.recipe.command_line import parse_command_line
@@ -201,6 +202,29 @@ def test_logged_values_are_means_over_exactly_the_steps_since_the_last_log(tmp_p
     assert single[0] != pytest.approx(single[6], rel=1e-3)
 
 
+def test_logs_tell_how_many_latents_are_active_and_the_run_how_often_each_was_since_the_last_log(tmp_path):
+    lm, data, course, logs = tiny_llama(), tiny_tokens(), Course(), _Logs()
+    # More than are ever above zero, so that tokens differ in how many they use.
+    heads = [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4)]
+    options = dict(gradient_accumulation_steps=2, micro_batches=3, max_steps=4, logging_steps=2)
+    trainer = tiny_trainer(tmp_path, heads=heads, lm=lm, train=data, callbacks=[course, logs], **options)
+    trainer.train()
+    frequencies = []
+    for i, before in enumerate(course.weights[:4]):
+        head = SaeModel(trainer.heads["layers.1"].config)
+        head.load_state_dict({name.removeprefix("heads.layers:1."): value for name, value in before.items()})
+        with torch.no_grad():
+            hidden = lm(torch.tensor(data[8 * i : 8 * i + 8]["input_ids"]), output_hidden_states=True).hidden_states[2]
+        dense = head.encode(hidden.flatten(0, 1)).to_dense(head.num_latents)
+        frequencies.append((dense > 0).float().mean(0))
+    two_steps = [(frequencies[i] + frequencies[i + 1]) / 2 for i in (0, 2)]
+    expected = [frequency.sum().item() for frequency in two_steps]
+    assert [log["train/l0/layers.1"] for log in logs.logs] == pytest.approx(expected, rel=1e-4)
+    assert max(expected) < 85, "a weak test"
+    saved = load_file(tmp_path / "latent_frequency.safetensors")["layers.1"]
+    torch.testing.assert_close(saved, two_steps[1], rtol=0, atol=1e-2)
+
+
 def test_a_checkpoint_holds_as_many_steps_as_its_name_says(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=7, save_steps=3, save_total_limit=2)
     trainer.train()
@@ -237,6 +261,9 @@ def test_what_is_saved_is_what_was_evaluated_with_decoder_rows_of_unit_norm(tmp_
         assert metrics["eval/fvu/layers.2"] == pytest.approx(fvu(hidden, output.reconstruction).item(), rel=1e-4)
         assert metrics["eval/l0/layers.2"] == pytest.approx((output.top_acts > 0).sum(-1).float().mean().item())
         assert json.loads((tmp_path / optim / "metrics.json").read_text()) == metrics
+        dense = Latents(output.top_acts, output.top_indices).to_dense(96)
+        saved = load_file(tmp_path / optim / "latent_frequency.safetensors")["layers.2"]
+        torch.testing.assert_close(saved, (dense > 0).float().mean(0))
 
 
 def test_evaluation_and_saving_do_not_change_the_course_of_training(tmp_path):
@@ -247,8 +274,8 @@ def test_evaluation_and_saving_do_not_change_the_course_of_training(tmp_path):
 
 
 def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activity(tmp_path):
-    heads = [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4, dead_after_tokens=150)]
-    trainer = tiny_trainer(tmp_path, heads=heads, max_steps=3)
+    logs, heads = _Logs(), [HeadArguments(hookpoints="layers.1", k=90, expansion_factor=4, dead_after_tokens=150)]
+    trainer = tiny_trainer(tmp_path, heads=heads, max_steps=3, logging_steps=1, callbacks=[logs])
     with torch.no_grad():
         trainer.heads["layers.1"].encoder.weight[:10] = 0
         trainer.heads["layers.1"].encoder.bias[:10] = -1
@@ -258,20 +285,27 @@ def test_latents_are_dead_after_tokens_not_steps_and_zeros_do_not_count_as_activ
     assert trainer.tokens_since_fired["layers.1"][:10].tolist() == [192] * 10
     dead = trainer.tokens_since_fired["layers.1"] > 150
     assert trainer.dead_fractions()["layers.1"] == pytest.approx(dead.float().mean().item()) and not dead.all()
+    assert [log["train/dead/layers.1"] for log in logs.logs] == [0, 0, trainer.dead_fractions()["layers.1"]]
+    trainer.plans["layers.1"].arguments.dead_after_tokens = 192
+    assert trainer.dead_fractions()["layers.1"] == 0, "only more tokens than that are too many"
 
 
-def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_path):
+# Signs of gradients hide what is no number, and Adam's moments keep it.
+@pytest.mark.parametrize(("optim", "activation"), [("signum", "topk"), ("adam", "topk"), ("adam", "batchtopk")])
+def test_excluded_tokens_train_nothing_even_if_they_fill_the_first_batch(tmp_path, optim, activation):
     data = tiny_tokens(32)
     rows = torch.tensor(data["input_ids"])
     rows[:4] = 7
     data = Dataset.from_dict({"input_ids": rows.tolist()})
-    trainer = tiny_trainer(tmp_path, train=data, exclude_tokens=[7], max_steps=4)
+    heads = [HeadArguments(hookpoints="layers.[12]", k=4, expansion_factor=4, activation=activation)]
+    options = dict(heads=heads, optim=optim, exclude_tokens=[7])
+    trainer = tiny_trainer(tmp_path, train=data, max_steps=4, **options)
     trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
     assert trainer.state.num_input_tokens_seen == int((rows[:16] != 7).sum())
     nothing = Dataset.from_dict({"input_ids": [[7] * 16] * 32})
     with pytest.raises(InputError, match="No token of the training data trains"):
-        tiny_trainer(tmp_path / "b", train=nothing, exclude_tokens=[7]).train()
+        tiny_trainer(tmp_path / "b", train=nothing, **options).train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
