@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,19 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are too small to share between threads.
 torch.set_num_threads(1)
+
+
+# Drawing takes three quarters of a tiny run's time, and only the tests in these look at what is drawn.
+LOOK_AT_PLOTS = {"cards", "hub", "runs", "test_train.py"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots_where_they_are_looked_at(request):
+    """Elsewhere runs draw nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not LOOK_AT_PLOTS & set(request.path.relative_to(Path(__file__).parent).parts):
+            patch.setattr("sae_accel.cards.model_card.draw_plots", lambda *args, **kwargs: [])
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,15 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState
 
 from sae_accel.activations.exchanged import ExchangedActivations
+from sae_accel.cards import model_card
 from sae_accel.common.errors import InputError
 from sae_accel.processes.agreement import this_process
 from sae_accel.recipe.command_line import parse_command_line
 from sae_accel.training.run import run
+
+
+# Nothing is drawn, which takes longer than these runs do.
+model_card.draw_plots = lambda *args, **kwargs: []
 
 
 def main(folder: Path) -> None:

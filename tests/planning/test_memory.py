@@ -25,8 +25,7 @@ LARGE = {
     "heads.num_latents": 500_000,
     "training.per_device_train_batch_size": 1,
     "training.micro_batches": 2,
-    "training.max_steps": 3,
-    "training.save_steps": 2,
+    "training.max_steps": 2,
 }
 WAYS = {
     "": (1, {}, {}),
