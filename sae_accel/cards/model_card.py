@@ -18,46 +18,28 @@ from .run import Run, frequencies_of, log_history, read_run
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
-
-
 CARD = "README.md"
-
-
 # What a card of ours ends with; without it, a card is somebody's own.
 MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
-
-
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
-
-
 _FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
-
-
 _OPTIMIZERS = {"adam": "Adam", "adam8bit": "8-bit Adam", "muon": "Muon"}
-
-
 _LOSSES = {
     "fvu": "each head by its own squared error",
     "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
     "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
 }
-
-
 _LM_LOSSES = {
     "ce_clean": "cross-entropy of the LM",
     "ce": "cross-entropy with the heads",
     "kl": "KL divergence between the two",
 }
-
-
 _PAPERS = {
     "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
     "batchtopk": ("BatchTopK", "Bussmann et al. 2024", "2412.06410"),
     "jumprelu": ("JumpReLU", "Rajamanoharan et al. 2024", "2407.14435"),
 }
 _LORA_PAPER = ("LoRA around SAEs", "Chen et al. 2025", "2501.19406")
-
-
 _ALT_TEXTS = {
     FVU_PLOT: "FVU on training tokens by tokens trained, a curve for each head",
     FREQUENCY_PLOT: "Histogram of how often latents are active, on a logarithmic scale, for each head",

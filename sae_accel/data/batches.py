@@ -10,7 +10,6 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..common.errors import InputError
@@ -118,26 +117,14 @@ class Batches:
     def _from_rows(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
         places = self._batch_rows(epoch, drop_last)[skip:]
         own = [batch for batch in places if len(batch)]
-        yield from DataLoader(
-            cast(TorchDataset, self._indexed()),
-            batch_sampler=(batch.tolist() for batch in own),
-            collate_fn=self.collate,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),
-        )
+        pins = self.accelerator.device.type == "cuda"
+        yield from self._loader(self._indexed(), batch_sampler=(batch.tolist() for batch in own), pin_memory=pins)
         for _ in places[len(own) :]:
             yield _without_rows(self.collate([self._indexed()[0]]))
 
     def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
         size = self.args.per_device_train_batch_size
-        # A generator of its own, since a loader draws from it as it starts: so a run that goes on from a checkpoint
-        # finds torch's own where one that never stopped has it.
-        options: dict[str, Any] = {
-            "drop_last": drop_last,
-            "collate_fn": self.collate,
-            "generator": torch.Generator(),
-        }
-        own = islice(DataLoader(self._own_part(epoch), size, **options), skip, None)
+        own = islice(self._loader(self._own_part(epoch), batch_size=size, drop_last=drop_last), skip, None)
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
@@ -146,6 +133,11 @@ class Batches:
                 return
             batch = _without_rows(batch) if found is None else found
             yield batch
+
+    def _loader(self, rows: Any, **options: Any) -> DataLoader:
+        # A generator of its own, since a loader draws from it as it starts: so a run that goes on from a checkpoint
+        # finds torch's own where one that never stopped has it.
+        return DataLoader(rows, collate_fn=self.collate, generator=torch.Generator(), **options)
 
     def _indexed(self) -> IndexedRows:
         assert isinstance(self.dataset, IndexedRows), "asked for only where there is a length"

@@ -12,8 +12,6 @@ from .token_file import TokenFile
 # Documents tokenised at once: what is left over from each such batch, less than one sequence, is dropped. More would
 # lose less, but a thousand books already fill gigabytes, and a stream gives nothing until it has read as many.
 DOCUMENTS_AT_ONCE = 1000
-
-
 # Sequences among which streamed data is shuffled.
 SHUFFLE_BUFFER = 1000
 

@@ -5,15 +5,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.run_files import folders_of
-from .foreign import (
-    ForeignHead,
-    Source,
-    foreign_head,
-    full,
-    last_part,
-    number_in,
-    require,
-)
+from .foreign import ForeignHead, Source, foreign_head, full, last_part, number_in, require
 from .hook_names import module_of
 from .place import Place
 from .tensor_file import TensorFile, open_tensors

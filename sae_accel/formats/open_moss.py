@@ -8,15 +8,7 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..common.run_files import folders_of
-from .foreign import (
-    ForeignHead,
-    Source,
-    foreign_head,
-    full,
-    names_in,
-    require,
-    weigh_by_norms,
-)
+from .foreign import ForeignHead, Source, foreign_head, full, names_in, require, weigh_by_norms
 from .hook_names import module_of
 from .place import Place
 from .tensor_file import TensorFile, open_tensors

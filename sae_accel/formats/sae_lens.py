@@ -16,15 +16,7 @@ from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_sae import SaeConfig
 from ..models.configuration_transcoder import TranscoderConfig
-from .foreign import (
-    ForeignHead,
-    Source,
-    foreign_head,
-    full,
-    last_part,
-    require,
-    weigh_by_norms,
-)
+from .foreign import ForeignHead, Source, foreign_head, full, last_part, require, weigh_by_norms
 from .hook_names import lens_name, module_of
 from .place import Place
 from .tensor_file import TensorFile, open_tensors

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as client_logging
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 
 _LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
-
-
 AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
@@ -49,8 +47,7 @@ def _advice(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
     said = str(error) if cause is error else f"{error} {cause}"
-    text = " ".join(said.split())
-    return re.sub(r"For more information check: \S+ ?", "", text) or type(error).__name__
+    return re.sub(r"For more information check: \S+ ?", "", one_line(said)) or type(error).__name__
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -23,8 +23,6 @@ from ..recipe.arguments import ModelArguments
 
 # Names in an adapter's file begin with this, and go on as in the model that it was trained on.
 _PREFIX = "base_model.model."
-
-
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 

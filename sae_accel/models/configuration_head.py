@@ -150,7 +150,7 @@ class HeadConfig(PreTrainedConfig):
 
     @property
     def num_parameters(self) -> int:
-        """Weights of a head, but for those of which there is one for each latent beside the encoder's bias."""
+        """Weights of a head, without its thresholds or gates, which have one number for each latent."""
         skip = self.d_in * self.d_out if self.skip_connection else 0
         return self.num_latents * (self.d_in + self.d_out + 1) + self.d_out + skip
 

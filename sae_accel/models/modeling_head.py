@@ -15,11 +15,7 @@ from .pretrained_head import PreTrainedHead
 
 # See arXiv:2406.04093, section 5.1: FVU at 4k latents joins the loss with weight 1/8.
 MULTI_TOPK_FACTOR = 4
-
-
 MULTI_TOPK_WEIGHT = 1 / 8
-
-
 # How far a batch's smallest activation moves the threshold that batchtopk will have once it is trained.
 THRESHOLD_RATE = 0.01
 
@@ -321,7 +317,7 @@ class HeadModel(PreTrainedHead):
             )
         return activations.reshape(-1, self.config.d_in).to(self.dtype)
 
-    def _wanted_k(self, k: int | None, multi_topk: bool = False) -> int:
+    def _wanted_k(self, k: int | None, multi_topk: bool) -> int:
         """Latents of each token; 0 where nobody knows and nothing asks."""
         if k is None and (multi_topk or self.training and not self._selection.counts):
             return self.config.trained_k

@@ -32,17 +32,11 @@ from .rehearsal import Rehearsal, Share, rehearse
 
 # Bytes of a weight of a linear layer that bitsandbytes holds, with the scales of its rows or of blocks of 64.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-
-
 # Copies of the largest head that FSDP and ZeRO-3 make of their parts: while they train and while they evaluate.
 # Measured with gloo, whose collectives copy; on GPUs it is less.
 _GATHERED = {"FSDP": (6.2, 3.0), "ZeRO-3": (7.5, 1.5)}
-
-
 # Bytes that data, trackers and threads of a run take of a CPU's memory after this.
 _YET_TO_LOAD = 80_000_000
-
-
 # Ways in which heads lie in parts, with the stage of those that are DeepSpeed's.
 _IN_PARTS = {"FSDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 

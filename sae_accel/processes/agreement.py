@@ -1,4 +1,4 @@
-"""What the processes of one run owe each other before and around training: agreement, order and word of a death."""
+"""What the processes of one run owe each other before and around training: agreement and order."""
 
 import atexit
 import sys

@@ -15,8 +15,6 @@ from .agreement import gather_objects, this_process
 # Seconds between two signs of life, and without one after which a process counts as dead: below a minute, but longer
 # than any call that keeps other threads of its process from running.
 BEAT, SILENCE = 1.0, 45.0
-
-
 # In what gloo and NCCL say when the process at the other end is no more.
 _LOST = ("Connection", "connection", "closed by peer", "NCCL", "Broken pipe", "timed out", "Timed out")
 

@@ -15,14 +15,7 @@ from .arguments import (
     SaeTrainingArguments,
     secret_fields,
 )
-from .checks import (
-    check_entry,
-    check_hub,
-    check_model,
-    check_objective,
-    check_schedule,
-    check_trackers,
-)
+from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers
 from .overrides import advice, with_values
 from .schema import field_hints, shown, typed
 from .yaml_file import read_yaml

@@ -174,11 +174,11 @@ def _is_taken(place: Path) -> bool:
     if not place.is_dir():
         return place.exists() or place.is_symlink()
     files = {file.name for file in place.iterdir()}
-    return bool(files & {"adapter_config.json"}) or any(map(_HEAD_FILES.fullmatch, files))
+    return "adapter_config.json" in files or any(map(_HEAD_FILES.fullmatch, files))
 
 
 def _head_files(folder: Path) -> list[Path]:
-    """The files of a head of ours, its recipe and manifest in `best`, or the files of a LoRA."""
+    """The files of a head of ours, or of a LoRA."""
     if folder.is_symlink():
         return [folder]
     if folder.name == ADAPTER:

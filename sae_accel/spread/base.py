@@ -1,11 +1,11 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..activations.running_lm import Activations, RunningLM
+from ..activations.running_lm import ActivationSource, RunningLM
 from ..bank.bank import SaeBank, build_head
 from ..bank.plans import HeadPlan
 from ..models import HeadModel
@@ -49,7 +49,7 @@ class Spread:
         """A fresh head, or what this process holds of it."""
         return build_head(plan)
 
-    def source(self, lm: RunningLM) -> Callable[[dict[str, Tensor]], Activations]:
+    def source(self, lm: RunningLM) -> ActivationSource:
         """Where the heads of this process get their activations from."""
         return lm
 

@@ -1,11 +1,9 @@
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..activations.exchanged import ExchangedActivations
-from ..activations.running_lm import Activations, RunningLM
+from ..activations.running_lm import ActivationSource, RunningLM
 from ..bank.bank import SaeBank, build_head
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
@@ -44,7 +42,7 @@ class SpreadLatents(Spread):
         head.keep_latents(LatentSlice(self.bounds[plan.name], self.accelerator.process_index))
         return head
 
-    def source(self, lm: RunningLM) -> Callable[[dict[str, Tensor]], Activations]:
+    def source(self, lm: RunningLM) -> ActivationSource:
         """Activations of all processes' tokens, at every hookpoint."""
         return ExchangedActivations(lm, [lm.sites] * self.accelerator.num_processes, self.accelerator, at_once=False)
 

@@ -1,11 +1,9 @@
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..activations.exchanged import ExchangedActivations
-from ..activations.running_lm import Activations, RunningLM
+from ..activations.running_lm import ActivationSource, RunningLM
 from ..bank.bank import SaeBank
 from ..bank.plans import HeadPlan, site_widths
 from ..processes.agreement import gather_objects
@@ -37,7 +35,7 @@ class SpreadModules(Spread):
         """Which process holds which heads."""
         return placement_table(self.placed)
 
-    def source(self, lm: RunningLM) -> Callable[[dict[str, Tensor]], Activations]:
+    def source(self, lm: RunningLM) -> ActivationSource:
         """Activations of all processes' tokens, at this process's hookpoints."""
         needs = [list(site_widths(plans)) for plans in self.placed]
         return ExchangedActivations(lm, needs, self.accelerator, at_once=True)

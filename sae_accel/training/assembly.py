@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def assemble(
     args: SaeTrainingArguments,
     spread: Spread,
     widths: Mapping[Site, int],
-    exclude_tokens: Sequence[int],
+    exclude_tokens: list[int],
     lora: LoraArguments | None = None,
     adapter: PeftModel | None = None,
 ) -> Assembly:
@@ -60,13 +60,13 @@ def assemble(
         args (`SaeTrainingArguments`): How to train.
         spread ([`Spread`]): How heads lie on processes, and which are this one's.
         widths (`Mapping[Site, int]`): Every site that some head of the run reads or predicts, with its width.
-        exclude_tokens (`Sequence[int]`): Token ids that train nothing.
+        exclude_tokens (`list[int]`): Token ids that train nothing.
         lora ([`LoraArguments`], *optional*): A LoRA that trains around the heads.
         adapter (`PeftModel`, *optional*): The LM with that LoRA in it.
     """
     bank = spread.settle(SaeBank(spread.plans, build=spread.build))
     trained = [] if adapter is None else [p for p in adapter.parameters() if p.requires_grad]
-    activations = spread.source(RunningLM(model, list(widths), list(exclude_tokens), widths))
+    activations = spread.source(RunningLM(model, list(widths), exclude_tokens, widths))
     if lora is not None:
         # The line above froze the LM with its LoRA.
         bank.adapter.extend(parameter.requires_grad_() for parameter in trained)
@@ -76,5 +76,5 @@ def assemble(
     local = LocalObjective(activations, spread, args.micro_batches, scale)
     if args.loss == "fvu":
         return Assembly(bank, activations, local, args, lora)
-    spliced = SplicedLM(model, list(exclude_tokens), adapter)
+    spliced = SplicedLM(model, exclude_tokens, adapter)
     return Assembly(bank, activations, EndToEndObjective(spliced, local, args.loss, args.fvu_weight), args, lora)

@@ -1,6 +1,5 @@
 import math
 
-import torch
 from torch import Tensor
 
 from .run_state import RunState
@@ -56,12 +55,13 @@ class Counters:
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
         spread, plans = self.run.spread, self.run.plans
-        dead = {name: spread.over_latents(mask.sum()).item() for name, mask in self._silent().items()}
+        dead = {name: spread.over_latents(self._silent(name).sum()).item() for name in self.run.tokens_since_fired}
         return spread.merged({name: count / plans[name].config.num_latents for name, count in dead.items()})
 
     def dead_masks(self) -> dict[str, Tensor]:
         """Dead latents of the heads that have AuxK and some of them dead, on this process or another."""
-        masks = {name: mask for name, mask in self._silent().items() if self.run.plans[name].arguments.auxk_alpha}
+        counted = self.run.tokens_since_fired
+        masks = {name: self._silent(name) for name in counted if self.run.plans[name].arguments.auxk_alpha}
         return {name: mask for name, mask in masks.items() if self.run.spread.over_latents(mask.sum()) > 0}
 
     def last_loss(self) -> float:
@@ -71,12 +71,9 @@ class Counters:
         losses = [value for key, value in (history[-1] if history else {}).items() if key.startswith(prefix)]
         return sum(losses) / len(losses) if losses else math.nan
 
-    def _silent(self) -> dict[str, torch.Tensor]:
-        """By head of this process, the latents that have been silent for long enough to count as dead."""
-        return {
-            name: count > self.run.plans[name].arguments.dead_after_tokens
-            for name, count in self.run.tokens_since_fired.items()
-        }
+    def _silent(self, name: str) -> Tensor:
+        """The latents of a head of this process that have been silent for long enough to count as dead."""
+        return self.run.tokens_since_fired[name] > self.run.plans[name].arguments.dead_after_tokens
 
     def _groups(self) -> list[dict]:
         return [] if self.run.optimizer is None else self.run.optimizer.param_groups

@@ -2,9 +2,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..bank.plans import HeadPlan

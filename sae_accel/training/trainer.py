@@ -220,9 +220,9 @@ class SaeTrainer:
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
         """One optimizer step on the batches of an accumulation window, from tokens to new weights."""
+        heads = self.heads
         k = {
-            name: k_at(self.state.global_step, head.config, self.plans[name].arguments)
-            for name, head in self.heads.items()
+            name: k_at(self.state.global_step, head.config, self.plans[name].arguments) for name, head in heads.items()
         }
         result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
@@ -230,7 +230,7 @@ class SaeTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         for name, smallest in result.smallest_acts.items():
-            self.heads[name].observe_smallest(smallest)
+            heads[name].observe_smallest(smallest)
         self.counters.add(result, k)
 
     def evaluate(self, eval_dataset: Rows | None = None) -> dict[str, float]:
