@@ -1,6 +1,6 @@
 import sys
 
-from .common.errors import InputError
+from .common.errors import InputError, NotSaved
 from .recipe.command_line import parse_command_line, split_dry_run
 
 
@@ -26,8 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         recipe = raise_together(lambda: parse_command_line(words))
         from .training.run import run
 
-        run(recipe)
-    except (InputError, ProcessDied) as error:
+        trainer = run(recipe)
+        if trainer.saver.unsaved is not None:
+            say(f"Not all was saved: {trainer.saver.unsaved}")
+            return 1
+    except (InputError, NotSaved, ProcessDied) as error:
         say(error)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:

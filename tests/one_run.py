@@ -146,7 +146,8 @@ class Run:
 
     def log(self, key: str) -> list[Any]:
         """A logged value, wherever it was logged."""
-        return [entry[key] for entry in self.read("trainer_state.json")["log_history"] if key in entry]
+        lines = (self.folder / "log_history.jsonl").read_text().splitlines()
+        return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
     @property
     def rates(self) -> list[float]:

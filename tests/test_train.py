@@ -27,6 +27,8 @@ def test_a_run_trains_saves_and_ends_with_a_table_and_next_steps(place, tmp_path
         "latent_frequency.safetensors",
         "layers.1",
         "layers.2",
+        "log_history.jsonl",
+        "manifest.json",
         "metrics.json",
         "plots",
         "recipe.yaml",

@@ -60,7 +60,7 @@ def write_card(
     the same bytes. A card that somebody else wrote stays as it is.
 
     Args:
-        folder (`Path`): Where heads were saved. `recipe.yaml`, `metrics.json`, `trainer_state.json`,
+        folder (`Path`): Where heads were saved. `recipe.yaml`, `metrics.json`, `log_history.jsonl`,
             `latent_frequency.safetensors` and `adapter` are used if they are there.
         repo_id (`str`, *optional*): Repo from which the card says to load; the folder if not given.
         license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.

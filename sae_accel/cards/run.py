@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..common.errors import InputError, one_line
-from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
+from ..common.run_files import ADAPTER, FREQUENCIES, HISTORY, METRICS, RECIPE
 from ..loading.auto import AutoSae
 from ..models import HeadConfig
 
@@ -90,15 +90,24 @@ def check_run(folder: Path, include: Sequence[str]) -> None:
 
 
 def log_history(run: Run) -> list[dict[str, Any]]:
-    """What the trainer logged, with numbers where the plots read them."""
-    path = run.folder / TRAINER_STATE
-    log = _mapping(path, json.loads).get("log_history") or []
-    _expect(path, "log_history", log, list)
-    for i, entry in enumerate(log):
-        _expect(path, f"log_history[{i}]", entry, dict)
-        for key in {"train/tokens", *(f"train/fvu/{name}" for name in run.configs)} & entry.keys():
-            _expect(path, f"log_history[{i}].{key}", entry[key], float)
-    return log
+    """What the trainer logged, as far as the plots read it."""
+    path = run.folder / HISTORY
+    shown = {"train/tokens", *(f"train/fvu/{name}" for name in run.configs)}
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [_logged(path, i, line, shown) for i, line in enumerate(lines, 1)]
+
+
+def _logged(path: Path, number: int, line: str, shown: set[str]) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} cannot be read: line {number}: {one_line(error)}") from error
+    _expect(path, f"line {number}", entry, dict)
+    for key in shown & entry.keys():
+        _expect(path, f"line {number}, {key}", entry[key], float)
+    return {key: value for key, value in entry.items() if key in shown}
 
 
 def frequencies_of(run: Run) -> dict[str, Any]:

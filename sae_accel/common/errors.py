@@ -11,6 +11,13 @@ class InputError(ValueError):
     """
 
 
+class NotSaved(RuntimeError):
+    """
+    Something could not be written, such as a checkpoint to a disk that is full. Its message is one line that names it,
+    the reason, and the room that there is. It is raised on every process of a run alike.
+    """
+
+
 def near(value: object, choices: Iterable[str]) -> str:
     """A question that names the nearest of `choices`, after a blank; empty if none is near."""
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)

@@ -5,13 +5,16 @@ from pathlib import PurePosixPath
 
 # What a run leaves at the top of its folder, and a release has.
 TRAINER_STATE = "trainer_state.json"
+HISTORY = "log_history.jsonl"
 FREQUENCIES = "latent_frequency.safetensors"
 RECIPE, METRICS = "recipe.yaml", "metrics.json"
-RUN_FILES = (RECIPE, METRICS, TRAINER_STATE, FREQUENCIES)
+RUN_FILES = (RECIPE, METRICS, TRAINER_STATE, HISTORY, FREQUENCIES)
+# What is in a checkpoint, and what belongs to a run in its folder.
+MANIFEST = "manifest.json"
 # The folder of a LoRA that was trained around heads.
 ADAPTER = "adapter"
 # Folders of a run that hold other things than its heads.
-NOT_HEADS = re.compile(r"(checkpoint-\d+|last-checkpoint|best|logs|plots|adapter|\..*)")
+NOT_HEADS = re.compile(r"(checkpoint-\d+(\.before-.*)?|last-checkpoint|best|logs|plots|adapter|\..*)")
 
 
 def folders_of(files: list[str]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -306,6 +306,11 @@ class SaeTrainingArguments:
         False,
         "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none.",
     )
+    allow_changes: list[str] = _option(
+        [],
+        "Fields that may differ from those of the checkpoint that the run goes on from, though that changes what is "
+        "trained, such as data.path or heads.k.",
+    )
     push_to_hub: bool = _option(False, "Release the heads to the Hub; the repo is made before the LM is loaded.")
     hub_model_id: str | None = _option(
         None, "Repo to push to, as `name` or `user/name`; the last part of output_dir under your name if not set."
@@ -323,6 +328,8 @@ class SaeTrainingArguments:
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
+        if isinstance(self.allow_changes, str):
+            self.allow_changes = [self.allow_changes]
 
 
 SECTIONS = {

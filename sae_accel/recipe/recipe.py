@@ -15,6 +15,7 @@ from .arguments import (
     SaeTrainingArguments,
     secret_fields,
 )
+from .changes import check_allowed
 from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers
 from .overrides import advice, with_values
 from .schema import field_hints, shown, typed
@@ -92,6 +93,7 @@ class Recipe:
         check_hub(self.training)
         check_schedule(self.training)
         check_trackers(self.training.report_to)
+        check_allowed(self.training.allow_changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field of every section, without secrets; `from_dict` reads it back."""

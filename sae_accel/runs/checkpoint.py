@@ -1,101 +1,57 @@
-import json
+"""The checkpoints of a run: which there are, which is the newest, and the state that one holds."""
+
 import os
 import random
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.quiet import quiet_files
-from ..common.staging import staging_folder
-from ..models import HeadModel
+from ..common.files import read_json, remove
+from ..common.run_files import MANIFEST, TRAINER_STATE
+from ..processes.agreement import say
+from .manifest import Manifest
 
 
-MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
-WEIGHTS = "model.safetensors"
+# The second of them is one that a run has put aside, as it went on from an older one.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
-    """
-    Writes `config.json` and `model.safetensors` of a head, each file complete or absent.
-
-    Args:
-        head (`HeadModel`): What it is.
-        weights (`Mapping[str, torch.Tensor]`): Its parameters, whole.
-        folder (`Path`): Where; made if it does not exist.
-        process_index (`int`, defaults to 0): Which process writes.
-    """
-    with staging_folder(folder, f"saving-{process_index}") as staging:
-        with quiet_files():
-            head.save_pretrained(staging, state_dict=dict(weights))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in staging.iterdir():
-            os.replace(file, folder / file.name)
-
-
-@contextmanager
-def staged(folder: Path, process: PartialState) -> Iterator[Path]:
-    """
-    A folder for all processes to write into that takes the name `folder` once all is written, so that `folder` is
-    complete or absent. A manifest with the size of each file goes with it.
-
-    Args:
-        folder (`Path`): Where every process sees the same.
-        process (`PartialState`): This one.
-    """
-    staging = folder.with_name(f".{folder.name}.partial")
-    if process.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    process.wait_for_everyone()
-    yield staging
-    process.wait_for_everyone()
-    if process.is_main_process:
-        _seal(staging)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
-    process.wait_for_everyone()
-
-
-def _seal(staging: Path) -> None:
-    sizes = {}
-    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-        sizes[str(file.relative_to(staging))] = file.stat().st_size
-    (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2) + "\n")
+_ANY_CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.before-.*)?")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    """The folders with the names of checkpoints, by their steps."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint holds, by its name or what is in it."""
+    if match := _ANY_CHECKPOINT.fullmatch(checkpoint.name):
+        return int(match[1])
+    step = read_json(checkpoint / TRAINER_STATE).get("global_step")
+    return step if isinstance(step, int) else 0
 
 
 def newest_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None."""
-    return next((path for path in reversed(checkpoints(output_dir)) if missing_part(path) is None), None)
+    """
+    The whole checkpoint of a run that was written last, or None. Where no run has written down what it owns, the one
+    with the most steps.
+    """
+    manifest = Manifest.read(output_dir)
+    own = [] if manifest is None else [output_dir / name for name in manifest.checkpoints]
+    return next(
+        (path for path in [*reversed(own), *reversed(checkpoints(output_dir))] if not missing_part(path)), None
+    )
 
 
 def missing_part(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words, by its manifest; None if it is whole."""
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    sizes = read_json(checkpoint / MANIFEST).get("files")
+    if not isinstance(sizes, dict) or STATE_FILE not in sizes:
         return f"it has no readable {MANIFEST}"
     for name, size in sizes.items():
         path = checkpoint / name
@@ -105,11 +61,50 @@ def missing_part(checkpoint: Path) -> str | None:
     return None
 
 
+def claim(output_dir: Path, checkpoint: Path) -> None:
+    """Writes down that a checkpoint is about to be written, as the newest of its run."""
+    manifest = Manifest.read(output_dir) or Manifest()
+    manifest.checkpoints = [*(name for name in manifest.checkpoints if name != checkpoint.name), checkpoint.name]
+    manifest.write(output_dir)
+
+
 def drop_old(output_dir: Path, keep: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints of a run; none if `keep` is None."""
-    if keep is not None:
-        for path in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(path)
+    """Deletes all but the `keep` checkpoints that a run wrote last; none if `keep` is None."""
+    manifest = Manifest.read(output_dir)
+    if keep is None or manifest is None:
+        return
+    own = [name for name in manifest.checkpoints if (output_dir / name).is_dir()]
+    for name in own[:-keep]:
+        remove(output_dir / name)
+    manifest.checkpoints = own[-keep:]
+    manifest.write(output_dir)
+
+
+def put_aside(output_dir: Path, manifest: Manifest, checkpoint: Path) -> None:
+    """
+    Gives other names to a run's checkpoints that come after the one that it goes on from, so that it can write its
+    own, and makes that one the newest. Writes the manifest.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        manifest ([`Manifest`]): What the run owns.
+        checkpoint (`Path`): The one to go on from, in the folder.
+    """
+    step, when = step_of(checkpoint), time.strftime("%Y%m%dT%H%M%S")
+    own = [name for name in manifest.checkpoints if (output_dir / name).exists() and name != checkpoint.name]
+    later = [name for name in own if _CHECKPOINT.fullmatch(name) and step_of(Path(name)) > step]
+    aside = {name: f"{name}.before-{when}" for name in later}
+    rest = [name for name in own if name not in later]
+    # Both names, since a kill may come between the two.
+    manifest.checkpoints = [*later, *aside.values(), *rest, checkpoint.name]
+    manifest.write(output_dir)
+    for old, new in aside.items():
+        os.replace(output_dir / old, output_dir / new)
+    if aside:
+        say(
+            f"Goes on from {str(checkpoint)!r}. What was written after it is put aside: "
+            f"{', '.join(f'{old} as {new}' for old, new in aside.items())}. Only training.save_total_limit deletes it."
+        )
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -127,27 +122,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             "training.resume_from_checkpoint: true for the newest that is whole."
         )
     return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-
-
-def check_fits(checkpoint: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    """
-    Checks that a checkpoint was written by such a run as is to go on from it.
-
-    Args:
-        checkpoint (`Path`): Its folder.
-        state (`dict`): Of `load_state`.
-        identity (`dict`): What must be the same, in words.
-
-    Raises:
-        `InputError`: if something differs.
-    """
-    for what, ours in identity.items():
-        theirs = state["identity"][what]
-        if theirs != ours:
-            raise InputError(
-                f"Checkpoint {str(checkpoint)!r} is of another recipe: it has {what} {theirs}, this run has "
-                f"{ours}. Use the same."
-            )
 
 
 def random_state() -> dict[str, Any]:

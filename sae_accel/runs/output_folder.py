@@ -1,47 +1,60 @@
-import json
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..cards.model_card import CARD, is_ours
 from ..cards.plots import FREQUENCY_PLOT, FVU_PLOT
 from ..common.errors import InputError
-from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, RUN_FILES, TRAINER_STATE
+from ..common.files import in_units, remove, size_of
+from ..common.run_files import ADAPTER, MANIFEST, METRICS, RECIPE, RUN_FILES
 from ..hub.files import is_config_of_ours
+from ..processes.agreement import say
 from ..recipe.arguments import LoraArguments, SaeTrainingArguments
-from .checkpoint import MANIFEST, STATE_FILE, checkpoints, newest_complete
+from .checkpoint import checkpoints, newest_complete, put_aside, step_of
+from .differences import Differences
+from .manifest import Manifest
 
 
 BEST, LOGS = "best", "logs"
 _HEAD_FILES = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
 _LOG_FILES = re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
+_PLOTS = (FVU_PLOT, FREQUENCY_PLOT)
 
 
 class OutputFolder:
     """
     A run's folder before the run begins: what an earlier run left there, and what somebody else did.
 
-    A file is an earlier run's if it lies where a run puts it and a checkpoint or `metrics.json` of that run names it,
-    or its own content says so. Every other file is somebody's, and is never deleted.
+    A file is a run's if the manifest of the folder says so. Every other file is somebody's: it is never deleted, and
+    a run that would write in its place is refused.
 
     Args:
         path (`Path`): The folder, which need not exist.
         places (`Iterable[str]`): Folders below it into which the run will write heads, or a LoRA.
         run_name (`str`, *optional*): The run's name in its trackers, if it is not the folder's.
         writes_recipe (`bool`, defaults to `False`): Whether the run will write `recipe.yaml`.
+        identity (`Mapping[str, Any]`, *optional*): What the run is. What was left of the same may be begun anew.
     """
 
     def __init__(
-        self, path: Path, places: Iterable[str] = (), run_name: str | None = None, writes_recipe: bool = False
+        self,
+        path: Path,
+        places: Iterable[str] = (),
+        run_name: str | None = None,
+        writes_recipe: bool = False,
+        identity: Mapping[str, Any] | None = None,
     ):
         self.path = path
         self.places = list(places)
-        self.run_name = run_name
+        self.logs = f"{LOGS}/{run_name or path.resolve().name}"
         self.writes_recipe = writes_recipe
+        self.identity = dict(identity or {})
+
+    @property
+    def manifest(self) -> Manifest:
+        """What earlier runs own in the folder."""
+        return Manifest.read(self.path) or Manifest()
 
     def where_to_begin(self, resume: bool | str, overwrite: bool) -> Path | None:
         """
@@ -56,96 +69,111 @@ class OutputFolder:
                 files would go.
         """
         checkpoint = newest_complete(self.path) if resume is True else Path(resume) if resume else None
-        if checkpoint is not None:
-            return checkpoint
-        if in_the_way := self.in_the_way():
+        if in_the_way := self.in_the_way(checkpoint):
             where = in_the_way[0].relative_to(self.path)
             raise InputError(
                 f"Output folder {str(self.path)!r} holds {str(where)!r}, which no run of sae_accel has left there, "
                 "and this run would write in its place. Move it, or set another training.output_dir."
             )
+        if checkpoint is not None and self._is_inside(checkpoint):
+            return checkpoint
         left = self.leftovers()
-        if left and not overwrite:
+        if left and not overwrite and not (resume and self._can_begin_anew()):
             raise InputError(
                 f"Output folder {str(self.path)!r} holds another run ({left[0].relative_to(self.path)}). Set "
                 "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or "
                 "another training.output_dir."
             )
-        return None
+        return checkpoint
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """
+        Makes the folder this run's own: deletes what an earlier run left, or puts aside what comes after the
+        checkpoint that this run goes on from, says so, and writes down what the run will own. On the main process
+        alone.
+        """
+        own = Manifest(self.places, self._files(), [self.logs], identity=self.identity)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None and self._is_inside(checkpoint):
+            earlier = self.manifest
+            earlier.claim(own)
+            earlier.identity = self.identity
+            put_aside(self.path, earlier, checkpoint)
+            self._delete(self.manifest.unfinished(self.path))
+            return
+        if left := self.leftovers():
+            say(f"Deletes what an earlier run left in {str(self.path)!r}: {self._in_words(left)}.")
+            self._delete(left)
+        own.write(self.path)
 
     def leftovers(self) -> list[Path]:
         """Checkpoints, and files, that an earlier run left."""
-        own = [path for path in checkpoints(self.path) if _is_checkpoint(path)]
-        own += [self.path / name for name in self._reports()]
-        own += [file for place in self._recorded_places() for file in _head_files(self.path / place)]
-        if any(file.is_relative_to(self.path / BEST) for file in own):
-            own += [file for name in (RECIPE, MANIFEST) if (file := self.path / BEST / name).is_file()]
-        return own + list(self._logs())
+        manifest = self.manifest
+        found = [path for name in manifest.checkpoints if _exists(path := self.path / name)]
+        found += [file for place in manifest.places for file in _head_files(self.path / place)]
+        found += [path for name in manifest.files if _exists(path := self.path / name) and _is_report(path)]
+        if any(path.is_relative_to(self.path / BEST) for path in found):
+            found += [path for name in (RECIPE, MANIFEST) if (path := self.path / BEST / name).is_file()]
+        for folder in manifest.logs:
+            files = sorted((self.path / folder).rglob("*"))
+            found += [file for file in files if file.is_file() and _LOG_FILES.fullmatch(file.name)]
+        return found + manifest.unfinished(self.path)
 
-    def in_the_way(self) -> list[Path]:
-        """Files and folders of somebody, in whose place the run would write."""
-        foreign = [path for path in checkpoints(self.path) if not _is_checkpoint(path)]
-        reports = set(self._reports())
-        written = [name for name in RUN_FILES if name != RECIPE or self.writes_recipe]
-        foreign += [self.path / name for name in written if (self.path / name).exists() and name not in reports]
-        recorded = self._recorded_places()
-        for place in (self.path / name for name in self.places if name not in recorded):
-            if place.name == BEST and place.is_dir():
+    def in_the_way(self, checkpoint: Path | None = None) -> list[Path]:
+        """Files and folders of somebody, in whose place the run would write if it went on from `checkpoint`."""
+        manifest, step = self.manifest, 0 if checkpoint is None else step_of(checkpoint)
+        own = {self.path / name for name in manifest.checkpoints} | ({checkpoint} if checkpoint else set())
+        foreign = [path for path in checkpoints(self.path) if path not in own and step_of(path) > step]
+        files = {*self._files(), MANIFEST} - {CARD, *manifest.files}
+        foreign += [
+            path for name in sorted(files) if _exists(path := self.path / name) and not self._is_manifest(path)
+        ]
+        left = self.leftovers()
+        for place in (self.path / name for name in self.places):
+            if place == self.path / BEST and place.is_dir():
                 # It is replaced whole, so nothing else may lie there.
-                own = self.leftovers()
-                foreign += [file for file in place.rglob("*") if not file.is_dir() and file not in own]
-            elif _is_taken(place):
+                foreign += [file for file in place.rglob("*") if not file.is_dir() and file not in left]
+            elif _is_taken(place) and not any(path == place or path.is_relative_to(place) for path in left):
                 foreign.append(place)
         return foreign
 
-    def delete_leftovers(self) -> None:
-        """Deletes what an earlier run left, and folders that are empty then. A link goes, and not what it leads to."""
-        for path in self.leftovers():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-                continue
-            path.unlink(missing_ok=True)
+    def _files(self) -> list[str]:
+        """Reports that the run will write."""
+        return [name for name in (*RUN_FILES, CARD, *_PLOTS) if name != RECIPE or self.writes_recipe]
+
+    def _is_manifest(self, path: Path) -> bool:
+        return path == self.path / MANIFEST and Manifest.read(self.path) is not None
+
+    def _is_inside(self, checkpoint: Path) -> bool:
+        return checkpoint.absolute().parent.resolve() == self.path.resolve()
+
+    def _can_begin_anew(self) -> bool:
+        """Whether all that was left is of this same run, which had not come to an end."""
+        manifest = self.manifest
+        heads = [place for place in manifest.places if place.split("/")[0] != BEST and _head_files(self.path / place)]
+        ended = bool(heads) or (self.path / METRICS).exists()
+        return not ended and not Differences.between(manifest.identity, self.identity).refused
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        """Deletes, with folders that are empty then. A link goes, and not what it leads to."""
+        for path in paths:
+            remove(path)
             for folder in path.parents:
                 if folder == self.path or folder.is_symlink() or any(folder.iterdir()):
                     break
                 folder.rmdir()
 
-    def _reports(self) -> list[str]:
-        """Names of the files that tell of a run that ended here."""
-        ended = "train/tokens" in self._metrics()
-        found = [METRICS, TRAINER_STATE, FREQUENCIES, FVU_PLOT, FREQUENCY_PLOT] if ended else []
-        found += [RECIPE] if ended or self._is_recipe_of_a_checkpoint() else []
-        found += [CARD] if (self.path / CARD).is_file() and is_ours(self.path / CARD) else []
-        return [name for name in found if (self.path / name).is_file()]
-
-    def _metrics(self) -> dict[str, Any]:
-        return _mapping(self.path / METRICS, json.loads)
-
-    def _is_recipe_of_a_checkpoint(self) -> bool:
-        file = self.path / RECIPE
-        saved = [path / RECIPE for path in checkpoints(self.path) if _is_checkpoint(path)]
-        return file.is_file() and any(one.is_file() and one.read_bytes() == file.read_bytes() for one in saved)
-
-    def _recorded_places(self) -> list[str]:
-        """Folders, below this one, of heads and a LoRA of an earlier run, by what it wrote of itself."""
-        names = [key.removeprefix("train/dead/") for key in self._metrics() if key.startswith("train/dead/")]
-        for manifest in (path / MANIFEST for path in checkpoints(self.path)):
-            files = _mapping(manifest, json.loads).get("files")
-            names += [str(PurePosixPath(file).parent) for file in files or () if file.endswith("config.json")]
-        if RECIPE in self._reports() and "lora" in _mapping(self.path / RECIPE, yaml.safe_load):
-            names.append(ADAPTER)
-        # A head at a place that the run wants is replaced, whoever saved it there; a LoRA may be somebody's.
-        names += [place for place in self.places if _is_head(self.path / place)]
-        names = [name for name in dict.fromkeys(names) if _is_below(name)]
-        return names + [f"{BEST}/{name}" for name in names if not name.startswith(f"{BEST}/")]
-
-    def _logs(self) -> Iterator[Path]:
-        recipe = _mapping(self.path / RECIPE, yaml.safe_load) if RECIPE in self._reports() else {}
-        told = (recipe.get("training") or {}).get("run_name")
-        for name in {self.run_name, told, self.path.resolve().name}:
-            if name and _is_below(name):
-                files = (self.path / LOGS / name).rglob("*")
-                yield from sorted(file for file in files if file.is_file() and _LOG_FILES.fullmatch(file.name))
+    def _in_words(self, paths: Iterable[Path]) -> str:
+        """Names below the folder, with the size of each."""
+        sizes: dict[str, int] = {}
+        places = self.manifest.places
+        for path in paths:
+            name = path.relative_to(self.path)
+            shown = str(name.parent) if str(name.parent) in places else name.parts[0]
+            sizes[shown] = sizes.get(shown, 0) + size_of(path)
+        named = [f"{name} ({in_units(size)})" for name, size in sizes.items()]
+        rest = f" and {len(named) - 20} more ({in_units(sum([*sizes.values()][20:]))})" if len(named) > 20 else ""
+        return ", ".join(named[:20]) + rest
 
 
 def written_places(heads: Iterable[str], args: SaeTrainingArguments, lora: LoraArguments | None) -> list[str]:
@@ -157,11 +185,18 @@ def written_places(heads: Iterable[str], args: SaeTrainingArguments, lora: LoraA
         args (`SaeTrainingArguments`): Whether it keeps the best heads as well.
         lora ([`LoraArguments`], *optional*): A LoRA that it trains.
     """
-    return [*heads, *([] if lora is None else [ADAPTER]), *([BEST] if args.save_best else [])]
+    places = [*heads, *([] if lora is None else [ADAPTER])]
+    return [*places, *([BEST, *(f"{BEST}/{place}" for place in places)] if args.save_best else [])]
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / STATE_FILE).is_file() or "files" in _mapping(folder / MANIFEST, json.loads)
+def _exists(path: Path) -> bool:
+    """Also a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def _is_report(path: Path) -> bool:
+    """A card that somebody has written in the place of the run's is theirs."""
+    return path.name != CARD or (path.is_file() and is_ours(path))
 
 
 def _is_head(folder: Path) -> bool:
@@ -172,7 +207,7 @@ def _is_head(folder: Path) -> bool:
 def _is_taken(place: Path) -> bool:
     """Whether a model or an adapter lies there, or something that is no folder."""
     if not place.is_dir():
-        return place.exists() or place.is_symlink()
+        return _exists(place)
     files = {file.name for file in place.iterdir()}
     return "adapter_config.json" in files or any(map(_HEAD_FILES.fullmatch, files))
 
@@ -186,17 +221,3 @@ def _head_files(folder: Path) -> list[Path]:
     if not _is_head(folder):
         return []
     return sorted(file for file in folder.iterdir() if _HEAD_FILES.fullmatch(file.name))
-
-
-def _is_below(name: str) -> bool:
-    path = PurePosixPath(name)
-    return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
-
-
-def _mapping(file: Path, parse: Any) -> dict[str, Any]:
-    """A file's content; nothing if it is not there or is none of ours."""
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
 from ..bank.plans import HeadPlan, plan_heads
@@ -18,10 +19,13 @@ from ..processes.launched import check_launched
 from ..processes.watch import Watch
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
-from ..runs.checkpoint import newest_complete
+from ..runs.checkpoint import load_state, newest_complete
 from ..runs.closing_message import closing_message
+from ..runs.differences import Differences
+from ..runs.lock import locked_together
 from ..runs.output_folder import OutputFolder, written_places
 from ..spread.placement import place_heads
+from .identity import identity_of
 from .lora import lora_targets
 from .trainer import SaeTrainer
 
@@ -41,23 +45,25 @@ def run(recipe: Recipe) -> SaeTrainer:
     check_launched()
     check_alike(recipe.to_dict())
     with Watch(lambda: _what_is_left(Path(training.output_dir))):
-        trainer = _trainer(recipe)
-        try:
-            trainer.train()
-        finally:
-            # A push that fails comes after all that is to be told of the run.
-            if trainer.metrics and trainer.accelerator.is_main_process:
-                with_lora = trainer.adapter is not None
-                print(closing_message(training.output_dir, trainer.heads, trainer.metrics, with_lora))
-        if trainer.pushed is not None:
-            print(f"Released: {trainer.pushed.url}{trainer.pushed.about_left()}")
+        with locked_together(Path(training.output_dir)):
+            trainer = _trainer(recipe)
+            try:
+                trainer.train()
+            finally:
+                # A push that fails comes after all that is to be told of the run.
+                if trainer.metrics and trainer.accelerator.is_main_process:
+                    with_lora = trainer.adapter is not None
+                    print(closing_message(training.output_dir, trainer.heads, trainer.metrics, with_lora))
+            if trainer.pushed is not None:
+                print(f"Released: {trainer.pushed.url}{trainer.pushed.about_left()}")
     return trainer
 
 
 def _trainer(recipe: Recipe) -> SaeTrainer:
     training = recipe.training
-    plans = raise_together(lambda: _plans_before_loading(recipe))
-    checkpoint = raise_together(lambda: _where_to_begin(recipe, plans))
+    architecture = raise_together(lambda: _architecture(recipe))
+    plans = raise_together(lambda: _plans_before_loading(recipe, architecture))
+    checkpoint = raise_together(lambda: _where_to_begin(recipe, plans, architecture))
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
     init_from = training.init_from if checkpoint is None else None
@@ -95,12 +101,15 @@ def _open_repo(training: SaeTrainingArguments) -> None:
         open_repo(hub_repo(training), training.hub_private_repo)
 
 
-def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
+def _architecture(recipe: Recipe) -> PreTrainedModel:
+    if recipe.training.optim == "adam8bit":
+        require_bitsandbytes("training.optim", recipe.training.optim)
+    return load_architecture(recipe.model, with_lm_head=recipe.training.loss != "fvu")
+
+
+def _plans_before_loading(recipe: Recipe, architecture: PreTrainedModel) -> list[HeadPlan] | None:
     """Finds, before the LM's weights are read, what would end the run after that. None if it runs on values only."""
     training = recipe.training
-    if training.optim == "adam8bit":
-        require_bitsandbytes("training.optim", training.optim)
-    architecture = load_architecture(recipe.model, with_lm_head=training.loss != "fvu")
     try:
         plans = plan_heads(architecture, recipe.heads, spliced=training.loss != "fvu")
     except ProbeFailed:
@@ -113,12 +122,17 @@ def _plans_before_loading(recipe: Recipe) -> list[HeadPlan] | None:
     return plans
 
 
-def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None) -> Path | None:
+def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> Path | None:
     """The checkpoint that the run goes on from, if any; refuses before the LM is read what the trainer would."""
     training = recipe.training
     places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
-    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True)
-    return folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
+    identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)
+    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)
+    checkpoint = folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
+    if checkpoint is not None:
+        theirs = load_state(checkpoint)["identity"]
+        Differences.between(theirs, identity, training.allow_changes).refuse(checkpoint)
+    return checkpoint
 
 
 def _show_matches(plans: list[HeadPlan], init_from: str) -> None:

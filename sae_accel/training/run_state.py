@@ -1,6 +1,7 @@
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from ..bank.bank import SaeBank
 from ..bank.plans import HeadPlan
 from ..cards.model_card import write_card
 from ..common.errors import InputError
+from ..common.files import write_json
 from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from ..data.batches import Position
 from ..models import HeadModel
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
 from ..runs import checkpoint as files
+from ..runs.differences import Differences
+from ..runs.history import LogHistory
+from ..runs.writing import WEIGHTS, Writing, save_head, save_state, staged, written_together
 from ..spread.base import Spread
 from .lora import save_lora
 from .optim import Signum
@@ -40,6 +45,7 @@ class RunState:
         spread ([`Spread`]): How heads lie on processes.
         adapter (`PeftModel`, *optional*): The LM with the LoRA that is trained around the heads.
         recipe ([`Recipe`], *optional*): What is run, saved beside the heads.
+        identity (`dict[str, Any]`, *optional*): Of `identity_of`, with which checkpoints are compared.
 
     Attributes:
         prepared_bank (`nn.Module`): The bank, with what Accelerate has wrapped around it once the run begins.
@@ -50,6 +56,7 @@ class RunState:
             it was last active, `(num_latents,)`.
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
+        history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
     """
 
     def __init__(
@@ -60,8 +67,11 @@ class RunState:
         spread: Spread,
         adapter: PeftModel | None = None,
         recipe: Recipe | None = None,
+        identity: dict[str, Any] | None = None,
     ):
         self.args, self.plans, self.spread = args, plans, spread
+        self.identity = identity or {}
+        self.history = LogHistory(Path(args.output_dir))
         self.prepared_bank: nn.Module = bank
         self.adapter, self.recipe = adapter, recipe
         self.accelerator = spread.accelerator
@@ -77,7 +87,6 @@ class RunState:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self._trains_heads = any(parameter.requires_grad for parameter in bank.heads.parameters())
 
     @property
     def bank(self) -> SaeBank:
@@ -116,27 +125,48 @@ class RunState:
                 self.spread.renew()
             self.prepared_bank.train()
 
-    def save_into(self, folder: Path, names: Iterable[str] | None = None) -> None:
+    def save_heads(self, folder: Path, names: Iterable[str] | None = None) -> None:
         """
         Writes heads as they are evaluated, a LoRA that was trained around them, and the recipe.
 
         Args:
             folder (`Path`): Where.
             names (`Iterable[str]`, *optional*): Which heads; all if not given.
+
+        Raises:
+            `NotSaved`: on every process, if one could not write.
         """
+        with written_together(folder) as write:
+            self._write_heads(folder, write, names)
+
+    def save_best(self, folder: Path, names: list[str]) -> None:
+        """
+        Keeps heads as the best so far: each by itself, but heads that were trained together only together.
+
+        Raises:
+            `NotSaved`: on every process, if one could not write.
+        """
+        if self.args.loss == "fvu":
+            self.save_heads(folder, names)
+            return
+        with staged(folder, self.accelerator) as (staging, write):
+            self._write_heads(staging, write, names)
+
+    def _write_heads(self, folder: Path, write: Writing, names: Iterable[str] | None = None) -> None:
         names = set(self.plans if names is None else names)
+        index, adapter, recipe = self.accelerator.process_index, self.adapter, self.recipe
         with self.evaluated_weights():
             for name, head in self.heads.items():
                 if name in names:
                     weights = self.spread.weights(head)
                     if self.spread.writes(name):
-                        files.save_head(head, weights, folder / name, self.accelerator.process_index)
-            if not self.accelerator.is_main_process:
-                return
-            if self.adapter is not None:
-                save_lora(self.adapter, folder / ADAPTER)
-            if self.recipe is not None:
-                self.recipe.save(folder / RECIPE)
+                        write(partial(save_head, head, weights, folder / name, index))
+        if not self.accelerator.is_main_process:
+            return
+        if adapter is not None:
+            write(lambda: save_lora(adapter, folder / ADAPTER))
+        if recipe is not None:
+            write(lambda: recipe.save(folder / RECIPE))
 
     def save_report(self, metrics: dict[str, float], frequencies: dict[str, Tensor]) -> None:
         """
@@ -146,6 +176,9 @@ class RunState:
             metrics (`dict[str, float]`): What the run came to.
             frequencies (`dict[str, torch.Tensor]`): By head of this process, how often each latent is active,
                 `(num_latents,)`.
+
+        Raises:
+            `NotSaved`: on every process, if the first could not write.
         """
         folder = Path(self.args.output_dir)
         own = {
@@ -155,12 +188,13 @@ class RunState:
         }
         # Of the processes that hold a head, the first writes it, and so has got all of it.
         everyone = {name: part for one in reversed(gather_object([own])) for name, part in one.items()}
-        if self.accelerator.is_main_process:
-            (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
-            self.progress.save_to_json(str(folder / TRAINER_STATE))
-            save_file(everyone, folder / FREQUENCIES)
-            # Other models may lie in the folder.
-            write_card(folder, include=list(self.plans))
+        with written_together(folder) as write:
+            if self.accelerator.is_main_process:
+                write(lambda: write_json(folder / METRICS, metrics))
+                write(lambda: self._save_progress(folder))
+                write(lambda: save_file(everyone, folder / FREQUENCIES))
+                # Other models may lie in the folder.
+                write(lambda: write_card(folder, include=list(self.plans)))
 
     def save_checkpoint(self, position: Position) -> Path:
         """
@@ -171,28 +205,38 @@ class RunState:
 
         Returns:
             `Path`: the checkpoint's folder.
+
+        Raises:
+            `NotSaved`: on every process, if one could not write.
         """
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{self.progress.global_step}"
         everyone = gather_object([files.random_state()])
-        with files.staged(folder, self.accelerator) as staging:
-            self.save_into(staging)
-            self._save_parts(staging)
+        with written_together(folder) as write:
             if self.accelerator.is_main_process:
-                self.progress.save_to_json(str(staging / TRAINER_STATE))
+                write(lambda: files.claim(output_dir, folder))
+        with staged(folder, self.accelerator) as (staging, write):
+            self._write_heads(staging, write)
+            self._write_parts(staging, write)
+            if self.accelerator.is_main_process:
+                write(lambda: self._save_progress(staging))
                 state = {
-                    "identity": self.identity(),
+                    "identity": self.identity,
                     "sequences": position.batches * self._sequences(),
                     "epoch": position.epoch,
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
                     "random": everyone,
                 }
-                torch.save(state, staging / files.STATE_FILE)
-        if self.accelerator.is_main_process:
-            files.drop_old(output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+                write(lambda: save_state(state, staging / files.STATE_FILE))
+        with written_together(folder) as write:
+            if self.accelerator.is_main_process:
+                write(lambda: files.drop_old(output_dir, self.args.save_total_limit))
         return folder
+
+    def _save_progress(self, folder: Path) -> None:
+        """Without what was logged, which is in a file of its own."""
+        replace(self.progress, log_history=[]).save_to_json(str(folder / TRAINER_STATE))
 
     def load_weights(self, checkpoint: Path) -> dict[str, Any]:
         """
@@ -205,11 +249,13 @@ class RunState:
             `InputError`: if it does not exist, is not whole, or is of another recipe.
         """
         saved = files.load_state(checkpoint)
-        files.check_fits(checkpoint, saved, self.identity())
+        differences = Differences.between(saved["identity"], self.identity, self.args.allow_changes)
+        differences.refuse(checkpoint)
+        saved["differences"] = differences
         saved["parts"] = {name: self._load_part(checkpoint, name) for name in self._parts()}
         for name, head in self.heads.items():
             # The heads on disk may hold an average; training goes on from where the gradient is taken.
-            weights = saved["parts"][name]["weights"] or load_file(checkpoint / name / files.WEIGHTS)
+            weights = saved["parts"][name]["weights"] or load_file(checkpoint / name / WEIGHTS)
             head.load_whole(weights)
         if self.adapter is not None:
             weights = saved["parts"][ADAPTER]["weights"]
@@ -236,7 +282,6 @@ class RunState:
         progress = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.progress.global_step = progress.global_step
         self.progress.num_input_tokens_seen = progress.num_input_tokens_seen
-        self.progress.log_history = progress.log_history
         _bring_to(lr_scheduler, progress.global_step)
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
@@ -245,17 +290,16 @@ class RunState:
         self.best.update(saved["best"])
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
+        saved["differences"].tell(checkpoint)
+        if saved["differences"].moves:
+            return Position()
         # What is left of a batch on another number of processes is passed over, so that nothing trains twice.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with a run that goes on from it, by its name in words."""
-        return {
-            "heads and latents": {name: plan.config.num_latents for name, plan in self.plans.items()},
-            "training.optim": self.args.optim,
-            "heads that train": list(self.plans) if self._trains_heads else [],
-            "shapes of a LoRA": [list(parameter.shape) for parameter in self.bank.adapter],
-        }
+    def begin_history(self, checkpoint: Path | None) -> None:
+        """Goes on with what was logged until a checkpoint, which may be another run's, or begins anew."""
+        source = Path(self.args.output_dir) if checkpoint is None else checkpoint.parent
+        self.progress.log_history = self.history.begin(self.progress.global_step, source)
 
     def _begun(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
         assert self.optimizer is not None and self.lr_scheduler is not None, "the run has not begun"
@@ -269,7 +313,7 @@ class RunState:
         """What has parameters of its own on this process: heads, and a LoRA."""
         return [*self.heads, *([ADAPTER] if self.adapter is not None else [])]
 
-    def _save_parts(self, staging: Path) -> None:
+    def _write_parts(self, staging: Path, write: Writing) -> None:
         """Writes beside each head what training it needs and using it does not."""
         optimizer, _ = self._begun()
         for name, head in self.heads.items():
@@ -279,11 +323,11 @@ class RunState:
                 "tokens_since_fired": self.spread.whole(head, "encoder.bias", self.tokens_since_fired[name]),
             }
             if self.spread.writes(name):
-                torch.save(part, staging / name / files.STATE_FILE)
+                write(partial(save_state, part, staging / name / files.STATE_FILE))
         if self.adapter is not None and self.accelerator.is_main_process:
             weights = {str(i): parameter.detach() for i, parameter in enumerate(self.bank.adapter)}
-            part = {"weights": weights, "optimizer": self.spread.states("lora", None, optimizer)}
-            torch.save(part, staging / ADAPTER / files.STATE_FILE)
+            lora = {"weights": weights, "optimizer": self.spread.states("lora", None, optimizer)}
+            write(lambda: save_state(lora, staging / ADAPTER / files.STATE_FILE))
 
     def _load_part(self, checkpoint: Path, name: str) -> dict[str, Any]:
         path = checkpoint / name / files.STATE_FILE

@@ -1,4 +1,3 @@
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,17 +28,20 @@ from ..processes.trackers import shown_settings
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from ..recipe.checks import check_objective
 from ..recipe.recipe import Recipe
-from ..runs import checkpoint as files
+from ..runs.lock import locked_together
 from ..runs.output_folder import OutputFolder, written_places
+from ..runs.writing import written_together
 from ..spread.choose import spread_heads
 from .assembly import assemble
 from .callbacks import FlowCallback, ProgressBar
 from .counters import Counters
+from .identity import identity_of
 from .interruption import Interruption
 from .k_schedule import k_at
 from .lora import add_lora, lora_targets
 from .optim import build_scheduler
 from .run_state import RunState
+from .saving import Saver
 from .start import start_heads
 
 
@@ -106,11 +108,12 @@ class SaeTrainer:
         adapter = None if lora is None else add_lora(model, lora_targets(base_of(model), plans, lora), lora)
         self.assembly = assemble(model, args, self.spread, site_widths(plans), list(exclude_tokens), lora, adapter)
         self.activations, self.objective = self.assembly.activations, self.assembly.objective
-        self.run_state = RunState(
-            args, {plan.name: plan for plan in plans}, self.assembly.bank, self.spread, adapter, recipe
-        )
+        identity = identity_of(plans, args, lora, model, recipe)
+        by_name = {plan.name: plan for plan in plans}
+        self.run_state = RunState(args, by_name, self.assembly.bank, self.spread, adapter, recipe, identity)
+        self.saver = Saver(self.run_state)
         places = written_places(self.plans, args, lora)
-        self.folder = OutputFolder(self.output_dir, places, args.run_name, writes_recipe=recipe is not None)
+        self.folder = OutputFolder(self.output_dir, places, args.run_name, recipe is not None, identity)
         # What takes a step, made when the run begins.
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: LRScheduler | None = None
@@ -186,8 +189,12 @@ class SaeTrainer:
                 cannot be used; or after all is saved, if it cannot be pushed.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
+        with locked_together(self.output_dir):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: bool | str | None) -> TrainOutput:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = self.folder.where_to_begin(resume, self.args.overwrite_output_dir)
+        checkpoint = raise_together(lambda: self.folder.where_to_begin(resume, self.args.overwrite_output_dir))
         batches = self._batches(self.train_dataset)
         position = self._begin(batches, checkpoint)
         if checkpoint is None and self.args.loss != "fvu":
@@ -264,7 +271,7 @@ class SaeTrainer:
         Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there
         is one, into `output_dir`, by default that of the arguments.
         """
-        self.run_state.save_into(Path(output_dir or self.args.output_dir))
+        self.run_state.save_heads(Path(output_dir or self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> Pushed | None:
@@ -322,13 +329,17 @@ class SaeTrainer:
             load_into(bank, match_heads(self.plans.values(), heads), heads)
         else:
             start_heads(bank, self.spread, self.activations, batches)
-        if checkpoint is None and self.accelerator.is_main_process:
-            self.folder.delete_leftovers()
+        with written_together(self.output_dir) as write:
+            if self.accelerator.is_main_process:
+                write(lambda: self.folder.begin(checkpoint))
         optimizer = self.assembly.optimizer()
         self.lr_scheduler = build_scheduler(optimizer, args, self.state.max_steps)
         self.optimizer = self.run_state.prepare(optimizer, self.lr_scheduler)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         position = Position() if checkpoint is None else self.run_state.restore(checkpoint, saved)
+        with written_together(self.output_dir) as write:
+            if self.accelerator.is_main_process:
+                write(lambda: self.run_state.begin_history(checkpoint))
         name = self.args.run_name or self.output_dir.resolve().name
         self.accelerator.init_trackers(name, config=shown_settings(self.args))
         return position
@@ -344,17 +355,18 @@ class SaeTrainer:
         if self.control.should_evaluate and self.eval_dataset is not None:
             self._evaluate_and_keep_best()
         if self.control.should_save or stops:
-            folder = self.run_state.save_checkpoint(position)
-            self._tell("on_save")
+            folder = self.saver.checkpoint(position)
+            if folder is not None:
+                self._tell("on_save")
         if stops:
             if self.publisher is not None:
                 self.publisher.finish(interrupted=True)
-            raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. Saved {folder}.")
+            saved = f"Saved {folder}." if folder is not None else self.saver.unsaved
+            raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. {saved}")
 
     def _write_log(self) -> None:
         values = self.counters.flush()
-        self.accelerator.log(values, step=self.state.global_step)
-        self.state.log_history.append({**values, "step": self.state.global_step})
+        self.saver.log(values)
         self._tell("on_log", values)
 
     def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -374,26 +386,7 @@ class SaeTrainer:
         self._tell("on_log", self.initial_metrics)
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
-        """Each head is kept by its own FVU; heads that were trained together by the loss that they share."""
         metrics = self.evaluate()
-        if not self.args.save_best:
-            return metrics
-        local = self.args.loss == "fvu"
-        losses = (
-            {name: f"eval/fvu/{name}" for name in self.plans} if local else {self.args.loss: f"eval/{self.args.loss}"}
-        )
-        for name, key in losses.items():
-            value = metrics[key]
-            if value < self.best.get(name, math.inf):
-                self.best[name] = value
-                self._save_best([name] if local else list(self.plans))
+        if self.args.save_best:
+            self.saver.keep_best(metrics)
         return metrics
-
-    def _save_best(self, names: list[str]) -> None:
-        folder = self.output_dir / "best"
-        if self.args.loss == "fvu":
-            self.run_state.save_into(folder, names)
-            return
-        # Heads that were trained together are of use only together.
-        with files.staged(folder, self.accelerator) as staging:
-            self.run_state.save_into(staging, names)

@@ -42,7 +42,6 @@ def make_run(folder: Path, heads, **kwargs) -> None:
     training = SaeTrainingArguments(output_dir="runs/tiny", max_steps=10, optim="adam", learning_rate=1e-3)
     data = DataArguments(path=DATA, name="small", ctx_len=16)
     Recipe(ModelArguments(name_or_path=LM, revision="v1"), data, heads, training).save(folder / "recipe.yaml")
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
     frequencies = {name: np.linspace(0, 0.1, plan.config.num_latents) for name, plan in trainer.plans.items()}
     save_file({k: v.astype(np.float32) for k, v in frequencies.items()}, folder / "latent_frequency.safetensors")
 
@@ -259,7 +258,7 @@ def test_what_cannot_be_read_is_named(bare, tmp_path):
         write_card(tmp_path / "missing")
     with pytest.raises(InputError, match="no SAE or transcoder"):
         write_card(tmp_path / "empty")
-    for file, content in (("metrics.json", "{"), ("recipe.yaml", "a: ["), ("trainer_state.json", "[]")):
+    for file, content in (("metrics.json", "{"), ("recipe.yaml", "a: ["), ("log_history.jsonl", "{")):
         (bare / file).write_text(content)
         with pytest.raises(InputError, match=rf"{file}' (cannot be read|holds a list)"):
             write_card(bare)
@@ -276,9 +275,9 @@ def test_what_cannot_be_read_is_named(bare, tmp_path):
         ("recipe.yaml", "data: {ctx_len: long}", "str 'long' as data.ctx_len, but must hold a whole number"),
         ("recipe.yaml", "heads: [3]", r"int 3 as heads\[0\], but must hold a mapping"),
         ("recipe.yaml", "training: {optim: [adam]}", "as training.optim, but must hold text"),
-        ("trainer_state.json", '{"log_history": 3}', "int 3 as log_history, but must hold a list"),
-        ("trainer_state.json", '{"log_history": [1]}', r"int 1 as log_history\[0\], but must hold a mapping"),
-        ("trainer_state.json", '{"log_history": [{"train/tokens": "x"}]}', "train/tokens, but must hold a number"),
+        ("log_history.jsonl", "3", "int 3 as line 1, but must hold a mapping"),
+        ("log_history.jsonl", "{}\n[1]", "list .1. as line 2, but must hold a mapping"),
+        ("log_history.jsonl", '{"train/tokens": "x"}', "train/tokens, but must hold a number"),
         ("metrics.json", '{"eval/fvu/h.0": "low"}', "str 'low' as eval/fvu/h.0, but must hold a number"),
         ("latent_frequency.safetensors", np.full(20, np.nan), r"of shape \(20,\); it holds other values"),
         ("latent_frequency.safetensors", np.zeros((4, 5)), r"another shape: \(4, 5\)"),

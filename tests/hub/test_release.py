@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 ROOT = Path(__file__).parents[2]
 HEADS = [f"layers.{i}/{name}" for i in (1, 2) for name in ("config.json", "model.safetensors")]
-REPORT = ["latent_frequency.safetensors", "metrics.json", "recipe.yaml", "trainer_state.json"]
+REPORT = ["latent_frequency.safetensors", "log_history.jsonl", "metrics.json", "recipe.yaml", "trainer_state.json"]
 ONE_HEAD = ["README.md", "config.json", "model.safetensors"]
 RELEASE = sorted(["README.md", *HEADS, *REPORT, "plots/firing_frequency.png", "plots/fvu.png"])
 # A commit to a repo that no client makes.
@@ -279,8 +279,8 @@ def test_folders_without_heads_of_ours_are_refused_before_anything_is_asked(hub,
     assert "There is no folder" in _refused(capsys, tmp_path / "nowhere", "user/new")
     convert(str(run), tmp_path / "theirs", "sparsify")
     assert "another library's layout" in _refused(capsys, tmp_path / "theirs", "user/new")
-    (run / "trainer_state.json").write_text('{"log_history": 3}')
-    assert "log_history, but must hold a list" in _refused(capsys, run, "user/new")
+    (run / "log_history.jsonl").write_text("3")
+    assert "line 1, but must hold a mapping" in _refused(capsys, run, "user/new")
     assert not hub.requests
 
 

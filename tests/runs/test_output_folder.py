@@ -50,8 +50,8 @@ def test_overwriting_deletes_what_a_run_left_and_nothing_else(tmp_path, ended):
     left = _files(tmp_path)
     assert mine.items() < left.items()
     new = {name.split("/")[0] for name in left.keys() - mine.keys()}
-    reports = {"latent_frequency.safetensors", "metrics.json", "trainer_state.json", "plots"}
-    assert new == {"checkpoint-3", "layers.0", *reports}
+    reports = {"latent_frequency.safetensors", "log_history.jsonl", "metrics.json", "trainer_state.json", "plots"}
+    assert new == {"checkpoint-3", "layers.0", "manifest.json", *reports}
 
 
 @pytest.mark.parametrize("output_dir", [".", "{}/x/..", "runs"])
@@ -67,21 +67,14 @@ def test_the_lm_that_a_run_reads_and_other_runs_outlive_it(place, tmp_path, monk
         assert before.items() < _files(target).items()
 
 
-def test_a_head_that_was_there_is_replaced_and_what_lies_beside_it_stays(tmp_path):
-    SaeModel(SaeConfig(d_in=24, k=4)).save_pretrained(tmp_path / "layers.1")
-    (tmp_path / "layers.1" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds another run .layers.1/config.json."):
-        tiny_trainer(tmp_path, max_steps=1).train()
-    tiny_trainer(tmp_path, max_steps=1, overwrite_output_dir=True).train()
-    assert (tmp_path / "layers.1" / "notes.txt").read_text() == "mine"
-    assert json.loads((tmp_path / "layers.1" / "config.json").read_text())["num_latents"] == 96
-
-
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda folder: tiny_llama().save_pretrained(folder / "layers.1"), "layers.1"),
+        (lambda folder: SaeModel(SaeConfig(d_in=24, k=4)).save_pretrained(folder / "layers.1"), "layers.1"),
+        (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "manifest.json"),
+        (lambda folder: (folder / "log_history.jsonl").write_text("{}"), "log_history.jsonl"),
         (lambda folder: (folder / "layers.1").write_text("mine"), "layers.1"),
         (lambda folder: tiny_llama().save_pretrained(folder / "checkpoint-1"), "checkpoint-1"),
         (lambda folder: (folder / "metrics.json").write_text('{"accuracy": 0.9}'), "metrics.json"),

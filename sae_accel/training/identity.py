@@ -1,0 +1,64 @@
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..bank.plans import HeadPlan
+from ..lm.hooks import Site
+from ..recipe.arguments import LoraArguments, SaeTrainingArguments
+from ..recipe.recipe import Recipe
+
+
+def identity_of(
+    plans: Iterable[HeadPlan],
+    args: SaeTrainingArguments,
+    lora: LoraArguments | None,
+    model: PreTrainedModel,
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:
+    """
+    What a run is, with which a checkpoint of it is compared before another run goes on from it.
+
+    Args:
+        plans (`Iterable[HeadPlan]`): All heads of the run.
+        args (`SaeTrainingArguments`): How it trains.
+        lora ([`LoraArguments`], *optional*): A LoRA that it trains.
+        model (`PreTrainedModel`): The LM, or its architecture.
+        recipe ([`Recipe`], *optional*): The recipe, which tells of the LM and the data more than a trainer knows.
+
+    Returns:
+        `dict[str, Any]`: the fields of a recipe by section, and those of `heads` by the name of each head, as JSON
+        gives them back.
+    """
+    told = {} if recipe is None else recipe.to_dict()
+    lm = told.get("model", {}) | {"name_or_path": _name(model)}
+    # A branch moves; a commit does not.
+    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+        lm["revision"] = commit
+    identity = {
+        "heads": {plan.name: _head(plan) for plan in plans},
+        "training": asdict(args),
+        "lora": None if lora is None else asdict(lora),
+        "model": lm,
+        **({"data": told["data"]} if told else {}),
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def _head(plan: HeadPlan) -> dict[str, Any]:
+    config = plan.config
+    settled = {name: getattr(config, name) for name in ("d_in", "d_out", "num_latents", "normalize_decoder")}
+    return asdict(plan.arguments) | settled | {"source": _in_words(plan.reads), "target": _in_words(plan.predicts)}
+
+
+def _in_words(sites: Iterable[Site]) -> str:
+    return ", ".join(f"the {site.side} of {site.module}" for site in sites)
+
+
+def _name(model: PreTrainedModel) -> str:
+    """An LM's name on the Hub, or the folder where it lies, however that was typed."""
+    name = model.name_or_path or ""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,0 +1,90 @@
+import math
+from pathlib import Path
+
+from ..common.errors import NotSaved, one_line
+from ..data.batches import Position
+from ..processes.agreement import say
+from ..runs import checkpoint as files
+from ..runs.history import KEPT_IN_MEMORY
+from .run_state import RunState
+
+
+class Saver:
+    """
+    Saves while a run goes on. What cannot be saved, such as on a disk that is full, is told in one line, and costs
+    neither the run nor what was saved before: the next save tries again.
+
+    Args:
+        run ([`RunState`]): What is saved.
+
+    Attributes:
+        unsaved (`str`, *optional*): Why the latest checkpoint, or the best heads, could not be saved.
+    """
+
+    def __init__(self, run: RunState):
+        self.run = run
+        self.args = run.args
+        self.unsaved: str | None = None
+        self._logs_fail = False
+
+    def checkpoint(self, position: Position) -> Path | None:
+        """
+        Writes a checkpoint; None if it could not.
+
+        Args:
+            position ([`Position`]): Where in the data the next step begins.
+        """
+        try:
+            folder = self.run.save_checkpoint(position)
+        except NotSaved as error:
+            self._tell(error)
+            if self.run.accelerator.is_main_process:
+                self._make_room()
+            return None
+        self.unsaved = None
+        return folder
+
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """
+        Keeps heads whose loss is the lowest so far: each by its own FVU; heads that were trained together by the loss
+        that they share.
+
+        Args:
+            metrics (`dict[str, float]`): Of an evaluation.
+        """
+        run, loss = self.run, self.args.loss
+        losses = {name: f"eval/fvu/{name}" for name in run.plans} if loss == "fvu" else {loss: f"eval/{loss}"}
+        for name, key in losses.items():
+            # What is no number is not below any.
+            if not metrics[key] < run.best.get(name, math.inf):
+                continue
+            try:
+                run.save_best(Path(self.args.output_dir) / "best", [name] if loss == "fvu" else list(run.plans))
+            except NotSaved as error:
+                self._tell(error)
+                return
+            run.best[name] = metrics[key]
+
+    def log(self, values: dict[str, float]) -> None:
+        """Hands values to the trackers, and adds them to the run's history."""
+        step, progress = self.run.progress.global_step, self.run.progress
+        entry = {**values, "step": step}
+        progress.log_history = [*progress.log_history, entry][-KEPT_IN_MEMORY:]
+        try:
+            self.run.accelerator.log(values, step=step)
+            if self.run.accelerator.is_main_process:
+                self.run.history.append(entry)
+        except OSError as error:
+            if not self._logs_fail:
+                say(f"Values could not be logged in {self.args.output_dir!r}: {one_line(error)}. Training goes on.")
+            self._logs_fail = True
+
+    def _tell(self, error: NotSaved) -> None:
+        self.unsaved = str(error)
+        say(f"{error} Training goes on, and the next save tries again.")
+
+    def _make_room(self) -> None:
+        """Deletes what the limit would let go once the checkpoint was there, but never the last one that is whole."""
+        limit = self.args.save_total_limit
+        if limit is not None and limit > 1:
+            files.drop_old(Path(self.args.output_dir), limit - 1)
