@@ -1,10 +1,14 @@
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..recipe.arguments import SaeTrainingArguments, secret_fields
+from .agreement import say
 
 
 def wanted_trackers(report_to: list[str]) -> list[str] | None:
@@ -33,3 +37,41 @@ def shown_settings(args: SaeTrainingArguments) -> dict[str, Any]:
         for key, value in asdict(args).items()
         if key not in hidden and isinstance(value, (int, float, str, bool))
     }
+
+
+def start_trackers(accelerator: Accelerator, name: str, args: SaeTrainingArguments) -> None:
+    """
+    Begins to log with what the run is to log with.
+
+    Args:
+        accelerator (`Accelerator`): Keeps the trackers.
+        name (`str`): The run's name in them.
+        args (`SaeTrainingArguments`): Shown by them as the run's settings.
+
+    Raises:
+        `InputError`: if they cannot write.
+    """
+    threading.excepthook = _quiet_for_writers
+    try:
+        accelerator.init_trackers(name, config=shown_settings(args))
+    except OSError as error:
+        raise InputError(
+            f"training.report_to: {', '.join(args.report_to)} cannot write its logs: {one_line(error)}. Set another "
+            "training.output_dir, or none."
+        ) from error
+
+
+def with_trackers(accelerator: Accelerator, work: Callable[[GeneralTracker], object]) -> None:
+    """Does `work` with each tracker. One that cannot write is left out from then on, and costs its logs alone."""
+    for tracker in list(accelerator.trackers):
+        try:
+            work(tracker)
+        except OSError as error:
+            accelerator.trackers.remove(tracker)
+            say(f"{tracker.name} can log no more: {one_line(error)}. Training goes on without it.")
+
+
+def _quiet_for_writers(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes from a thread, whose end is told in one line once the run uses it again."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+        threading.__excepthook__(args)

@@ -1,5 +1,6 @@
 """What differs between a checkpoint and the run that is to go on from it."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ def _in_words(differences: Mapping[str, str]) -> str:
 
 
 def _pair(theirs: Any, ours: Any) -> str:
-    shown = ("null" if value is None else str(value) for value in (theirs, ours))
-    return "{}, this run has {}".format(*shown)
+    there, here = (value if isinstance(value, str) else json.dumps(value) for value in (theirs, ours))
+    return f"{there}, this run has {here}"
 
 
 def _few(names: Iterable[str]) -> str:

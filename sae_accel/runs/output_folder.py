@@ -132,8 +132,9 @@ class OutputFolder:
         for place in (self.path / name for name in self.places):
             if place == self.path / BEST and place.is_dir():
                 # It is replaced whole, so nothing else may lie there.
-                foreign += [file for file in place.rglob("*") if not file.is_dir() and file not in left]
-            elif _is_taken(place) and not any(path == place or path.is_relative_to(place) for path in left):
+                files_of_best = (file for file in place.rglob("*") if not file.is_dir())
+                foreign += [file for file in files_of_best if not any(file.is_relative_to(path) for path in left)]
+            elif _is_taken(place) and not any(path.is_relative_to(place) for path in left):
                 foreign.append(place)
         return foreign
 
@@ -213,11 +214,11 @@ def _is_taken(place: Path) -> bool:
 
 
 def _head_files(folder: Path) -> list[Path]:
-    """The files of a head of ours, or of a LoRA."""
-    if folder.is_symlink():
-        return [folder]
+    """The files of a head of ours, perhaps without a config that a kill kept it from having, or of a LoRA."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder] if folder.is_symlink() else []
     if folder.name == ADAPTER:
         return sorted(folder.glob("adapter_*"))
-    if not _is_head(folder):
+    if (folder / "config.json").exists() and not _is_head(folder):
         return []
     return sorted(file for file in folder.iterdir() if _HEAD_FILES.fullmatch(file.name))

@@ -59,9 +59,8 @@ def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
     yield write
     free = shutil.disk_usage(_nearest_folder(what)).free
     if (reason := next((error for error in gather_objects(write.error) if error is not None), None)) is not None:
-        takes = f" It takes {in_units(needed)}, and" if needed else ""
-        free_there = f"{takes} {in_units(free)} {'are' if takes else 'Of room there are'} free there.".strip()
-        raise NotSaved(f"{str(what)!r} could not be saved: {reason}. {free_there}")
+        takes = f"It takes {in_units(needed)}, and " if needed else ""
+        raise NotSaved(f"{str(what)!r} could not be saved: {reason}. {takes}{in_units(free)} are free there.")
 
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:

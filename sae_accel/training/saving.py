@@ -2,8 +2,10 @@ import math
 from pathlib import Path
 
 from ..common.errors import NotSaved, one_line
+from ..common.run_files import HISTORY
 from ..data.batches import Position
 from ..processes.agreement import say
+from ..processes.trackers import with_trackers
 from ..runs import checkpoint as files
 from ..runs.history import KEPT_IN_MEMORY
 from .run_state import RunState
@@ -25,7 +27,6 @@ class Saver:
         self.run = run
         self.args = run.args
         self.unsaved: str | None = None
-        self._logs_fail = False
 
     def checkpoint(self, position: Position) -> Path | None:
         """
@@ -67,17 +68,21 @@ class Saver:
 
     def log(self, values: dict[str, float]) -> None:
         """Hands values to the trackers, and adds them to the run's history."""
-        step, progress = self.run.progress.global_step, self.run.progress
-        entry = {**values, "step": step}
+        progress = self.run.progress
+        entry = {**values, "step": progress.global_step}
         progress.log_history = [*progress.log_history, entry][-KEPT_IN_MEMORY:]
+        self.show(values)
+        if not self.run.accelerator.is_main_process:
+            return
         try:
-            self.run.accelerator.log(values, step=step)
-            if self.run.accelerator.is_main_process:
-                self.run.history.append(entry)
+            self.run.history.append(entry)
         except OSError as error:
-            if not self._logs_fail:
-                say(f"Values could not be logged in {self.args.output_dir!r}: {one_line(error)}. Training goes on.")
-            self._logs_fail = True
+            say(f"Step {progress.global_step} could not be added to {HISTORY}: {one_line(error)}. Training goes on.")
+
+    def show(self, values: dict[str, float]) -> None:
+        """Hands values to the trackers."""
+        step = self.run.progress.global_step
+        with_trackers(self.run.accelerator, lambda tracker: tracker.log(values, step=step))
 
     def _tell(self, error: NotSaved) -> None:
         self.unsaved = str(error)

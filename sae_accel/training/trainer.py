@@ -24,7 +24,7 @@ from ..lm.hooks import base_of
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
 from ..processes.agreement import gather_objects, raise_together
-from ..processes.trackers import shown_settings
+from ..processes.trackers import start_trackers, with_trackers
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from ..recipe.checks import check_objective
 from ..recipe.recipe import Recipe
@@ -218,8 +218,7 @@ class SaeTrainer:
         self.save_model()
         self.run_state.save_report(metrics, self.counters.frequencies)
         # Not end_training, which would part the processes, so that nothing could be evaluated after.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        with_trackers(self.accelerator, lambda tracker: tracker.finish())
         self.metrics = metrics
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -262,7 +261,7 @@ class SaeTrainer:
             )
         metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
         self.counters.frequencies = dict(self.objective.frequencies)
-        self.accelerator.log(metrics, step=self.state.global_step)
+        self.saver.show(metrics)
         self._tell("on_evaluate", metrics)
         return metrics
 
@@ -341,7 +340,7 @@ class SaeTrainer:
             if self.accelerator.is_main_process:
                 write(lambda: self.run_state.begin_history(checkpoint))
         name = self.args.run_name or self.output_dir.resolve().name
-        self.accelerator.init_trackers(name, config=shown_settings(self.args))
+        raise_together(lambda: start_trackers(self.accelerator, name, args))
         return position
 
     def _batches(self, dataset: Rows | None) -> Batches:
@@ -382,7 +381,7 @@ class SaeTrainer:
             rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
         metrics = self._measure(rows)
         self.initial_metrics.update({key.replace("eval/", "initial/"): value for key, value in metrics.items()})
-        self.accelerator.log(self.initial_metrics, step=0)
+        self.saver.show(self.initial_metrics)
         self._tell("on_log", self.initial_metrics)
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:

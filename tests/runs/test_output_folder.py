@@ -1,6 +1,5 @@
 """What a run deletes of what its folder holds, and what it refuses to write over."""
 
-import json
 from pathlib import Path
 
 import pytest
