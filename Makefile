@@ -21,6 +21,10 @@ quickstart: .venv/quickstart.stamp  ## Train two SAEs and a transcoder on a real
 test: .venv/test.stamp $(MODEL)  ## Run the tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
+soak: .venv/test.stamp  ## Kill runs at 200 random moments, and fail every file operation of one (half an hour)
+	for mode in "kills 200" "faults 1"; do rm -rf build/soak; HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python tests/runs/forced.py build/soak $$mode 2> /dev/null || exit 1; done
+
 benchmark: .venv/test.stamp $(MODEL)  ## Compare training speed with sparsify on this machine
 	$(BIN)/python benchmarks/throughput.py
 
@@ -51,4 +55,4 @@ $(MODEL): .venv/test.stamp
 	$(INSTALL) --editable ".[test]"
 	@touch $@
 
-.PHONY: help quickstart test benchmark style quality clean
+.PHONY: help quickstart test soak benchmark style quality clean

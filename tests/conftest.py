@@ -1,4 +1,3 @@
-import json
 import os
 from pathlib import Path
 
@@ -38,19 +37,6 @@ def real_lm() -> str:
 def place(tmp_path_factory):
     """A folder with an LM, its tokenizer and a text."""
     # Imported here, since the Hub's client reads the setting above when it is imported.
-    from tiny import VOCAB, tiny_llama
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tiny import write_place
 
-    folder = tmp_path_factory.mktemp("place")
-    tiny_llama().save_pretrained(folder / "lm")
-    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder / "lm"
-    )
-    ids = torch.randint(0, VOCAB - 2, (40, 30), generator=torch.Generator().manual_seed(0))
-    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"))

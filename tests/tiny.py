@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -18,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
@@ -97,6 +99,21 @@ def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **k
         held_out,
         **options,
     )
+
+
+def write_place(folder: Path) -> Path:
+    """An LM, its tokenizer and a text in a folder."""
+    tiny_llama().save_pretrained(folder / "lm")
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder / "lm"
+    )
+    ids = torch.randint(0, VOCAB - 2, (40, 30), generator=torch.Generator().manual_seed(0))
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def command_words(place, tmp_path, **changes) -> list[str]:

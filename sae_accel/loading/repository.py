@@ -1,5 +1,5 @@
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
@@ -8,6 +8,8 @@ from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..common.errors import InputError, one_line
+from ..common.manifest import Manifest
+from ..common.run_files import NOT_HEADS
 
 
 # Arguments of from_pretrained that say where and how files are found, rather than what becomes of them.
@@ -53,7 +55,7 @@ class Repository:
                 return [file.name, *(path.name for path in self.folder.iterdir() if path.suffix in (".json", ".yaml"))]
             if not self.folder.is_dir():
                 raise InputError(f"There is no folder {self.name!r}.")
-            return _list_folder(self.folder)
+            return _of_the_run(self.folder, _list_folder(self.folder))
         if not self.options.get("local_files_only"):
             try:
                 with hub_errors(self.name):
@@ -109,6 +111,19 @@ def _in_a_line(error: BaseException | None) -> str:
 
 def _is_local(name: str) -> bool:
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _of_the_run(folder: Path, files: list[str]) -> list[str]:
+    """Of a run's folder, which may hold LMs and other runs too, what is the run's own."""
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return files
+    parts = ((file, PurePosixPath(file)) for file in files)
+    return [
+        file
+        for file, path in parts
+        if len(path.parts) == 1 or str(path.parent) in manifest.places or NOT_HEADS.fullmatch(path.parts[0])
+    ]
 
 
 def _list_folder(folder: Path) -> list[str]:

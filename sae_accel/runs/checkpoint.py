@@ -12,9 +12,9 @@ import torch
 
 from ..common.errors import InputError
 from ..common.files import read_json, remove
+from ..common.manifest import Manifest
 from ..common.run_files import MANIFEST, TRAINER_STATE
 from ..processes.agreement import say
-from .manifest import Manifest
 
 
 STATE_FILE = "training_state.pt"
@@ -68,12 +68,21 @@ def claim(output_dir: Path, checkpoint: Path) -> None:
     manifest.write(output_dir)
 
 
-def drop_old(output_dir: Path, keep: int | None) -> None:
-    """Deletes all but the `keep` checkpoints that a run wrote last; none if `keep` is None."""
+def drop_old(output_dir: Path, keep: int | None, but_aside: bool = False) -> None:
+    """
+    Deletes the older checkpoints of a run.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        keep (`int`, *optional*): How many of those that were written last stay; all if None.
+        but_aside (`bool`, defaults to `False`): Delete nothing while there is one that was put aside.
+    """
     manifest = Manifest.read(output_dir)
     if keep is None or manifest is None:
         return
     own = [name for name in manifest.checkpoints if (output_dir / name).is_dir()]
+    if but_aside and not all(map(_CHECKPOINT.fullmatch, own)):
+        return
     for name in own[:-keep]:
         remove(output_dir / name)
     manifest.checkpoints = own[-keep:]

@@ -7,13 +7,13 @@ from ..cards.model_card import CARD, is_ours
 from ..cards.plots import FREQUENCY_PLOT, FVU_PLOT
 from ..common.errors import InputError
 from ..common.files import in_units, remove, size_of
+from ..common.manifest import Manifest
 from ..common.run_files import ADAPTER, MANIFEST, METRICS, RECIPE, RUN_FILES
 from ..hub.files import is_config_of_ours
 from ..processes.agreement import say
 from ..recipe.arguments import LoraArguments, SaeTrainingArguments
 from .checkpoint import checkpoints, newest_complete, put_aside, step_of
 from .differences import Differences
-from .manifest import Manifest
 
 
 BEST, LOGS = "best", "logs"

@@ -298,7 +298,10 @@ class RunState:
 
     def begin_history(self, checkpoint: Path | None) -> None:
         """Goes on with what was logged until a checkpoint, which may be another run's, or begins anew."""
-        source = Path(self.args.output_dir) if checkpoint is None else checkpoint.parent
+        output_dir = Path(self.args.output_dir)
+        # A kill may have come between the last save and this.
+        files.drop_old(output_dir, self.args.save_total_limit, but_aside=True)
+        source = output_dir if checkpoint is None else checkpoint.parent
         self.progress.log_history = self.history.begin(self.progress.global_step, source)
 
     def _begun(self) -> tuple[torch.optim.Optimizer, LRScheduler]:

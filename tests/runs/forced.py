@@ -2,7 +2,7 @@
 Runs that are killed, or whose disk fails, and are started again with the same command until they end.
 
     python tests/runs/forced.py FOLDER kills COUNT     kills at random moments
-    python tests/runs/forced.py FOLDER faults          a kill, and a failure, at every file operation
+    python tests/runs/forced.py FOLDER faults EVERY    a kill, and a failure, at every file operation, or each n-th
 
 Each run is forked from this process, which has imported all that it needs, so that one takes a second. What was found
 is printed as JSON: `tried`, `survived`, and `lost`, which tells of each run that did not end as one that was never
@@ -26,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import safetensors.torch
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from tiny import command_words
+from tiny import command_words, write_place
 
+import sae_accel.training.run  # noqa: F401  So that children need not import it.
 from sae_accel.runs.checkpoint import newest_complete
 from sae_accel.train import main
 
 
-PLACE = Path(os.environ["PLACE"])
 CHANGES = {
     "training.max_steps": 7,
     "training.save_steps": 2,
@@ -55,7 +56,7 @@ def start(folder: Path, before=lambda: None) -> int:
     status = 70
     try:
         before()
-        words = command_words(PLACE, folder, **CHANGES | {"training.output_dir": folder / "run"})
+        words = command_words(folder.parent / "place", folder, **CHANGES | {"training.output_dir": folder / "run"})
         with open(folder / "said.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
             status = main(words)
     finally:
@@ -71,7 +72,8 @@ def result(folder: Path) -> dict:
     """What a run that has ended leaves, but for what tells of time."""
     heads = {str(file): load_file(folder / file) for file in sorted(_weights(folder))}
     steps = [json.loads(line)["step"] for line in (folder / "run/log_history.jsonl").read_text().splitlines()]
-    left = sorted(path.name for path in (folder / "run").iterdir())
+    # What could not be deleted is left beside, under a hidden name.
+    left = sorted(path.name for path in (folder / "run").glob("[!.]*"))
     return {"heads": heads, "steps": steps, "left": left}
 
 
@@ -80,7 +82,7 @@ def _weights(folder: Path):
 
 
 def same(one: dict, other: dict, whole: bool = True) -> bool:
-    """Whether two runs left the same; of one that could not save all, `whole` being false, the same heads."""
+    """Whether two runs left the same; of one that could not save all, `whole` being false, the same final heads."""
     if whole and one != other | {"heads": one["heads"]}:
         return False
     if whole and one["heads"].keys() != other["heads"].keys():
@@ -195,9 +197,10 @@ def fail_everywhere(folder: Path, every: int) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # Drawing would take three quarters of the time.
+    Figure.savefig = lambda figure, path, **_: Path(path).touch()
     folder, mode, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    # Imports of a first run, which children then share; and data that is tokenised and kept.
-    import sae_accel.training.run  # noqa: F401
-
+    (folder / "place").mkdir(parents=True)
+    write_place(folder / "place")
     found = kill_at_random(folder, count) if mode == "kills" else fail_everywhere(folder, count)
     print(json.dumps(found))

@@ -7,8 +7,8 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.files import read_json, write_json
-from ..common.run_files import MANIFEST
+from .files import read_json, write_json
+from .run_files import MANIFEST
 
 
 # What a kill can leave of a checkpoint that was being written or pushed.
