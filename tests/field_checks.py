@@ -168,6 +168,13 @@ def goes_on(field: str, runs: Runs) -> None:
     assert_equal(earlier.weights(), runs().weights())
 
 
+def lets_a_run_go_on_with_changes(field: str, runs: Runs) -> None:
+    changed = EVERY_STEP | {"training.resume_from_checkpoint": "true", "heads.k": 6, "training.max_steps": 4}
+    runs.inside("allowed", EVERY_STEP)
+    assert "heads.k 4, this run has 6" in str(runs.inside("allowed", changed).refusal)
+    assert runs.inside("allowed", changed | {field: "heads.k"}).config("k") == 6
+
+
 def does_nothing_alone(field: str, runs: Runs) -> None:
     assert_equal(runs({field: "true"}).weights(), runs().weights())
 

@@ -296,6 +296,7 @@ FIELDS: dict[str, Check] = {
     ),
     "training.save_best": field_checks.keeps_the_best,
     "training.resume_from_checkpoint": field_checks.goes_on,
+    "training.allow_changes": field_checks.lets_a_run_go_on_with_changes,
     "training.push_to_hub": both(
         Shows("pushed_to", {"false": [], "true": ["user/FOLDER"]}), field_checks.makes_the_repo_first
     ),

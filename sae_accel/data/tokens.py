@@ -70,7 +70,7 @@ def load_tokens(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *,
         `InputError`: if the data cannot be found or read, holds ids that the LM does not know, or is too little.
     """
     if arguments.path.endswith(".bin"):
-        sequences = TokenFile(arguments.path, arguments.ctx_len, vocab_size, arguments.token_dtype)
+        sequences = TokenFile(arguments.path, arguments.sequence_length, vocab_size, arguments.token_dtype)
     else:
         sequences = _tokenized(open_dataset(arguments), arguments, tokenizer, vocab_size)
     if isinstance(sequences, IterableDataset):
@@ -96,7 +96,12 @@ def _tokenized(
     columns = _columns(dataset, first)
     if "input_ids" not in columns:
         return _pack(
-            dataset, tokenizer, arguments.ctx_len, arguments.text_column, arguments.num_proc, vocab_size=vocab_size
+            dataset,
+            tokenizer,
+            arguments.sequence_length,
+            arguments.text_column,
+            arguments.num_proc,
+            vocab_size=vocab_size,
         )
     kept: list[str] = [column for column in ("input_ids", "attention_mask") if column in columns]
     for column in kept:
@@ -107,7 +112,7 @@ def _tokenized(
         batched=True,
         remove_columns=columns,
         features=_features(kept),
-        fn_kwargs={"ctx_len": arguments.ctx_len, "columns": kept, "vocab_size": vocab_size},
+        fn_kwargs={"ctx_len": arguments.sequence_length, "columns": kept, "vocab_size": vocab_size},
         **_progress(dataset, arguments.num_proc, "Cutting"),
     )
 
@@ -207,8 +212,9 @@ def _split_stream(stream: IterableDataset, arguments: DataArguments) -> tuple[It
 def _check_enough(sequences: int, arguments: DataArguments) -> None:
     if sequences <= arguments.eval_examples:
         raise InputError(
-            f"The data has {sequences} sequences of data.ctx_len = {arguments.ctx_len}, and data.eval_examples holds "
-            f"out {arguments.eval_examples}, so that none is left to train on. Lower one of them, or use more data."
+            f"The data has {sequences} sequences of data.ctx_len = {arguments.sequence_length}, and "
+            f"data.eval_examples holds out {arguments.eval_examples}, so that none is left to train on. Lower one of "
+            "them, or use more data."
         )
 
 

@@ -72,12 +72,18 @@ class _Run:
                 for hook in hooks:
                     stack.callback(hook.remove)
             stack.enter_context(record(base_model, sites, note))
-            _run(base_model, rows, ctx_len)
+            run_on_tokens(base_model, rows, ctx_len)
         for around in self.once_around.values():
             around &= {name for name, count in calls.items() if count == 1}
 
 
-def _run(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
+def run_on_tokens(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
+    """
+    Runs an LM, which may be on the meta device, on some tokens, or images.
+
+    Raises:
+        [`ProbeFailed`]: if it cannot be run.
+    """
     try:
         token_model(base_model)(**_inputs(base_model, rows, ctx_len))
     except InputError:

@@ -25,6 +25,7 @@ from ..recipe.recipe import Recipe
 from ..spread.latents import latent_bounds
 from ..spread.placement import num_parameters, place_heads
 from ..spread.zero import LEAN
+from ..training.look_ahead import look_ahead
 from ..training.lora import add_lora, lora_targets
 from .launch import Launch
 from .rehearsal import Rehearsal, Share, rehearse
@@ -72,19 +73,25 @@ class ProcessMemory:
 
 def show_plan(recipe: Recipe, processes: int | None = None) -> None:
     """
-    Prints what each process of a run would hold and need of memory.
+    Prints what each process of a run would hold and need of memory, and what its checkpoints need of the disk.
 
     Args:
         recipe ([`Recipe`]): The run.
         processes (`int`, *optional*): How many processes; as many as were started if not given.
 
     Raises:
-        `InputError`: if the run would be refused for its LM, its heads or the number of processes.
+        `InputError`: if the run would be refused.
     """
     launch = Launch.of(recipe.training, processes)
-    plan = plan_memory(recipe, launch)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(memory_table(plan, launch))
+    first = int(os.environ.get("RANK", 0)) == 0
+    if recipe.model.shard:
+        check_sharding(with_lm_head=recipe.training.loss != "fvu", processes=launch.processes)
+    # Whether it is sharded is nothing to the process that plans, which may be alone.
+    whole = replace(recipe, model=replace(recipe.model, shard=False))
+    ahead = look_ahead(whole, launch.processes, writes=first)
+    plan = plan_memory(replace(recipe, data=ahead.recipe.data), launch)
+    if first:
+        print("\n\n".join(part for part in (memory_table(plan, launch), ahead.room) if part))
 
 
 def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
@@ -162,7 +169,7 @@ def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share
     count, widths = launch.processes, site_widths(plans)
     if launch.way == "distribute_modules":
         training = recipe.training
-        tokens = training.per_device_train_batch_size * recipe.data.ctx_len * count
+        tokens = training.per_device_train_batch_size * recipe.data.sequence_length * count
         placed = place_heads(plans, count, tokens)
         needs = [list(site_widths(own)) for own in placed]
         return [Share(own, widths, needs, index) for index, own in enumerate(placed)]

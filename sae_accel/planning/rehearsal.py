@@ -111,7 +111,7 @@ class _Stage:
         spread = _RehearsedSpread(device, share)
         assembly = assemble(lm, training, spread, share.widths, exclude, recipe.lora, adapter)
         self.bank, self.objective, self.optimizer = assembly.bank, assembly.objective, assembly.optimizer()
-        ids = torch.zeros(training.per_device_train_batch_size, recipe.data.ctx_len, dtype=torch.long)
+        ids = torch.zeros(training.per_device_train_batch_size, recipe.data.sequence_length, dtype=torch.long)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.window = [self.batch] * min(2, training.gradient_accumulation_steps)
         self.keeps_gradients = share.keeps_gradients

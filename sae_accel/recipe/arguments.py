@@ -1,6 +1,9 @@
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from ..common.errors import InputError
 
 
 # Kinds of heads, with the fields of an entry that each refuses, and why. `sae_accel.models.register` adds to them.
@@ -13,6 +16,9 @@ KINDS: dict[str, dict[str, str]] = {
 }
 
 
+DEFAULT_CTX_LEN = 2048
+
+
 class Help(str):
     """
     What a field means, with what else is known of it. `HfArgumentParser` gives a field's metadata to `argparse` as
@@ -21,6 +27,7 @@ class Help(str):
     Args:
         text (`str`): What `--help` prints.
         minimum (`float`, *optional*): The least value that is allowed.
+        maximum (`float`, *optional*): The largest value that is allowed.
         above (`float`, *optional*): Values must be larger than this.
         secret (`bool`, defaults to `False`): Whether the value must never reach a file or a tracker.
         device_keys (`bool`, defaults to `False`): Whether it is a mapping by devices or modules, with their own names.
@@ -28,6 +35,7 @@ class Help(str):
     """
 
     minimum: float | None
+    maximum: float | None
     above: float | None
     secret: bool
     device_keys: bool
@@ -41,10 +49,11 @@ class Help(str):
         secret: bool = False,
         device_keys: bool = False,
         choices: Iterable[str] | None = None,
+        maximum: float | None = None,
     ) -> "Help":
         self = super().__new__(cls, text)
         self.minimum, self.above, self.secret, self.device_keys = minimum, above, secret, device_keys
-        self.choices = choices
+        self.choices, self.maximum = choices, maximum
         return self
 
 
@@ -119,7 +128,9 @@ class DataArguments:
     token_dtype: Literal["uint16", "uint32"] | None = _option(
         None, "Width of the ids in a `.bin` file; uint16 if not set and the vocabulary fits in it, else uint32."
     )
-    ctx_len: int = _option(2048, "Tokens in a sequence.", minimum=2)
+    ctx_len: int | None = _option(
+        None, "Tokens in a sequence; the least of 2,048 and what the LM has positions for if not set.", minimum=2
+    )
     max_examples: int | None = _option(
         None, "Read at most this many sequences for training; all if not set.", minimum=1
     )
@@ -128,11 +139,18 @@ class DataArguments:
     )
     exclude_tokens: list[int] = _option([], "Token ids that train nothing and count in no metric, such as BOS.")
     shuffle_seed: int | None = _option(
-        42, "Seed of the order of the sequences (streaming: within a buffer of 1,000); null keeps the dataset's order."
+        42,
+        "Seed of the order of the sequences (streaming: within a buffer of 1,000); null keeps the dataset's order.",
+        minimum=0,
     )
     num_proc: int | None = _option(
         None, "Processes for tokenisation; one if not set. Not used when streaming.", minimum=1
     )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a sequence, where no LM has a say in it."""
+        return self.ctx_len or DEFAULT_CTX_LEN
 
 
 @dataclass(kw_only=True)
@@ -288,7 +306,12 @@ class SaeTrainingArguments:
         "Clip the gradient's norm, head by head; no clipping if not set. Not with signum, which steps by signs.",
         above=0.0,
     )
-    seed: int = _option(42, "Seed of everything random but the heads' weights and the data's order.", minimum=0)
+    seed: int = _option(
+        42,
+        "Seed of everything random but the heads' weights and the data's order.",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
     logging_steps: int = _option(
         10, "Optimizer steps between logged values, which are means over those steps.", minimum=1
     )
@@ -326,6 +349,11 @@ class SaeTrainingArguments:
     report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 
     def __post_init__(self) -> None:
+        if not self.output_dir.strip():
+            raise InputError("training.output_dir: it is empty. Name a folder; the present one is a dot.")
+        for name in ("output_dir", "init_from", "resume_from_checkpoint"):
+            if isinstance(path := getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(path))
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
         if isinstance(self.allow_changes, str):

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import get_args, get_type_hints
 
 from ..common.errors import InputError, near
@@ -187,7 +188,7 @@ def check_schedule(training: SaeTrainingArguments) -> None:
     Raises:
         `InputError`: if there is no such schedule, or it or clipping does not fit the optimizer or the run.
     """
-    schedule, warmup = training.lr_scheduler_type, training.warmup_steps
+    schedule = training.lr_scheduler_type
     if schedule is not None and schedule not in SCHEDULES:
         from transformers import SchedulerType
 
@@ -207,9 +208,33 @@ def check_schedule(training: SaeTrainingArguments) -> None:
             "training.max_grad_norm: signum steps by the sign of the gradient, which clipping leaves as it is. Remove "
             "it, or use another training.optim."
         )
+
+
+def check_steps(training: SaeTrainingArguments, entries: Mapping[str, HeadArguments], steps: int) -> None:
+    """
+    Checks that what changes with the steps of a run comes to its end within it.
+
+    Args:
+        training (`SaeTrainingArguments`): With the warm-up.
+        entries (`Mapping[str, HeadArguments]`): With the steps over which k falls, each by its name for a user.
+        steps (`int`): Optimizer steps of the run.
+
+    Raises:
+        `InputError`: if the run ends before.
+    """
+    warmup = training.warmup_steps
     # Below 1, warmup_steps is a part of the run.
-    if training.max_steps is not None and warmup is not None and warmup >= max(1, training.max_steps):
-        raise InputError(f"training.warmup_steps: {warmup:g} is not below training.max_steps, {training.max_steps}.")
+    if warmup is not None and warmup >= max(1, steps):
+        raise InputError(
+            f"training.warmup_steps: {warmup:g} is not below the {steps} steps of the run. Lower it, or train for "
+            "longer."
+        )
+    for where, entry in entries.items():
+        if entry.k_decay_steps > steps:
+            raise InputError(
+                f"{where}.k_decay_steps: {entry.k_decay_steps} is more than the {steps} steps of the run, which would "
+                f"end before k has come down to {entry.k}. Lower it, or train for longer."
+            )
 
 
 def check_trackers(report_to: list[str]) -> None:

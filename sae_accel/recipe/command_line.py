@@ -106,7 +106,7 @@ def _filled(text: str, width: int, first: int, rest: int) -> str:
 
 def _range(help: Help) -> str:
     if help.minimum is not None:
-        return f", at least {help.minimum:g}"
+        return f", at least {help.minimum:g}" + ("" if help.maximum is None else f" and at most {help.maximum}")
     return "" if help.above is None else f", above {help.above:g}"
 
 

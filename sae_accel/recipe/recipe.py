@@ -16,7 +16,7 @@ from .arguments import (
     secret_fields,
 )
 from .changes import check_allowed
-from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_trackers
+from .checks import check_entry, check_hub, check_model, check_objective, check_schedule, check_steps, check_trackers
 from .overrides import advice, with_values
 from .schema import field_hints, shown, typed
 from .yaml_file import read_yaml
@@ -92,6 +92,9 @@ class Recipe:
         _check_init_from(self.training)
         check_hub(self.training)
         check_schedule(self.training)
+        if self.training.max_steps is not None:
+            entries = {f"heads[{i}]": entry for i, entry in enumerate(self.heads)}
+            check_steps(self.training, entries, self.training.max_steps)
         check_trackers(self.training.report_to)
         check_allowed(self.training.allow_changes)
 

@@ -78,6 +78,8 @@ def _in_range(value: Any, help: Help, path: str) -> Any:
         raise InputError(f"{path}: found {value}, it must be finite.")
     if help.minimum is not None and value < help.minimum:
         raise InputError(f"{path}: found {value}, the least allowed is {help.minimum}.")
+    if help.maximum is not None and value > help.maximum:
+        raise InputError(f"{path}: found {value}, the largest allowed is {help.maximum}.")
     if help.above is not None and value <= help.above:
         raise InputError(f"{path}: found {value}, it must be above {help.above:g}.")
     if isinstance(value, dict) and help.device_keys:

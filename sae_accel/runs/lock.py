@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import psutil
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError
 from ..processes.agreement import raise_together, say, this_process
+from .room import made, write_errors
 
 
 try:
@@ -41,24 +42,17 @@ def locked(folder: Path) -> Iterator[None]:
     if key in _HELD:
         yield
         return
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(folder / LOCK)
-    except OSError as error:
-        raise InputError(
-            f"training.output_dir: {str(folder)!r} cannot be written to: {one_line(error)}. Set another."
-        ) from error
-    _HELD.add(key)
-    try:
-        yield
-    finally:
-        _HELD.discard(key)
-        # Before it is let go, so that nobody takes a file that is about to go.
-        (key / LOCK).unlink(missing_ok=True)
-        os.close(handle)
-        if made and key.is_dir() and not any(key.iterdir()):
-            key.rmdir()
+    with made(folder):
+        with write_errors(folder):
+            handle = _take(folder / LOCK)
+        _HELD.add(key)
+        try:
+            yield
+        finally:
+            _HELD.discard(key)
+            # Before it is let go, so that nobody takes a file that is about to go.
+            (key / LOCK).unlink(missing_ok=True)
+            os.close(handle)
 
 
 @contextmanager

@@ -2,31 +2,23 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
-from ..bank.plans import HeadPlan, plan_heads
+from ..bank.plans import HeadPlan
 from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
-from ..lm.bitsandbytes_backend import require_bitsandbytes
-from ..lm.hooks import base_of
-from ..lm.load import load_architecture, load_lm, load_tokenizer
-from ..lm.probe import ProbeFailed
-from ..processes.agreement import first_on_node, raise_together, this_process
+from ..lm.load import load_lm, load_tokenizer
+from ..processes.agreement import first_on_node, raise_together, say, this_process
 from ..processes.alike import check_alike
 from ..processes.launched import check_launched
 from ..processes.watch import Watch
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
-from ..runs.checkpoint import load_state, newest_complete
+from ..runs.checkpoint import newest_complete
 from ..runs.closing_message import closing_message
-from ..runs.differences import Differences
 from ..runs.lock import locked_together
-from ..runs.output_folder import OutputFolder, written_places
-from ..spread.placement import place_heads
-from .identity import identity_of
-from .lora import lora_targets
+from .look_ahead import look_ahead
 from .trainer import SaeTrainer
 
 
@@ -60,10 +52,13 @@ def run(recipe: Recipe) -> SaeTrainer:
 
 
 def _trainer(recipe: Recipe) -> SaeTrainer:
+    process = this_process()
+    recipe, plans, checkpoint, room = raise_together(
+        lambda: look_ahead(recipe, process.num_processes, process.is_main_process)
+    )
     training = recipe.training
-    architecture = raise_together(lambda: _architecture(recipe))
-    plans = raise_together(lambda: _plans_before_loading(recipe, architecture))
-    checkpoint = raise_together(lambda: _where_to_begin(recipe, plans, architecture))
+    if room:
+        say(room)
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
     init_from = training.init_from if checkpoint is None else None
@@ -99,40 +94,6 @@ def _trainer(recipe: Recipe) -> SaeTrainer:
 def _open_repo(training: SaeTrainingArguments) -> None:
     if this_process().is_main_process:
         open_repo(hub_repo(training), training.hub_private_repo)
-
-
-def _architecture(recipe: Recipe) -> PreTrainedModel:
-    if recipe.training.optim == "adam8bit":
-        require_bitsandbytes("training.optim", recipe.training.optim)
-    return load_architecture(recipe.model, with_lm_head=recipe.training.loss != "fvu")
-
-
-def _plans_before_loading(recipe: Recipe, architecture: PreTrainedModel) -> list[HeadPlan] | None:
-    """Finds, before the LM's weights are read, what would end the run after that. None if it runs on values only."""
-    training = recipe.training
-    try:
-        plans = plan_heads(architecture, recipe.heads, spliced=training.loss != "fvu")
-    except ProbeFailed:
-        # The same checks come once the LM is loaded.
-        return None
-    if training.distribute_modules:
-        place_heads(plans, this_process().num_processes, recipe.data.ctx_len)
-    if recipe.lora is not None:
-        lora_targets(base_of(architecture), plans, recipe.lora)
-    return plans
-
-
-def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> Path | None:
-    """The checkpoint that the run goes on from, if any; refuses before the LM is read what the trainer would."""
-    training = recipe.training
-    places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
-    identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)
-    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)
-    checkpoint = folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
-    if checkpoint is not None:
-        theirs = load_state(checkpoint)["identity"]
-        Differences.between(theirs, identity, training.allow_changes).refuse(checkpoint)
-    return checkpoint
 
 
 def _show_matches(plans: list[HeadPlan], init_from: str) -> None:

@@ -30,6 +30,7 @@ from ..runs.writing import WEIGHTS, Writing, save_head, save_state, staged, writ
 from ..spread.base import Spread
 from .lora import save_lora
 from .optim import Signum
+from .sizes import checkpoint_bytes
 
 
 class RunState:
@@ -215,7 +216,7 @@ class RunState:
         with written_together(folder) as write:
             if self.accelerator.is_main_process:
                 write(lambda: files.claim(output_dir, folder))
-        with staged(folder, self.accelerator) as (staging, write):
+        with staged(folder, self.accelerator, self._checkpoint_bytes()) as (staging, write):
             self._write_heads(staging, write)
             self._write_parts(staging, write)
             if self.accelerator.is_main_process:
@@ -233,6 +234,11 @@ class RunState:
             if self.accelerator.is_main_process:
                 write(lambda: files.drop_old(output_dir, self.args.save_total_limit))
         return folder
+
+    def _checkpoint_bytes(self) -> int:
+        trains_heads = any(parameter.requires_grad for parameter in self.bank.heads.parameters())
+        shapes = [parameter.shape for parameter in self.bank.adapter]
+        return checkpoint_bytes(self.plans.values(), self.args, shapes, trains_heads)
 
     def _save_progress(self, folder: Path) -> None:
         """Without what was logged, which is in a file of its own."""

@@ -26,7 +26,7 @@ from ..processes.accelerator import make_accelerator
 from ..processes.agreement import gather_objects, raise_together
 from ..processes.trackers import start_trackers, with_trackers
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
-from ..recipe.checks import check_objective
+from ..recipe.checks import check_objective, check_steps
 from ..recipe.recipe import Recipe
 from ..runs.lock import locked_together
 from ..runs.output_folder import OutputFolder, written_places
@@ -320,6 +320,8 @@ class SaeTrainer:
     def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
         """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
         self.state.max_steps = batches.max_steps()
+        entries = {f"head {name!r}: heads": plan.arguments for name, plan in self.plans.items()}
+        check_steps(self.args, entries, self.state.max_steps)
         bank, args, init_from = self.run_state.bank, self.args, self.args.init_from
         if checkpoint is not None:
             saved = raise_together(lambda: self.run_state.load_weights(checkpoint))

@@ -40,8 +40,14 @@ def _other_value(hint, default):
     return {int: 7, float: 0.25, str: "x1", bool: not default, dict: {"a": 1}}[get_origin(hint) or hint]
 
 
+# Of strings that are not free.
+NAMES = {"allow_changes": ["data.path", "heads.k"]}
 EVERY_FIELD = [
-    (section, option.name, _other_value(field_hints(arguments)[option.name], default_of(option)))
+    (
+        section,
+        option.name,
+        NAMES.get(option.name) or _other_value(field_hints(arguments)[option.name], default_of(option)),
+    )
     for section, arguments in SECTIONS.items()
     for option in fields(arguments)
 ]
@@ -159,7 +165,7 @@ def test_missing_sections_have_their_defaults(tmp_path):
         (["--model.revision", "main", "--model.revision", "null"], "model", "revision", None),
         (["--model.revision", "-x"], "model", "revision", "-x"),
         (["--model.revision=--x=y"], "model", "revision", "--x=y"),
-        (["--data.shuffle_seed", "-5"], "data", "shuffle_seed", -5),
+        (["--data.shuffle_seed", "5"], "data", "shuffle_seed", 5),
         (["--data.shuffle_seed", "null"], "data", "shuffle_seed", None),
         (["--data.streaming=false"], "data", "streaming", False),
         (["--data.streaming", "--data.num_proc", "2"], "data", "streaming", True),
@@ -309,7 +315,7 @@ def test_one_glob_needs_no_list():
         ("training: {lr_scheduler_type: greedy, optim: adam}", "needs arguments .* Allowed are linear, cosine, "),
         ("training: {lr_scheduler_type: linear}", "signum is schedule-free"),
         ("training: {max_grad_norm: 1.0}", "signum steps by the sign of the gradient"),
-        ("training: {max_steps: 5, warmup_steps: 5}", "not below training.max_steps, 5"),
+        ("training: {max_steps: 5, warmup_steps: 5}", "warmup_steps: 5 is not below the 5 steps"),
         ("heads: [{hookpoints: a, layers: [1]}]", "hookpoints and layers are two ways"),
         ("heads: [{source: a}]", r"heads\[0\].source: only a transcoder has one"),
         ("heads: [{skip_connection: true}]", r"heads\[0\].skip_connection: only a transcoder has one"),
@@ -319,6 +325,10 @@ def test_one_glob_needs_no_list():
         ("heads: [{k: 3, num_latents: 8, multi_topk: true}]", "selects 4 . k = 12 latents"),
         ("heads: [{activation: groupmax, multi_topk: true}]", "goes with activation topk"),
         ("heads: [{name: a/b}]", "'a/b' cannot be the name of a head's folder"),
+        ("heads: [{k_decay_steps: 9}]\ntraining: {max_steps: 8}", "k_decay_steps: 9 is more than the 8 steps"),
+        ("training: {output_dir: ''}", "training.output_dir: it is empty"),
+        ("training: {seed: 4294967296}", "training.seed: found 4294967296, the largest allowed is 4294967295"),
+        ("data: {shuffle_seed: -1}", "data.shuffle_seed: found -1, the least allowed is 0"),
         ("heads: [{name: best}]", "'best' cannot be the name of a head's folder"),
         ("heads: [{k: 5}, {layers: [1]}, {k: 5}]", r"heads\[2\]: the same as heads\[0\] in every field"),
         ("heads:\n  - {k: 4, k: 5}", "line 2, column 12: key 'k' stands twice"),

@@ -1,0 +1,101 @@
+"""What can be known of a run before its LM's weights are read."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from ..bank.plans import HeadPlan, plan_heads
+from ..lm.bitsandbytes_backend import require_bitsandbytes
+from ..lm.hooks import base_of
+from ..lm.load import load_architecture
+from ..lm.positions import settled_ctx_len
+from ..lm.probe import ProbeFailed
+from ..recipe.recipe import Recipe
+from ..runs.checkpoint import load_state
+from ..runs.differences import Differences
+from ..runs.output_folder import OutputFolder, written_places
+from ..runs.room import check_room, check_writable
+from ..spread.placement import place_heads
+from .identity import identity_of
+from .lora import lora_targets
+from .sizes import adapter_shapes, checkpoint_bytes, head_bytes
+
+
+class Prospect(NamedTuple):
+    """
+    What is known of a run before it begins.
+
+    Args:
+        recipe ([`Recipe`]): With what the LM decides, such as `data.ctx_len`.
+        plans (`list[HeadPlan]`, *optional*): Its heads; None if the LM has to be loaded to find them.
+        checkpoint (`Path`, *optional*): What it goes on from.
+        room (`str`): What its checkpoints take of the disk, in words; empty if that is not known.
+    """
+
+    recipe: Recipe
+    plans: list[HeadPlan] | None
+    checkpoint: Path | None
+    room: str
+
+
+def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
+    """
+    Finds what would end a run later.
+
+    Args:
+        recipe ([`Recipe`]): The run.
+        processes (`int`): How many processes train.
+        writes (`bool`): Whether this process is the one that tries the output folder.
+
+    Raises:
+        `InputError`: if something in the recipe cannot be used.
+    """
+    training, output_dir = recipe.training, Path(recipe.training.output_dir)
+    if writes:
+        check_writable(output_dir, [])
+    if training.optim == "adam8bit":
+        require_bitsandbytes("training.optim", training.optim)
+    architecture = load_architecture(recipe.model, with_lm_head=training.loss != "fvu")
+    ctx_len = settled_ctx_len(recipe.data.ctx_len, architecture)
+    recipe = replace(recipe, data=replace(recipe.data, ctx_len=ctx_len))
+    plans = _plans(recipe, architecture, processes)
+    checkpoint = _where_to_begin(recipe, plans, architecture)
+    if plans is None:
+        # The same checks come once the LM is loaded.
+        return Prospect(recipe, None, checkpoint, "")
+    if not writes:
+        return Prospect(recipe, plans, checkpoint, "")
+    check_writable(output_dir, written_places([plan.name for plan in plans], training, recipe.lora))
+    shapes = adapter_shapes(architecture, plans, recipe.lora)
+    takes = checkpoint_bytes(plans, training, shapes, recipe.lora is None or recipe.lora.train_heads)
+    return Prospect(
+        recipe, plans, checkpoint, check_room(output_dir, takes, head_bytes(plans), training.save_total_limit)
+    )
+
+
+def _plans(recipe: Recipe, architecture: PreTrainedModel, processes: int) -> list[HeadPlan] | None:
+    training = recipe.training
+    try:
+        plans = plan_heads(architecture, recipe.heads, spliced=training.loss != "fvu")
+    except ProbeFailed:
+        return None
+    if training.distribute_modules:
+        place_heads(plans, processes, recipe.data.sequence_length)
+    if recipe.lora is not None:
+        lora_targets(base_of(architecture), plans, recipe.lora)
+    return plans
+
+
+def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> Path | None:
+    """The checkpoint that the run goes on from, if any; refuses before the LM is read what the trainer would."""
+    training = recipe.training
+    places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
+    identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)
+    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)
+    checkpoint = folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
+    if checkpoint is not None:
+        theirs = load_state(checkpoint)["identity"]
+        Differences.between(theirs, identity, training.allow_changes).refuse(checkpoint)
+    return checkpoint
