@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -164,7 +165,8 @@ class Run:
         """Of the table that a dry run prints, by process."""
         _, _, head, _, *rows = self.out.splitlines()
         start = head.index(title)
-        return [row[start:].split("  ")[0] for row in rows]
+        # What comes after the table is about the disk.
+        return [row[start:].split("  ")[0] for row in takewhile(bool, rows)]
 
     def config(self, key: str, head: str = "layers.1") -> Any:
         return self.read(f"{head}/config.json").get(key)
