@@ -357,6 +357,7 @@ class SaeTrainer:
             self._evaluate_and_keep_best()
         if self.control.should_save or stops:
             folder = self.saver.checkpoint(position)
+            self.control.should_save = False
             if folder is not None:
                 self._tell("on_save")
         if stops:
