@@ -71,7 +71,7 @@ class Release:
     def __init__(self, folder: str | Path, repo_id: str, include: Sequence[str] = (), license: str | None = None):
         if folder == "":
             raise InputError("The folder's name is empty. Name the run's folder, or '.' for the one that you are in.")
-        self.folder, self.repo_id = Path(folder), repo_id
+        self.folder, self.repo_id = Path(folder).expanduser(), repo_id
         self.include, self.license = list(include), license
         if not self.folder.is_dir():
             raise InputError(f"There is no folder {str(folder)!r}.")

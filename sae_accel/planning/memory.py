@@ -91,7 +91,8 @@ def show_plan(recipe: Recipe, processes: int | None = None) -> None:
     ahead = look_ahead(whole, launch.processes, writes=first)
     plan = plan_memory(replace(recipe, data=ahead.recipe.data), launch)
     if first:
-        print("\n\n".join(part for part in (memory_table(plan, launch), ahead.room) if part))
+        deletes = ahead.deletes and f"In {recipe.training.output_dir!r} the run would delete {ahead.deletes}."
+        print("\n\n".join(part for part in (memory_table(plan, launch), ahead.room, deletes) if part))
 
 
 def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:

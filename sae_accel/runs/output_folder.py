@@ -101,10 +101,14 @@ class OutputFolder:
             put_aside(self.path, earlier, checkpoint)
             self._delete(self.manifest.unfinished(self.path))
             return
-        if left := self.leftovers():
-            say(f"Deletes what an earlier run left in {str(self.path)!r}: {self._in_words(left)}.")
-            self._delete(left)
+        if what := self.to_delete(checkpoint):
+            say(f"Deletes what an earlier run left in {str(self.path)!r}: {what}.")
+            self._delete(self.leftovers())
         own.write(self.path)
+
+    def to_delete(self, checkpoint: Path | None) -> str:
+        """What a run that goes on from `checkpoint`, or starts anew, deletes first: names and sizes, or nothing."""
+        return "" if checkpoint is not None and self._is_inside(checkpoint) else self._in_words(self.leftovers())
 
     def leftovers(self) -> list[Path]:
         """Checkpoints, and files, that an earlier run left."""

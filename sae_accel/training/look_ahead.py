@@ -31,12 +31,14 @@ class Prospect(NamedTuple):
         recipe ([`Recipe`]): With what the LM decides, such as `data.ctx_len`.
         plans (`list[HeadPlan]`, *optional*): Its heads; None if the LM has to be loaded to find them.
         checkpoint (`Path`, *optional*): What it goes on from.
+        deletes (`str`): What it deletes in its folder first, in words; empty if nothing.
         room (`str`): What its checkpoints take of the disk, in words; empty if that is not known.
     """
 
     recipe: Recipe
     plans: list[HeadPlan] | None
     checkpoint: Path | None
+    deletes: str
     room: str
 
 
@@ -61,18 +63,18 @@ def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
     ctx_len = settled_ctx_len(recipe.data.ctx_len, architecture)
     recipe = replace(recipe, data=replace(recipe.data, ctx_len=ctx_len))
     plans = _plans(recipe, architecture, processes)
-    checkpoint = _where_to_begin(recipe, plans, architecture)
-    if plans is None:
-        # The same checks come once the LM is loaded.
-        return Prospect(recipe, None, checkpoint, "")
-    if not writes:
-        return Prospect(recipe, plans, checkpoint, "")
-    check_writable(output_dir, written_places([plan.name for plan in plans], training, recipe.lora))
-    shapes = adapter_shapes(architecture, plans, recipe.lora)
-    takes = checkpoint_bytes(plans, training, shapes, recipe.lora is None or recipe.lora.train_heads)
-    return Prospect(
-        recipe, plans, checkpoint, check_room(output_dir, takes, head_bytes(plans), training.save_total_limit)
-    )
+    folder = _folder(recipe, plans, architecture)
+    checkpoint = folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
+    if checkpoint is not None:
+        theirs = load_state(checkpoint)["identity"]
+        Differences.between(theirs, folder.identity, training.allow_changes).refuse(checkpoint)
+    room = ""
+    if writes and plans is not None:
+        check_writable(output_dir, folder.places)
+        shapes = adapter_shapes(architecture, plans, recipe.lora)
+        takes = checkpoint_bytes(plans, training, shapes, recipe.lora is None or recipe.lora.train_heads)
+        room = check_room(output_dir, takes, head_bytes(plans), training.save_total_limit)
+    return Prospect(recipe, plans, checkpoint, folder.to_delete(checkpoint), room)
 
 
 def _plans(recipe: Recipe, architecture: PreTrainedModel, processes: int) -> list[HeadPlan] | None:
@@ -88,14 +90,9 @@ def _plans(recipe: Recipe, architecture: PreTrainedModel, processes: int) -> lis
     return plans
 
 
-def _where_to_begin(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> Path | None:
-    """The checkpoint that the run goes on from, if any; refuses before the LM is read what the trainer would."""
+def _folder(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> OutputFolder:
+    """The run's folder, as the trainer will find it; what is not known yet the trainer checks."""
     training = recipe.training
     places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
     identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)
-    folder = OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)
-    checkpoint = folder.where_to_begin(training.resume_from_checkpoint, training.overwrite_output_dir)
-    if checkpoint is not None:
-        theirs = load_state(checkpoint)["identity"]
-        Differences.between(theirs, identity, training.allow_changes).refuse(checkpoint)
-    return checkpoint
+    return OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)

@@ -51,14 +51,12 @@ def run(recipe: Recipe) -> SaeTrainer:
     return trainer
 
 
-def _trainer(recipe: Recipe) -> SaeTrainer:
+def _trainer(asked: Recipe) -> SaeTrainer:
     process = this_process()
-    recipe, plans, checkpoint, room = raise_together(
-        lambda: look_ahead(recipe, process.num_processes, process.is_main_process)
-    )
-    training = recipe.training
-    if room:
-        say(room)
+    ahead = raise_together(lambda: look_ahead(asked, process.num_processes, process.is_main_process))
+    recipe, plans, checkpoint, training = ahead.recipe, ahead.plans, ahead.checkpoint, ahead.recipe.training
+    if ahead.room:
+        say(ahead.room)
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
     init_from = training.init_from if checkpoint is None else None

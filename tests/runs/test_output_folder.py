@@ -1,5 +1,6 @@
 """What a run deletes of what its folder holds, and what it refuses to write over."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import command_words, forbid_loading, tiny_llama, tiny_tokens, tiny_trainer
 
+from sae_accel import push
 from sae_accel.common.errors import InputError
+from sae_accel.loading.auto import AutoSae
 from sae_accel.models import SaeConfig, SaeModel
 from sae_accel.recipe.arguments import HeadArguments
 from sae_accel.train import main
@@ -53,17 +56,41 @@ def test_overwriting_deletes_what_a_run_left_and_nothing_else(tmp_path, ended):
     assert new == {"checkpoint-3", "layers.0", "manifest.json", *reports}
 
 
-@pytest.mark.parametrize("output_dir", [".", "{}/x/..", "runs"])
-def test_the_lm_that_a_run_reads_and_other_runs_outlive_it(place, tmp_path, monkeypatch, output_dir):
+@pytest.mark.parametrize("output_dir", [".", "{}/x/..", "runs/", "link", "~/mine"])
+def test_the_lm_that_a_run_reads_and_other_runs_outlive_it(place, tmp_path, monkeypatch, output_dir, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "x").mkdir()
-    target = Path(output_dir.format(tmp_path))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    typed = output_dir.format(tmp_path)
+    target = Path(typed).expanduser()
     tiny_llama().save_pretrained(target / "finetuned")
     assert main(command_words(place, tmp_path, **{"training.output_dir": target / "earlier"})) == 0
     before = _files(target)
+    words = command_words(place, tmp_path, **{"training.output_dir": typed} | OVERWRITE)
     for _ in range(2):
-        assert main(command_words(place, tmp_path, **{"training.output_dir": target} | OVERWRITE)) == 0
+        assert main(words) == 0
         assert before.items() < _files(target).items()
+    # From the card to the release, the run's own heads and nothing else.
+    assert list(AutoSae.from_pretrained(typed)) == ["layers.1", "layers.2"]
+    assert "finetuned" not in (target / "README.md").read_text()
+    assert push.main([typed, "name", "--dry-run"]) == 0
+    sent = {line.split()[0].split("/")[0] for line in capsys.readouterr().out.splitlines() if "/config.json" in line}
+    assert sent == {"layers.1", "layers.2"}
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_is_deleted_is_told_before_with_its_size_and_by_a_dry_run_too(place, tmp_path, capsys):
+    words = command_words(place, tmp_path, **OVERWRITE)
+    assert main(words) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-3").rglob("*") if path.is_file())
+    before = _files(tmp_path / "run")
+    told = rf"checkpoint-3 \({size / 1000:.0f} kB\), layers.1 \(20 kB\), layers.2"
+    assert main([*words, "--dry-run"]) == 0
+    assert re.search("the run would delete " + told, capsys.readouterr().out) and _files(tmp_path / "run") == before
+    assert main(words) == 0
+    assert re.search("Deletes what an earlier run left in .*: " + told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
