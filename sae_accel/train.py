@@ -1,6 +1,6 @@
 import sys
 
-from .common.errors import InputError, NotSaved
+from .common.errors import InputError, NotFinite, NotSaved
 from .recipe.command_line import parse_command_line, split_dry_run
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         if trainer.saver.unsaved is not None:
             say(f"Not all was saved: {trainer.saver.unsaved}")
             return 1
-    except (InputError, NotSaved, ProcessDied) as error:
+    except (InputError, NotFinite, NotSaved, ProcessDied) as error:
         say(error)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:

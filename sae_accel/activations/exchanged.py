@@ -4,7 +4,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..lm.hooks import Site
-from .running_lm import Activations, RunningLM
+from .running_lm import RunningLM
+from .trained_rows import Activations
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,7 +17,7 @@ class ExchangedActivations:
     its own tokens and sends each activation to those processes alone that need it, in the precision that it has.
 
     For a site of width `d` that one process of `n` needs, `d * (n - 1) / n` values a token are sent, where gathering
-    all on every process would send `d * (n - 1)`. Beside that go 8 bytes a site and 8 more, from each process to each
+    all on every process would send `d * (n - 1)`. Beside that go 8 bytes a site and 16 more, from each process to each
     other.
 
     Args:
@@ -43,24 +44,28 @@ class ExchangedActivations:
         As of [`RunningLM`], but of all processes' tokens, in their order, and only for the sites that are needed here.
         """
         own = self.activations(batch)
-        counts, dtypes, num_tokens = self._headers(own)
+        counts, dtypes, num_tokens, non_finite = self._headers(own)
         by_site: dict[Site, Tensor] = {}
         for sites in self.rounds:
             by_site |= self._exchange(own.by_site, sites, counts, dtypes)
-        return Activations(by_site, num_tokens)
+        return Activations(by_site, num_tokens, non_finite, own.non_finite_at)
 
-    def _headers(self, own: Activations) -> tuple[dict[Site, list[int]], dict[Site, torch.dtype], int]:
-        """For each site how many tokens each process has, and of which type; and how many tokens there are in all."""
+    def _headers(self, own: Activations) -> tuple[dict[Site, list[int]], dict[Site, torch.dtype], int, int]:
+        """
+        For each site how many tokens each process has, and of which type; and how many tokens there are in all, and
+        were left out since they are not finite.
+        """
         sites = self.activations.sites
-        header = [own.num_tokens]
+        header = [own.num_tokens, own.non_finite]
         for site in sites:
             tensor = own.by_site[site]
             # What has no rows does not know its type; a type that is there is larger.
             header.append(len(tensor) * len(_DTYPES) + (_DTYPES.index(tensor.dtype) if len(tensor) else 0))
         everyone = self.accelerator.gather(torch.tensor([header], device=self.accelerator.device)).tolist()
-        counts = {site: [row[i] // len(_DTYPES) for row in everyone] for i, site in enumerate(sites, 1)}
-        kinds = {site: max(row[i] % len(_DTYPES) for row in everyone) for i, site in enumerate(sites, 1)}
-        return counts, {site: _DTYPES[kind] for site, kind in kinds.items()}, sum(row[0] for row in everyone)
+        counts = {site: [row[i] // len(_DTYPES) for row in everyone] for i, site in enumerate(sites, 2)}
+        kinds = {site: max(row[i] % len(_DTYPES) for row in everyone) for i, site in enumerate(sites, 2)}
+        num_tokens, non_finite = (sum(row[i] for row in everyone) for i in range(2))
+        return counts, {site: _DTYPES[kind] for site, kind in kinds.items()}, num_tokens, non_finite
 
     def _exchange(
         self,

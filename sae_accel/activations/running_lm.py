@@ -1,6 +1,5 @@
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -8,28 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import token_mask
-from ..lm.hooks import Site, base_of, capture, is_sharded, token_model
-
-
-@dataclass
-class Activations:
-    """
-    What an LM computed for a batch, without the tokens that do not train.
-
-    Args:
-        by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)` at each site, in the LM's precision.
-        num_tokens (`int`): Tokens that train; rows of each, but for sites whose module does not run on every token.
-    """
-
-    by_site: dict[Site, Tensor]
-    num_tokens: int
-
-    def split(self, parts: int) -> Iterator["Activations"]:
-        """Exactly `parts` consecutive pieces, the same on every process, of which some may be empty."""
-        pieces = {site: tensor.tensor_split(parts) for site, tensor in self.by_site.items()}
-        for i in range(parts):
-            by_site = {site: tensors[i] for site, tensors in pieces.items()}
-            yield Activations(by_site, max(map(len, by_site.values())))
+from ..lm.hooks import Site, base_of, capture, capture_pieces, is_sharded, token_model
+from .trained_rows import Activations, trained_rows
 
 
 # Where activations come from: a batch of tokens goes in.
@@ -74,11 +53,16 @@ class RunningLM:
 
     def __call__(self, batch: dict[str, Tensor]) -> Activations:
         """
+        The activations of the tokens that train: those that are not padding, not excluded, and finite at every site.
+        Rows of a module that runs on some tokens only, such as an expert's, are looked at by themselves.
+
         Args:
             batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`, or
                 `pixel_values`.
+
+        Raises:
+            `InputError`: if it cannot be told which of a site's rows are of tokens that are left out.
         """
-        mask = token_mask(batch, self.exclude_tokens)
         device = next(iter(batch.values())).device
         if not len(next(iter(batch.values()))):
             if self.sharded:
@@ -86,15 +70,13 @@ class RunningLM:
                 row = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}
                 capture(self.base_model, self.sites, {**row, **self.options})
             return Activations({site: self._none(site, device) for site in self.sites}, 0)
-        part = None if mask is None or mask.all() else mask
-        by_site = capture(self.base_model, self.sites, {**batch, **self.options}, part)
+        pieces = capture_pieces(self.base_model, self.sites, {**batch, **self.options})
         # An LM may be spread over devices; its activations meet where the tokens are.
-        by_site = {
-            site: by_site[site].to(device) if site in by_site else self._none(site, device) for site in self.sites
-        }
-        if mask is None:
-            return Activations(by_site, max(map(len, by_site.values())))
-        return Activations(by_site, mask.numel() if part is None else int(mask.sum()))
+        here = {site: [piece.to(device) for piece in pieces[site]] for site in self.sites if site in pieces}
+        mask = token_mask(batch, self.exclude_tokens)
+        found = trained_rows(here, mask)
+        found.by_site |= {site: self._none(site, device) for site in self.sites if site not in pieces}
+        return found
 
     def _none(self, site: Site, device: torch.device) -> Tensor:
         return torch.empty(0, self.widths[site], dtype=self.base_model.dtype, device=device)

@@ -18,6 +18,13 @@ class NotSaved(RuntimeError):
     """
 
 
+class NotFinite(RuntimeError):
+    """
+    A run cannot go on, or its heads cannot be saved, since numbers are NaN or infinite. Its message is one line that
+    names where they arose, the likely cause, and what is left. It is raised on every process of a run alike.
+    """
+
+
 def near(value: object, choices: Iterable[str]) -> str:
     """A question that names the nearest of `choices`, after a blank; empty if none is near."""
     closest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)

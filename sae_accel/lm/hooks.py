@@ -88,10 +88,14 @@ def first_tensor(value: Any, site: Site) -> Tensor:
     )
 
 
+def capture(base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any]) -> dict[Site, Tensor]:
+    """As `capture_pieces`, with what the runs of a module gave one after the other: by site `(num_rows, d)`."""
+    found = capture_pieces(base_model, sites, inputs)
+    return {site: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for site, pieces in found.items()}
+
+
 @torch.no_grad()
-def capture(
-    base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any], mask: Tensor | None = None
-) -> dict[Site, Tensor]:
+def capture_pieces(base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any]) -> dict[Site, list[Tensor]]:
     """
     Runs the LM up to the last of `sites`, and no further, but for the rest of the layer if the LM is sharded.
 
@@ -99,31 +103,21 @@ def capture(
         base_model (`PreTrainedModel`): The LM without its head.
         sites (`list[Site]`): What to read.
         inputs (`dict`): Arguments of its forward pass.
-        mask (`torch.BoolTensor` of shape `(batch, ctx_len)`, *optional*): Tokens that are kept; all if not given.
 
     Returns:
-        `dict[Site, Tensor]`: for each site a copy of its activations, `(num_tokens, d)`, in the LM's own precision.
-        Those of a module that ran several times follow each other; a site with `within` that was not reached is left
-        out.
+        `dict[Site, list[Tensor]]`: for each site a copy of what each run of its module gave, `(num_rows, d)`, in the
+        LM's own precision; a site with `within` that was not reached is left out.
 
     Raises:
-        `InputError`: if a site was not reached, or it cannot be told which of its activations `mask` keeps.
+        `InputError`: if a site was not reached.
     """
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     completed_by = {site: _completed_by(base_model, site) for site in sites}
     waiting = set(sites)
-    tokens = None if mask is None else mask.flatten().nonzero().squeeze(-1)
 
     def keep(site: Site, tensor: Tensor) -> None:
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        if mask is not None and len(rows) != mask.numel():
-            raise InputError(
-                f"Module {site.module!r} gives {len(rows)} activations for {mask.numel()} tokens, so that those of "
-                "padding and of data.exclude_tokens cannot be told from others. Use full sequences and no "
-                "data.exclude_tokens, or another hookpoint."
-            )
         # A copy, because some modules go on to change their input or output in place.
-        found[site].append(rows.clone() if tokens is None else rows[tokens.to(rows.device)])
+        found[site].append(tensor.reshape(-1, tensor.shape[-1]).clone())
         if completed_by[site] is None:
             done(site)
 
@@ -143,7 +137,7 @@ def capture(
             pass
     if missing := [site for site in sites if not found[site] and site.within is None]:
         raise InputError(f"The forward pass of the LM did not reach the {missing[0].side} of {missing[0].module!r}.")
-    return {site: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for site, pieces in found.items() if pieces}
+    return {site: pieces for site, pieces in found.items() if pieces}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -199,10 +199,12 @@ class HeadModel(PreTrainedHead):
         arXiv:2412.06410.
 
         Args:
-            smallest_act (`torch.Tensor` of shape `()`): As `forward` gives it, over the whole batch.
+            smallest_act (`torch.Tensor` of shape `()`): As `forward` gives it, over the whole batch; 0, which changes
+                nothing, where no latent was active.
         """
         first = self.threshold == 0
-        self.threshold.copy_(torch.where(first, smallest_act, self.threshold.lerp(smallest_act, THRESHOLD_RATE)))
+        moved = torch.where(first, smallest_act, self.threshold.lerp(smallest_act, THRESHOLD_RATE))
+        self.threshold.copy_(torch.where(smallest_act > 0, moved, self.threshold))
 
     @property
     def learns_threshold(self) -> bool:

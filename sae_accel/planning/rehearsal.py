@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..activations.running_lm import Activations, ActivationSource, RunningLM
+from ..activations.running_lm import ActivationSource, RunningLM
+from ..activations.trained_rows import Activations
 from ..bank.bank import SaeBank, build_head
 from ..bank.plans import HeadPlan
 from ..lm.hooks import Site

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, NotFinite, one_line
 from .agreement import gather_objects, this_process
 
 
@@ -46,7 +46,7 @@ class Watch:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.process.num_processes == 1:
             return
-        unforeseen = None if isinstance(error, InputError | KeyboardInterrupt) else error
+        unforeseen = None if isinstance(error, InputError | NotFinite | KeyboardInterrupt) else error
         if unforeseen is not None:
             self._explain(unforeseen)
         self._closed.set()

@@ -306,6 +306,12 @@ class SaeTrainingArguments:
         "Clip the gradient's norm, head by head; no clipping if not set. Not with signum, which steps by signs.",
         above=0.0,
     )
+    max_non_finite: float = _option(
+        0.01,
+        "The part of an optimizer step's tokens whose activations may be NaN or infinite. They train nothing; with "
+        "more of them the step is passed over, and after ten such steps in a row the run ends.",
+        minimum=0.0,
+    )
     seed: int = _option(
         42,
         "Seed of everything random but the heads' weights and the data's order.",

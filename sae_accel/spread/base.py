@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ..activations.running_lm import ActivationSource, RunningLM
 from ..bank.bank import SaeBank, build_head
+from ..bank.parameter_role import ParameterRole
 from ..bank.plans import HeadPlan
 from ..models import HeadModel
+from ..ops.rows import own_part
 
 
 class Spread:
@@ -62,6 +64,42 @@ class Spread:
         """Gradients meet across processes in the last backward pass of a step only."""
         self.accelerator.sync_gradients = last
         return nullcontext() if last else self.accelerator.no_sync(bank)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to those of the heads; in the last pass of a step they meet."""
+        self.accelerator.backward(loss)
+
+    def gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterRole, Tensor]]:
+        """What this process holds of each gradient, after the last backward pass of a step."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield group["role"], own_part(parameter.grad)
+
+    @torch.no_grad()
+    def non_finite_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Whether some gradient that this process holds is not finite, `()`."""
+        device = self.accelerator.device
+        sums = [gradient.sum(dtype=torch.float32).to(device) for _, gradient in self.gradients(optimizer)]
+        return ~torch.stack(sums).isfinite().all() if sums else torch.zeros((), dtype=torch.bool, device=device)
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Above zero where a process has a flag above zero; here gradients and losses are the same on each."""
+        return flags
+
+    def step(self, optimizer: torch.optim.Optimizer, taken: bool, overflows: bool) -> None:
+        """
+        Takes an optimizer step, or passes it over.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): As it was prepared.
+            taken (`bool`): Whether it is taken.
+            overflows (`bool`): Whether it is not taken because a gradient is not finite.
+        """
+        # By a step that it passes over itself, the scaler of float16 learns that it scales too far.
+        if taken or (overflows and self.accelerator.scaler is not None):
+            optimizer.step()
+        optimizer.zero_grad()
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """Sums, of float32, over the processes that train the same heads on other tokens, in one message."""

@@ -27,6 +27,10 @@ class FullyShardedHeads(Spread):
             group["role"].is_part = True
         return bank, prepared
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Summed over all processes, each of which holds what is its own."""
+        return self.accelerator.reduce(flags, "sum")
+
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """With the rows that other processes hold."""
         pieces = gather_to_main(part.to_local()) if isinstance(part, DTensor) else None

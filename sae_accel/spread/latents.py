@@ -53,6 +53,10 @@ class SpreadLatents(Spread):
         bank = self.accelerator.prepare_model(bank, evaluation_mode=True)
         return bank, self.accelerator.prepare_optimizer(optimizer)
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Summed over all processes, each of which holds what is its own."""
+        return self.accelerator.reduce(flags, "sum")
+
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """As they are: this process has seen all tokens."""
         return tensors

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..bank.bank import SaeBank
+from ..bank.parameter_role import ParameterRole
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..models import HeadModel
@@ -69,7 +71,7 @@ class ZeroHeads(Spread):
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Heads and optimizer, ready to train."""
         engine, prepared = self.accelerator.prepare(bank, optimizer)
-        self.zero = engine.optimizer
+        self.engine, self.zero = engine, engine.optimizer
         if self.stage == 3:
             _gather_encoders_with_heads(bank)
         for group, flat in self.optimized(optimizer):
@@ -77,6 +79,28 @@ class ZeroHeads(Spread):
             if group["role"].unit_norm:
                 group["role"].cut = Cut(self.accelerator.process_index * flat.numel(), *group["role"].whole_shape)
         return engine, prepared
+
+    def backward(self, loss: Tensor) -> None:
+        """Without the step, which Accelerate would have DeepSpeed take at once."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+        self.engine.backward(loss)
+
+    def gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterRole, Tensor]]:
+        """What this process holds of each gradient."""
+        for index, pieces in self.zero.averaged_gradients.items():
+            group = optimizer.param_groups[index if self.stage < 3 else self.zero.sub_group_to_group_id[index]]
+            for piece in pieces or []:
+                if piece is not None:
+                    yield group["role"], piece
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Summed over all processes, each of which holds pieces of the gradients."""
+        return self.accelerator.reduce(flags, "sum")
+
+    def step(self, optimizer: torch.optim.Optimizer, taken: bool, overflows: bool) -> None:
+        """Takes an optimizer step, or has DeepSpeed let go of its gradients alone."""
+        with nullcontext() if taken else _unmoved(self.zero.optimizer):
+            self.engine.step()
 
     def optimized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
         """Each group, and the flat piece that is optimized here. Stage 3 puts it there for the time of a step only."""
@@ -122,6 +146,17 @@ class ZeroHeads(Spread):
         piece = whole.flatten()[start : start + parameter.numel()]
         own[: piece.numel()] = piece
         return own
+
+
+@contextmanager
+def _unmoved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, the optimizer's steps do nothing."""
+    step = optimizer.step
+    optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        optimizer.step = step  # type: ignore[method-assign]
 
 
 def _gather_encoders_with_heads(bank: SaeBank) -> None:

@@ -25,21 +25,26 @@ class Counters:
         self._means, self._firing = RunningMeans(), FiringCounts()
         self._k: dict[str, int] = {}
 
-    def add(self, result: StepResult, k: dict[str, int]) -> None:
+    def add(self, result: StepResult, k: dict[str, int], num_tokens: int) -> None:
         """
-        Counts a step.
+        Counts a step that was taken.
 
         Args:
             result ([`StepResult`]): What it was taken on.
             k (`dict[str, int]`): By head, latents that were active for each token.
+            num_tokens (`int`): Tokens of all processes that trained.
         """
         for name, uses in result.uses.items():
             self.run.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
         self._means.add(result.values)
         self._firing.add(result.uses, result.head_tokens)
         self.run.progress.global_step += 1
-        self.run.progress.num_input_tokens_seen += int(result.num_tokens)
+        self.run.progress.num_input_tokens_seen += num_tokens
         self._k = k
+
+    def skip(self) -> None:
+        """Counts a step that was passed over, as one of the run's that trained nothing."""
+        self.run.progress.global_step += 1
 
     def flush(self) -> dict[str, float]:
         """The values to log, which are means over the steps since the last log; what comes after is counted anew."""
@@ -50,6 +55,9 @@ class Counters:
         values = self.run.spread.merged(values)
         values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         values["train/tokens"] = self.run.progress.num_input_tokens_seen
+        values["train/non_finite_tokens"] = self.run.skips.non_finite_tokens
+        if self.run.skips.steps:
+            values["train/skipped_steps"] = self.run.skips.steps
         return values
 
     def dead_fractions(self) -> dict[str, float]:

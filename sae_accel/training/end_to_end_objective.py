@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.trained_rows import NonFiniteAt
 from ..bank.bank import SaeBank
 from ..bank.moments import Moments
 from ..lm.hooks import Site
 from .local_objective import LocalObjective
 from .spliced_lm import SplicedHeads, SplicedLM
-from .step import StepResult, merge_moments, positive, step_result
+from .step import StepResult, TokenCount, merge_moments, positive, step_result
 from .sums import StepSums
 
 
@@ -44,24 +45,37 @@ class EndToEndObjective:
         The loss is a mean over the tokens of the whole window and all processes. A local loss is divided by the clean
         activations' variance over as many, and its gradient stays with its own head. The arguments are those of
         [`LocalObjective`].
+
+        Sequences in which a token is not finite are left out whole. Without local losses that is known only as they
+        are met, so that the gradient is scaled in the end by the tokens that are left.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
+        sums, logit_sums, tokens = StepSums(), StepSums(), _Kept(self.accelerator.device)
+        variances: dict[str, Tensor] = {}
+        if self.fvu_weight:
+            variances, whole = self._variances(heads, window)
+            if not whole:
+                window = [self._finite_part(heads, batch, tokens) for batch in window]
+                variances, _ = self._variances(heads, window)
         counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}
         divisors = {loss: count.clamp_min(1) for loss, count in counts.items()}
-        variances = self._variances(heads, window) if self.fvu_weight else {}
-        sums, logit_sums = StepSums(), StepSums()
+        self.scale.clear()
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
         for i, part in enumerate(parts):
-            clean = self.lm.clean(part) if self.loss == "kl" else None
             with self.spread.synchronized(bank, i == len(parts) - 1):
-                output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
+                output = self._pass(bank, part, self.loss == "kl", k, variances, dead_masks, tokens)
                 loss = output["logits"][self.loss] / divisors[self.loss] + self.fvu_weight * output["local_loss"]
-                self.accelerator.backward(loss * self.spread.gradient_factor)
+                self.spread.backward(loss * self.spread.gradient_factor)
             sums.add(output["heads"])
             logit_sums.add({"lm": {name: value.detach() for name, value in output["logits"].items()}})
+        if tokens.lost:
+            left = dict(zip(divisors, self.spread.sum([tokens.counts[loss] for loss in divisors]), strict=True))
+            counts, kept = left, {loss: count.clamp_min(1) for loss, count in left.items()}
+            factor = divisors[self.loss] / kept[self.loss]
+            self.scale |= dict.fromkeys([*(name for name, _ in heads.named_heads()), "lora"], factor)
+            divisors = kept
         head_tokens = {name: counts["kl"] for name, _ in heads.named_heads()}
-        own_tokens = torch.stack([self.lm.counts(batch, "kl") for batch in window]).sum()
-        result = step_result(self.spread, sums, own_tokens, head_tokens)
+        result = step_result(self.spread, sums, tokens, head_tokens)
         logit_sums.total(self.spread.sum)
         for name, value in logit_sums.by_head["lm"].items():
             result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
@@ -80,23 +94,43 @@ class EndToEndObjective:
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         k = {name: head.config.trained_k for name, head in heads.named_heads()}
-        sums, counts = StepSums(), StepSums()
+        sums, tokens = StepSums(), _Kept(self.accelerator.device)
 
         def measure() -> Iterator[dict[str, Tensor]]:
             for batch in batches:
                 for part in _split(batch, self.local.micro_batches):
-                    output = bank(partial(self._losses, part, self.lm.clean(part), k, {}, {}))
+                    output = self._pass(bank, part, True, k, {}, {}, tokens)
                     sums.add({"lm": output["logits"]})
-                counts.add({"lm": {loss: self.lm.counts(batch, loss) for loss in ("ce", "kl")}})
                 yield batch
 
         metrics = self.local.evaluate(bank, measure())
         sums.total(self.spread.sum)
-        counts.total(self.spread.sum)
+        counts = dict(zip(tokens.counts, self.spread.sum(list(tokens.counts.values())), strict=True))
         for name, value in sums.by_head["lm"].items():
-            count = counts.by_head["lm"]["kl" if name == "kl" else "ce"]
+            count = counts["kl" if name == "kl" else "ce"]
             metrics[f"eval/{name}"] = (value / count.clamp_min(1)).item()
         return metrics
+
+    def _pass(
+        self,
+        bank: nn.Module,
+        part: dict[str, Tensor],
+        with_clean: bool,
+        k: dict[str, int],
+        variances: dict[str, Tensor],
+        dead_masks: dict[str, Tensor],
+        tokens: "_Kept",
+    ) -> dict[str, Any]:
+        """`_losses` of a part of a batch, and of its finite sequences alone if anything comes out as not finite."""
+        clean = self.lm.clean(part) if with_clean else None
+        output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
+        # On every process alike, since heads may lie on several.
+        if not bool(self.spread.sum([output["finite"].float()])[0] == self.accelerator.num_processes):
+            part = self._finite_part(self.accelerator.unwrap_model(bank), part, tokens)
+            clean = self.lm.clean(part) if with_clean else None
+            output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
+        tokens.keep({loss: self.lm.counts(part, loss) for loss in tokens.counts})
+        return output
 
     def _losses(
         self,
@@ -111,19 +145,61 @@ class EndToEndObjective:
         heads = SplicedHeads(bank, batch, self.lm.exclude_tokens, k, variances, dead_masks)
         logits = self.lm(batch, heads, clean)
         local_loss = torch.stack(heads.local_losses).sum() if heads.local_losses else 0.0
-        return {"logits": logits, "local_loss": local_loss, "heads": heads.measured}
+        values = [value.detach() for value in logits.values()]
+        finite = torch.stack([*(value.isfinite() for value in values), *heads.finite]).all()
+        return {"logits": logits, "local_loss": local_loss, "heads": heads.measured, "finite": finite}
 
-    def _variances(self, bank: SaeBank, window: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """By head, the total variance of its target in the LM without heads, over the window and all processes."""
+    def _finite_part(self, bank: SaeBank, batch: dict[str, Tensor], tokens: "_Kept") -> dict[str, Tensor]:
+        """The sequences of a batch that are finite in the LM without heads; others are counted as left out."""
+        sites = list(dict.fromkeys(site for plan in bank.plans.values() for site in (*plan.reads, *plan.predicts)))
+        finite, place = self.lm.finite_sequences(batch, sites)
+        part = {key: value[finite] for key, value in batch.items()}
+        tokens.leave_out(self.lm.counts(batch, "kl") - self.lm.counts(part, "kl"), place)
+        return part
+
+    def _variances(self, bank: SaeBank, window: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+        """
+        By head, the total variance of its target in the LM without heads, over the window and all processes; and
+        whether every activation there is finite.
+        """
         moments: dict[Site, Moments] = {}
+        tokens = TokenCount(self.accelerator.device)
         for batch in window:
-            merge_moments(moments, bank, self.local.activations(batch))
-        return {name: positive(m.total_variance) for name, m in self.local.target_moments(moments, bank).items()}
+            activations = self.local.activations(batch)
+            tokens.add(activations)
+            merge_moments(moments, bank, activations)
+        totals = self.local.target_moments(moments, bank)
+        whole = bool(self.spread.sum([tokens.non_finite])[0] == 0)
+        return {name: positive(m.total_variance) for name, m in totals.items()}, whole
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
         """Tokens whose loss is counted, over the window and all processes."""
         count = torch.stack([self.lm.counts(batch, loss) for batch in window]).sum()
         return self.spread.sum([count.float()])[0]
+
+
+class _Kept(TokenCount):
+    """
+    Tokens of sequences that are finite.
+
+    Attributes:
+        counts (`dict[str, torch.Tensor]`): By loss, tokens for which it is counted.
+        lost (`bool`): Whether a process has left something out.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.counts = {loss: torch.zeros((), device=device) for loss in ("ce", "kl")}
+        self.lost = False
+
+    def keep(self, counts: dict[str, Tensor]) -> None:
+        self.trained += counts["kl"]
+        self.counts = {loss: self.counts[loss] + count for loss, count in counts.items()}
+
+    def leave_out(self, count: Tensor, place: NonFiniteAt | None) -> None:
+        self.non_finite += count
+        self.non_finite_at = self.non_finite_at or place
+        self.lost = True
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from ..bank.bank import SaeBank
 from ..bank.moments import Moments
 from ..lm.hooks import Site
 from ..spread.base import Spread
-from .step import StepResult, merge_moments, over_processes, positive, step_result
+from .step import StepResult, TokenCount, merge_moments, over_processes, positive, step_result
 from .sums import StepSums
 
 
@@ -62,10 +62,10 @@ class LocalObjective:
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         moments: dict[Site, Moments] = {}
         reference: dict[str, Tensor] = {}
-        sums, num_tokens = StepSums(), torch.zeros((), device=self.accelerator.device)
+        sums, tokens = StepSums(), TokenCount(self.accelerator.device)
         for i, batch in enumerate(window):
             activations = self.activations(batch)
-            num_tokens += activations.num_tokens
+            tokens.add(activations)
             merge_moments(moments, heads, activations)
             last = i == len(window) - 1
             if i == 0 or last:
@@ -73,7 +73,6 @@ class LocalObjective:
             if i == 0:
                 reference = {name: positive(m.total_variance) for name, m in totals.items()}
             if last:
-                # Before the last backward pass, with which DeepSpeed takes its step.
                 self.scale |= {name: reference[name] / positive(m.total_variance) for name, m in totals.items()}
             for j, part in enumerate(activations.split(self.micro_batches)):
                 losses = partial(
@@ -81,10 +80,10 @@ class LocalObjective:
                 )
                 with self.spread.synchronized(bank, last and j == self.micro_batches - 1):
                     output = bank(losses)
-                    self.accelerator.backward(output["loss"] * self.spread.gradient_factor)
+                    self.spread.backward(output["loss"] * self.spread.gradient_factor)
                 sums.add(output["heads"])
         head_tokens = {name: m.count for name, m in totals.items()}
-        return step_result(self.spread, sums, num_tokens, head_tokens, self.scale)
+        return step_result(self.spread, sums, tokens, head_tokens, self.scale)
 
     @torch.no_grad()
     def evaluate(self, bank: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -93,10 +92,10 @@ class LocalObjective:
         k = {name: head.config.trained_k for name, head in heads.named_heads()}
         unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
         moments: dict[Site, Moments] = {}
-        sums, num_tokens = StepSums(), torch.zeros((), device=self.accelerator.device)
+        sums, tokens = StepSums(), TokenCount(self.accelerator.device)
         for batch in batches:
             activations = self.activations(batch)
-            num_tokens += activations.num_tokens
+            tokens.add(activations)
             merge_moments(moments, heads, activations)
             for part in activations.split(self.micro_batches):
                 losses = partial(SaeBank.local_losses, by_site=part.by_site, total_variance=unit, k=k, dead_masks={})
@@ -110,7 +109,10 @@ class LocalObjective:
             metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].total_variance)).item()
             metrics[f"eval/l0/{name}"] = (values["active"] / totals[name].count.clamp_min(1)).item()
             metrics[f"eval/silent/{name}"] = silent.item() / heads.plans[name].config.num_latents
-        metrics["eval/tokens"] = int(self.spread.sum([num_tokens])[0])
+        trained, lost = self.spread.sum([tokens.trained, tokens.non_finite])
+        metrics["eval/tokens"] = int(trained)
+        if lost > 0:
+            metrics["eval/non_finite_tokens"] = int(lost)
         return self.spread.merged(metrics)
 
     def target_moments(self, moments: dict[Site, Moments], bank: SaeBank) -> dict[str, Moments]:

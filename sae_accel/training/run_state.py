@@ -1,6 +1,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..spread.base import Spread
 from .lora import save_lora
 from .optim import Signum
 from .sizes import checkpoint_bytes
+from .skips import Skips
 
 
 class RunState:
@@ -57,6 +58,7 @@ class RunState:
             it was last active, `(num_latents,)`.
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
+        skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
     """
 
@@ -88,6 +90,7 @@ class RunState:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.skips = Skips()
 
     @property
     def bank(self) -> SaeBank:
@@ -227,6 +230,7 @@ class RunState:
                     "epoch": position.epoch,
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
+                    "skips": asdict(self.skips),
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
@@ -288,12 +292,14 @@ class RunState:
         progress = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.progress.global_step = progress.global_step
         self.progress.num_input_tokens_seen = progress.num_input_tokens_seen
-        _bring_to(lr_scheduler, progress.global_step)
+        # A step that was passed over did not move the schedule.
+        _bring_to(lr_scheduler, progress.global_step - saved["skips"]["steps"])
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
             self.tokens_since_fired[name] = count.to(self.accelerator.device)
         self.initial_metrics.update(saved["initial_metrics"])
         self.best.update(saved["best"])
+        self.skips = Skips(**saved["skips"])
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
         saved["differences"].tell(checkpoint)

@@ -8,11 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..activations.running_lm import without_cache
+from ..activations.trained_rows import NonFiniteAt
 from ..bank.bank import SaeBank, measured
 from ..data.collate import text_mask
-from ..lm.hooks import base_of
+from ..lm.hooks import Site, base_of, record
 from ..lm.logit_loss import IGNORED, LogitLoss
 from ..lm.splice import Replacement, replaced
+from ..ops.finite import finite_rows, surely_finite
 
 
 class SplicedLM:
@@ -55,6 +57,35 @@ class SplicedLM:
         with self.adapter.disable_adapter() if self.adapter is not None else nullcontext(), _full_precision(batch):
             return self.losses.hidden_states(**batch, **self.options).to(batch["input_ids"].device)
 
+    @torch.no_grad()
+    def finite_sequences(self, batch: dict[str, Tensor], sites: list[Site]) -> tuple[Tensor, NonFiniteAt | None]:
+        """
+        In which sequences every token that counts is finite in the LM as it was. A token that is not makes NaN of the
+        others of its sequence, by attention and its gradient.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`.
+            sites (`list[Site]`): Where to look, beside the last hidden state.
+
+        Returns:
+            `tuple[torch.BoolTensor, NonFiniteAt]`: by sequence, `(batch,)`, and the first place where one is not.
+        """
+        mask = text_mask(batch, self.exclude_tokens)
+        finite, first = torch.ones(len(mask), dtype=torch.bool, device=mask.device), None
+
+        def look(place: NonFiniteAt, activations: Tensor) -> None:
+            nonlocal finite, first
+            rows = activations.reshape(-1, activations.shape[-1])
+            if len(rows) == mask.numel():
+                now = (finite_rows(rows).to(mask.device).view(mask.shape) | ~mask).all(1)
+                first = first if first is not None or bool(now.all()) else place
+                finite = finite & now
+
+        with record(base_of(self.model), sites, lambda site, found: look(NonFiniteAt.of(site, found.dtype), found)):
+            hidden = self.clean(batch)
+        look(NonFiniteAt("the LM's last hidden state", str(hidden.dtype).removeprefix("torch.")), hidden)
+        return finite, first
+
     def __call__(
         self, batch: dict[str, Tensor], heads: "SplicedHeads", clean: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -75,6 +106,7 @@ class SplicedLM:
             with replaced(base_of(self.model), heads.replacements()):
                 # An LM may be spread over devices; its hidden states come back to where the tokens are.
                 hidden = self.losses.hidden_states(**batch, **self.options).to(mask.device)
+            heads.finite.append(surely_finite(hidden[mask]).all())
             return self.losses(hidden[mask], self.labels(batch)[mask], None if clean is None else clean[mask])
 
 
@@ -94,6 +126,7 @@ class SplicedHeads:
     Attributes:
         local_losses (`list[torch.Tensor]`): The heads' own losses.
         measured (`dict[str, dict[str, torch.Tensor]]`): By head, what `bank.measured` gives.
+        finite (`list[torch.Tensor]`): Whether what was read, and came out of the LM, is finite, each `()`.
     """
 
     def __init__(
@@ -114,6 +147,7 @@ class SplicedHeads:
         self.autocast = _autocast_of(batch)
         self.local_losses: list[Tensor] = []
         self.measured: dict[str, dict[str, Tensor]] = {}
+        self.finite: list[Tensor] = []
 
     def replacements(self) -> Iterator[Replacement]:
         """For each head, the exchange of its hookpoint's output."""
@@ -139,6 +173,7 @@ class SplicedHeads:
     def _reconstruct(self, name: str, activations: Tensor, original: Tensor | None) -> Tensor:
         head, entry = dict(self.bank.named_heads())[name], self.bank.plans[name].arguments
         read = self._tokens(activations).to(head.b_dec.device)
+        self.finite.append(surely_finite(read.detach()).all().to(self.device))
         with self.autocast():
             if not self.variances:
                 output = own = head(read, k=self.k[name], return_loss=False)

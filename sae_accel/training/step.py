@@ -5,7 +5,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..activations.running_lm import Activations
+from ..activations.trained_rows import Activations, NonFiniteAt
 from ..bank.bank import LOSSES, SaeBank
 from ..bank.moments import Moments
 from ..lm.hooks import Site
@@ -25,6 +25,8 @@ class StepResult:
         smallest_acts (`dict[str, torch.Tensor]`): By head with `batchtopk`, the mean over tokens of the smallest
             activation of the batch that they were in, `()`.
         values (`dict[str, torch.Tensor]`): What is logged, by name.
+        non_finite (`torch.Tensor` of shape `()`): Tokens that were left out because an activation is not finite.
+        non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
     """
 
     num_tokens: Tensor
@@ -32,6 +34,32 @@ class StepResult:
     uses: dict[str, Tensor]
     smallest_acts: dict[str, Tensor]
     values: dict[str, Tensor]
+    non_finite: Tensor
+    non_finite_at: NonFiniteAt | None = None
+
+
+class TokenCount:
+    """
+    Tokens of a step or an evaluation on this process, or those that its heads have seen.
+
+    Args:
+        device (`torch.device`): Of the heads.
+
+    Attributes:
+        trained (`torch.Tensor` of shape `()`): Those that count.
+        non_finite (`torch.Tensor` of shape `()`): Those that were left out because an activation is not finite.
+        non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
+    """
+
+    def __init__(self, device: torch.device):
+        self.trained, self.non_finite = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.non_finite_at: NonFiniteAt | None = None
+
+    def add(self, activations: Activations) -> None:
+        """Adds the tokens of a batch."""
+        self.trained += activations.num_tokens
+        self.non_finite += activations.non_finite
+        self.non_finite_at = self.non_finite_at or activations.non_finite_at
 
 
 def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
@@ -54,7 +82,7 @@ def over_processes(spread: Spread, moments: dict[Site, Moments]) -> dict[Site, M
 def step_result(
     spread: Spread,
     sums: StepSums,
-    num_tokens: Tensor,
+    tokens: TokenCount,
     head_tokens: dict[str, Tensor],
     scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StepResult:
@@ -64,7 +92,7 @@ def step_result(
     Args:
         spread ([`Spread`]): Sums over processes.
         sums (`StepSums`): What heads measured on this process.
-        num_tokens (`torch.Tensor` of shape `()`): Tokens of this process, or those that its heads have seen.
+        tokens (`TokenCount`): Tokens of this process, or those that its heads have seen.
         head_tokens (`dict[str, torch.Tensor]`): By head, tokens of all processes that reached it.
         scale (`Mapping[str, torch.Tensor]`, *optional*): By head, what its losses are multiplied by; 1 if not given.
     """
@@ -81,7 +109,8 @@ def step_result(
         for name, measured in sums.by_head.items()
         if "smallest_act" in measured
     }
-    return StepResult(spread.sum([num_tokens])[0], head_tokens, uses, smallest, values)
+    trained, lost = spread.sum([tokens.trained, tokens.non_finite])
+    return StepResult(trained, head_tokens, uses, smallest, values, lost, tokens.non_finite_at)
 
 
 def positive(variance: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from ..spread.choose import spread_heads
 from .assembly import assemble
 from .callbacks import FlowCallback, ProgressBar
 from .counters import Counters
+from .finite_steps import FiniteSteps
 from .identity import identity_of
 from .interruption import Interruption
 from .k_schedule import k_at
@@ -125,7 +126,7 @@ class SaeTrainer:
         )
         self.metrics: dict[str, float] = {}
         self.pushed: Pushed | None = None
-        self.counters = Counters(self.run_state)
+        self.counters, self.finite_steps = Counters(self.run_state), FiniteSteps(self.run_state)
         self._interruption = Interruption()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
@@ -187,6 +188,7 @@ class SaeTrainer:
         Raises:
             `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
                 cannot be used; or after all is saved, if it cannot be pushed.
+            `NotFinite`: on every process, if ten steps in a row could not be taken, or weights are not finite.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
         """
         with locked_together(self.output_dir):
@@ -232,12 +234,15 @@ class SaeTrainer:
         }
         result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
-        self.optimizer.step()
+        verdict = self.finite_steps.judge(result)
+        self.spread.step(self.optimizer, verdict.taken, verdict.overflows)
+        if not verdict.taken:
+            self.counters.skip()
+            return
         self.lr_scheduler.step()
-        self.optimizer.zero_grad()
         for name, smallest in result.smallest_acts.items():
             heads[name].observe_smallest(smallest)
-        self.counters.add(result, k)
+        self.counters.add(result, k, verdict.num_tokens)
 
     def evaluate(self, eval_dataset: Rows | None = None) -> dict[str, float]:
         """
@@ -269,7 +274,11 @@ class SaeTrainer:
         """
         Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there
         is one, into `output_dir`, by default that of the arguments.
+
+        Raises:
+            `NotFinite`: on every process, if weights are not finite.
         """
+        self.finite_steps.check_weights()
         self.run_state.save_heads(Path(output_dir or self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
@@ -351,6 +360,8 @@ class SaeTrainer:
     def _act_on_control(self, position: Position) -> None:
         """Logs, evaluates and saves where callbacks asked for it; after a signal to any process, saves and stops."""
         stops = any(gather_objects(self._interruption.requested))
+        if self.control.should_log or self.control.should_save or stops:
+            self.finite_steps.check_weights()
         if self.control.should_log:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:

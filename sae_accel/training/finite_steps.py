@@ -1,0 +1,193 @@
+"""Which optimizer steps are taken: those that finite numbers make. A run that has no more of them ends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations.trained_rows import NonFiniteAt
+from ..bank.bank import LOSSES
+from ..common.errors import NotFinite
+from ..ops.finite import count_non_finite
+from ..ops.rows import own_part
+from ..processes.agreement import gather_objects, say
+from ..runs.checkpoint import newest_complete
+from .run_state import RunState
+from .step import StepResult
+
+
+# Steps in a row that are passed over before the run ends.
+MOST_IN_A_ROW = 10
+
+
+class Verdict(NamedTuple):
+    """
+    What is to become of an optimizer step, alike on every process.
+
+    Args:
+        taken (`bool`): Whether it is taken.
+        num_tokens (`int`): Tokens of all processes that made it.
+        overflows (`bool`): Whether it is not taken because a gradient is not finite.
+    """
+
+    taken: bool
+    num_tokens: int
+    overflows: bool
+
+
+@dataclass
+class _Reason:
+    """Why a step was passed over, in words, and what is likely to be the matter."""
+
+    found: str
+    cause: str
+
+
+class FiniteSteps:
+    """
+    Looks at what each optimizer step would be taken on. It is passed over where more than `training.max_non_finite` of
+    its tokens were left out because an activation is NaN or infinite, or where a loss or a gradient is not finite all
+    the same. Weights, optimizer, learning rate, thresholds and counts of silent latents then stay as they were; the
+    step counts as one of the run's, so that the run ends, and goes on from a checkpoint as if it had never stopped.
+
+    Where all is finite this adds nothing for the host to wait for: it waits for a step's number of tokens, with which
+    the rest comes.
+
+    Args:
+        run ([`RunState`]): The run, which keeps count.
+    """
+
+    def __init__(self, run: RunState):
+        self.run = run
+        self._told = False
+
+    def judge(self, result: StepResult) -> Verdict:
+        """
+        Decides what is to become of a step whose gradients lie in the heads, and counts what was left out.
+
+        Args:
+            result ([`StepResult`]): What it would be taken on.
+
+        Raises:
+            `NotFinite`: on every process, if it is the last that may be passed over.
+        """
+        run, spread = self.run, self.run.spread
+        assert run.optimizer is not None, "the run has begun"
+        gradient, loss = spread.anywhere(
+            torch.stack([spread.non_finite_gradients(run.optimizer).float(), self._bad_loss(result)])
+        )
+        # The one place of a step where the host waits for the device.
+        trained, lost, bad_gradient, bad_loss = torch.stack(
+            [result.num_tokens, result.non_finite, gradient, loss]
+        ).tolist()
+        run.skips.non_finite_tokens += int(lost)
+        bad = next((at for at in gather_objects(result.non_finite_at) if at is not None), None) if lost else None
+        share = lost / max(1.0, trained + lost)
+        if bad is not None and not self._told:
+            self._told = True
+            say(
+                f"Step {run.progress.global_step + 1}: {int(lost):,} of {int(trained + lost):,} tokens are not finite "
+                f"at {bad.place}. Such tokens train nothing, and count in train/non_finite_tokens."
+            )
+        if share <= run.args.max_non_finite and not bad_loss and not bad_gradient:
+            run.skips.in_a_row = 0
+            return Verdict(True, int(trained), False)
+        if share > run.args.max_non_finite:
+            self._pass_over(self._too_many(share, bad))
+        else:
+            self._pass_over(self._diverged(result, bool(bad_loss)))
+        return Verdict(False, int(trained), bool(bad_gradient))
+
+    def check_weights(self) -> None:
+        """
+        Looks at every parameter that trains, before something is saved.
+
+        Raises:
+            `NotFinite`: on every process, if one is not finite.
+        """
+        words = next((words for words in gather_objects(self._bad_weights()) if words is not None), None)
+        if words is not None:
+            head, found = words
+            raise NotFinite(
+                f"Step {self.run.progress.global_step}: {found}. {self._learning_rate(head)} {self._what_is_left()}"
+            )
+
+    def _bad_weights(self) -> tuple[str, str] | None:
+        """On this process the first head with weights that are not finite, and that in words."""
+        run = self.run
+        optimized = [] if run.optimizer is None else run.spread.optimized(run.optimizer)
+        weights = [(group["role"].head, group["role"].parameter, own_part(held.detach())) for group, held in optimized]
+        weights += [(name, key, held) for name, head in run.heads.items() for key, held in head.named_buffers()]
+        sums = [held.sum(dtype=torch.float32).to(run.accelerator.device) for _, _, held in weights]
+        if not sums or bool(torch.stack(sums).isfinite().all()):
+            return None
+        for head, key, held in weights:
+            if count := count_non_finite(held):
+                return head, f"{count:,} numbers of {key} of head {head!r} are NaN or infinite"
+        return None
+
+    def _bad_loss(self, result: StepResult) -> Tensor:
+        """Whether a loss is not finite, `()`, 0 or 1."""
+        losses = [value for key, value in result.values.items() if _is_loss(key)]
+        return 1.0 - torch.stack(losses).isfinite().all().float() if losses else result.num_tokens.new_zeros(())
+
+    def _pass_over(self, reason: _Reason) -> None:
+        skips, step = self.run.skips, self.run.progress.global_step + 1
+        skips.in_a_row += 1
+        skips.steps += 1
+        if skips.in_a_row >= MOST_IN_A_ROW:
+            raise NotFinite(
+                f"Step {step}: {MOST_IN_A_ROW} optimizer steps in a row could not be taken: {reason.found}. "
+                f"{reason.cause} {self._what_is_left()}"
+            )
+        if skips.in_a_row == 1:
+            say(f"Step {step} is passed over: {reason.found}.")
+
+    def _too_many(self, share: float, at: NonFiniteAt | None) -> _Reason:
+        place, cause = ("a hookpoint", "") if at is None else (at.place, at.cause)
+        allowed = self.run.args.max_non_finite
+        return _Reason(
+            f"{share:.1%} of its tokens are not finite at {place}, more than training.max_non_finite, {allowed:.4g}",
+            cause,
+        )
+
+    def _diverged(self, result: StepResult, bad_loss: bool) -> _Reason:
+        what = self._bad_loss_of(result) if bad_loss else self._bad_gradient_of()
+        name, words = next((found for found in gather_objects(what) if found is not None), ("", "a gradient"))
+        return _Reason(f"{words} is not finite, although the activations are", self._learning_rate(name))
+
+    def _bad_loss_of(self, result: StepResult) -> tuple[str, str] | None:
+        """On this process the first head with such a loss, and that in words."""
+        for key, value in result.values.items():
+            if _is_loss(key) and not bool(value.isfinite()):
+                _, part, *head = key.split("/", 2)
+                return (head[0], f"{part} of head {head[0]!r}") if head else ("", f"the LM's {part}")
+        return None
+
+    def _bad_gradient_of(self) -> tuple[str, str] | None:
+        assert self.run.optimizer is not None, "the run has begun"
+        for role, gradient in self.run.spread.gradients(self.run.optimizer):
+            if count_non_finite(gradient):
+                return role.head, f"the gradient of {role.parameter} of head {role.head!r}"
+        return None
+
+    def _learning_rate(self, head: str) -> str:
+        groups = [] if self.run.optimizer is None else self.run.optimizer.param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups if group["role"].head == head]
+        rates = rates or [group.get("initial_lr", group["lr"]) for group in groups]
+        rate = f"it is {float(max(rates)):.3g} " if rates else ""
+        return f"The learning rate is likely to be too high: {rate}(training.learning_rate, or an entry's of heads)."
+
+    def _what_is_left(self) -> str:
+        newest = newest_complete(Path(self.run.args.output_dir))
+        if newest is None:
+            return "There is no checkpoint yet."
+        return f"The newest whole checkpoint is {newest}."
+
+
+def _is_loss(key: str) -> bool:
+    """Whether a logged value is one that training goes by."""
+    _, part, *_ = key.split("/")
+    return part in (*LOSSES, "ce", "kl")
