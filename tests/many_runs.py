@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from sae_accel.activations.exchanged import ExchangedActivations
 from sae_accel.cards import model_card
-from sae_accel.common.errors import InputError
+from sae_accel.common.errors import InputError, NotFinite
 from sae_accel.processes.agreement import this_process
 from sae_accel.recipe.command_line import parse_command_line
 from sae_accel.training.run import run
@@ -32,11 +32,12 @@ def main(folder: Path) -> None:
             found = {"spread": type(trainer.spread).__name__, "heads": list(trainer.heads)}
             found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             found["tokens"] = trainer.state.num_input_tokens_seen
+            found["skips"] = vars(trainer.run_state.skips)
             lm = getattr(trainer.activations, "activations", trainer.activations).base_model
             found["lm_parameters"] = sum(getattr(p, "_local_tensor", p).numel() for p in lm.parameters())
             if isinstance(trainer.activations, ExchangedActivations):
                 found["bytes_sent"] = trainer.activations.bytes_sent
-        except InputError as error:
+        except (InputError, NotFinite) as error:
             found = {"refused": str(error)}
         (folder / f"{name}.{this_process().process_index}.json").write_text(json.dumps(found))
         for variable in one["environment"]:

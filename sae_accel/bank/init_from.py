@@ -11,6 +11,7 @@ from ..loading.auto import AutoSae
 from ..loading.sae_heads import SaeHeads
 from ..models import HeadConfig, HeadModel
 from ..models.latent_selection import SELECTIONS
+from ..ops.finite import first_non_finite
 from ..ops.rows import normalize_rows_
 from .bank import SaeBank
 from .plans import HeadPlan
@@ -102,7 +103,7 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
     Sets a bank's heads to pretrained weights, one at a time.
 
     Raises:
-        `InputError`: if a head has no decoder, or cannot be read.
+        `InputError`: if a head has no decoder, has a number that is NaN or infinite, or cannot be read.
     """
     by_name = dict(bank.named_heads())
     for plan, name, _ in matches:
@@ -115,6 +116,8 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
             raise InputError(
                 f"training.init_from: head {name!r} of {heads.origin!r} holds no decoder, so it cannot train."
             )
+        if words := first_non_finite(pretrained.state_dict().items()):
+            raise InputError(f"training.init_from: head {name!r} of {heads.origin!r} cannot train: {words}.")
         if pretrained.config.normalize_input is not None:
             raise InputError(
                 f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."

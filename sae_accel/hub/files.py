@@ -10,7 +10,7 @@ from ..common.run_files import ADAPTER, RUN_FILES, folders_of
 from ..formats import Place
 from ..loading.auto import AutoSae
 from ..loading.find import find_heads
-from ..loading.head_files import check_weights, head_errors, stored_config
+from ..loading.head_files import check_weights, head_errors, refuse_non_finite, stored_config
 from ..loading.repository import Repository
 from ..loading.sae_heads import SaeHeads
 from ..models.registry import known_config
@@ -23,11 +23,10 @@ _REPORT = (*RUN_FILES, FVU_PLOT, FREQUENCY_PLOT)
 
 def whole_heads(folder: Path, include: Sequence[str]) -> SaeHeads:
     """
-    The heads of a folder, all in our layout and with weights that their configs describe. Of the weights the headers
-    alone are read.
+    The heads of a folder, all in our layout, with weights that their configs describe and that are finite.
 
     Raises:
-        `InputError`: if one is damaged or another library's, there is none, or a glob matches none.
+        `InputError`: if one is damaged, not finite or another library's, there is none, or a glob matches none.
     """
     repository = Repository(str(folder))
     places = find_heads(repository.files, repository.name)
@@ -44,6 +43,7 @@ def whole_heads(folder: Path, include: Sequence[str]) -> SaeHeads:
         place.paths = {role: folder / file for role, file in place.files.items()}
         with head_errors(repository, name):
             check_weights(place, stored_config(place, {}))
+            refuse_non_finite(place, f"Head {name!r} of {str(folder)!r}" if name else f"The head of {str(folder)!r}")
     return heads
 
 

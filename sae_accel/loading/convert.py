@@ -10,6 +10,7 @@ from ..common.quiet import quiet_files
 from ..common.staging import staging_folder
 from ..formats import sae_lens, sparsify
 from ..models import HeadConfig, HeadModel
+from ..ops.finite import first_non_finite
 from .auto import AutoSae
 
 
@@ -30,7 +31,8 @@ def convert(
         `list[tuple[str, HeadConfig]]`: names, which are those of folders in `target`, and what the heads are.
 
     Raises:
-        `InputError`: if a head cannot be read, or that layout has no such head; nothing is written then.
+        `InputError`: if a head cannot be read, has a number that is NaN or infinite, or that layout has no such head;
+            nothing is written then.
     """
     if to not in WRITERS:
         raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
@@ -52,6 +54,8 @@ def convert(
         with staging_folder(target) as staging:
             for name in heads:
                 head = heads.load(name)
+                if words := first_non_finite(head.state_dict().items()):
+                    raise InputError(f"Head {name!r} of {source!r} cannot be converted: {words}.")
                 write(staging / name, head.config, head)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging, target)

@@ -13,6 +13,7 @@ from ..formats import Place
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
 from ..models.registry import known_config, model_of
+from ..ops.finite import first_non_finite
 from .repository import Repository
 
 
@@ -117,6 +118,25 @@ def check_weights(place: Place, config: HeadConfig) -> None:
         raise ValueError(f"by config.json it has {', '.join(missing)}, which its weights lack.")
     if unknown := sorted(found.keys() - expected.keys() - (_DECODER if config.encoder_only else set())):
         raise ValueError(f"its weights hold {', '.join(unknown)}, which no head with that config.json has.")
+
+
+def refuse_non_finite(place: Place, where: str) -> None:
+    """
+    Reads a head's weights, one tensor at a time.
+
+    Args:
+        place (`Place`): Where its files are.
+        where (`str`): The head, with which the error begins.
+
+    Raises:
+        `InputError`: if a number is NaN or infinite.
+    """
+    for role in place.paths:
+        if role.endswith(".safetensors"):
+            with safe_open(place.paths[role], framework="pt") as file:
+                words = first_non_finite((name, file.get_tensor(name)) for name in file.keys())
+            if words is not None:
+                raise InputError(f"{where} cannot be released: {words}.")
 
 
 def _headers(place: Place, role: str) -> Iterator[tuple[str, tuple[tuple[int, ...], str, str]]]:

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from typing_extensions import Self
 
+from ..common.errors import InputError
 from ..common.quiet import quiet_files
+from ..ops.finite import first_non_finite
 from .configuration_head import HeadConfig
 from .latent_selection import SELECTIONS, LatentSelection
 from .latent_slice import LatentSlice
@@ -68,6 +70,19 @@ class PreTrainedHead(PreTrainedModel):
             kwargs["subfolder"] = hookpoint
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """
+        As in transformers.
+
+        Raises:
+            `InputError`: if a number of the head is NaN or infinite; nothing is written then.
+        """
+        weights = kwargs.get("state_dict")
+        if words := first_non_finite((self.state_dict() if weights is None else weights).items()):
+            name = self.config.hookpoint or self.config.name_or_path
+            raise InputError(f"Head {name!r} cannot be saved: {words}. Go back to weights from before they arose.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     # One commit with a card, where transformers' method pushes the files of one model.
     def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
@@ -82,7 +97,7 @@ class PreTrainedHead(PreTrainedModel):
             [`Pushed`].
 
         Raises:
-            `InputError`: if the Hub refuses, or cannot be reached.
+            `InputError`: if the head has a number that is NaN or infinite, or the Hub refuses or cannot be reached.
         """
 
         def save(folder: str) -> None:

@@ -1,5 +1,7 @@
 """Whether numbers are finite, at the cost of one sum where they are."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ def finite_rows(rows: Tensor) -> Tensor:
 
 def count_non_finite(tensor: Tensor) -> int:
     """How many numbers of a tensor of any type and shape are NaN or infinite."""
-    if not tensor.is_floating_point() or bool(surely_finite(tensor.reshape(1, -1)).all()):
+    # What lies on the meta device has no numbers here.
+    if tensor.is_meta or not tensor.is_floating_point() or bool(surely_finite(tensor.reshape(1, -1)).all()):
         return 0
     return int((~tensor.isfinite()).sum())
+
+
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Of tensors by name, the first with numbers that are not finite, in words that say how many; None if all are."""
+    for name, tensor in tensors:
+        if count := count_non_finite(tensor.detach()):
+            return f"{count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite"
+    return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activations.trained_rows import NonFiniteAt
 from ..bank.bank import LOSSES
 from ..common.errors import NotFinite
-from ..ops.finite import count_non_finite
+from ..ops.finite import count_non_finite, first_non_finite
 from ..ops.rows import own_part
 from ..processes.agreement import gather_objects, say
 from ..runs.checkpoint import newest_complete
@@ -124,8 +124,8 @@ class FiniteSteps:
         if not sums or bool(torch.stack(sums).isfinite().all()):
             return None
         for head, key, held in weights:
-            if count := count_non_finite(held):
-                return head, f"{count:,} numbers of {key} of head {head!r} are NaN or infinite"
+            if words := first_non_finite([(f"{key} of head {head!r}", held)]):
+                return head, words
         return None
 
     def _bad_loss(self, result: StepResult) -> Tensor:

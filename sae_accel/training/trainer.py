@@ -336,7 +336,7 @@ class SaeTrainer:
             saved = raise_together(lambda: self.run_state.load_weights(checkpoint))
         elif init_from is not None:
             heads = raise_together(lambda: open_pretrained(init_from))
-            load_into(bank, match_heads(self.plans.values(), heads), heads)
+            raise_together(lambda: load_into(bank, match_heads(self.plans.values(), heads), heads))
         else:
             start_heads(bank, self.spread, self.activations, batches)
         with written_together(self.output_dir) as write:
@@ -401,5 +401,6 @@ class SaeTrainer:
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         metrics = self.evaluate()
         if self.args.save_best:
+            self.finite_steps.check_weights()
             self.saver.keep_best(metrics)
         return metrics
