@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ..common.errors import InputError, one_line
+from ..common.signals import signals
 from ..processes.agreement import raise_together, say, this_process
 
 
@@ -50,15 +51,20 @@ def locked(folder: Path) -> Iterator[None]:
             f"training.output_dir: {str(folder)!r} cannot be written to: {one_line(error)}. Set another."
         ) from error
     _HELD.add(key)
+
+    def clear() -> None:
+        (key / LOCK).unlink(missing_ok=True)
+        if made and key.is_dir() and not any(key.iterdir()):
+            key.rmdir()
+
     try:
-        yield
+        with signals.undone(clear):
+            yield
     finally:
         _HELD.discard(key)
         # Before it is let go, so that nobody takes a file that is about to go.
-        (key / LOCK).unlink(missing_ok=True)
+        clear()
         os.close(handle)
-        if made and key.is_dir() and not any(key.iterdir()):
-            key.rmdir()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,8 @@ class EndToEndObjective:
         sums, logit_sums = StepSums(), StepSums()
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
         for i, part in enumerate(parts):
+            if i:
+                self.local.between_batches()
             clean = self.lm.clean(part) if self.loss == "kl" else None
             with self.spread.synchronized(bank, i == len(parts) - 1):
                 output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
@@ -66,6 +68,15 @@ class EndToEndObjective:
         for name, value in logit_sums.by_head["lm"].items():
             result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
         return result
+
+    @property
+    def between_batches(self) -> Callable[[], None]:
+        """Called between the batches of a window, where a run that is to stop leaves it."""
+        return self.local.between_batches
+
+    @between_batches.setter
+    def between_batches(self, call: Callable[[], None]) -> None:
+        self.local.between_batches = call
 
     @property
     def frequencies(self) -> dict[str, Tensor]:
@@ -117,6 +128,7 @@ class EndToEndObjective:
         """By head, the total variance of its target in the LM without heads, over the window and all processes."""
         moments: dict[Site, Moments] = {}
         for batch in window:
+            self.local.between_batches()
             merge_moments(moments, bank, self.local.activations(batch))
         return {name: positive(m.total_variance) for name, m in self.local.target_moments(moments, bank).items()}
 

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
 from ..bank.plans import HeadPlan, plan_heads
+from ..common.signals import signals
 from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
@@ -19,7 +20,7 @@ from ..processes.launched import check_launched
 from ..processes.watch import Watch
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
-from ..runs.checkpoint import load_state, newest_complete
+from ..runs.checkpoint import load_state, what_is_left
 from ..runs.closing_message import closing_message
 from ..runs.differences import Differences
 from ..runs.lock import locked_together
@@ -44,8 +45,12 @@ def run(recipe: Recipe) -> SaeTrainer:
     training = recipe.training
     check_launched()
     check_alike(recipe.to_dict())
-    with Watch(lambda: _what_is_left(Path(training.output_dir))):
-        with locked_together(Path(training.output_dir)):
+    output_dir = Path(training.output_dir)
+    if training.resume_from_checkpoint:
+        # Else what lies there is another run's until this one begins.
+        signals.words = lambda: what_is_left(output_dir)
+    with Watch():
+        with locked_together(output_dir):
             trainer = _trainer(recipe)
             try:
                 trainer.train()
@@ -140,8 +145,3 @@ def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
     matches = match_heads(plans, heads)
     if this_process().is_main_process:
         print(matches_table(matches, heads))
-
-
-def _what_is_left(output_dir: Path) -> str:
-    newest = newest_complete(output_dir)
-    return f"The newest whole checkpoint is {newest}." if newest else "There is no checkpoint yet."

@@ -56,6 +56,7 @@ class RunState:
             it was last active, `(num_latents,)`.
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
+        owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
     """
 
@@ -87,6 +88,7 @@ class RunState:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.owes_evaluation = False
 
     @property
     def bank(self) -> SaeBank:
@@ -226,6 +228,7 @@ class RunState:
                     "epoch": position.epoch,
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
+                    "owes_evaluation": self.owes_evaluation,
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
@@ -288,6 +291,7 @@ class RunState:
             self.tokens_since_fired[name] = count.to(self.accelerator.device)
         self.initial_metrics.update(saved["initial_metrics"])
         self.best.update(saved["best"])
+        self.owes_evaluation = saved.get("owes_evaluation", False)
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
         saved["differences"].tell(checkpoint)
