@@ -2,8 +2,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .common.errors import InputError
-from .common.tables import aligned
+from .common.signals import signals
 
 
 LAYOUTS = ("sparsify", "saelens", "sae_accel")
@@ -11,9 +10,19 @@ _TOLD = ("k", "input_scale", "apply_b_dec_to_input")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input."""
+    """
+    The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input; 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP, 141 after the reader of its output has gone.
+    """
+    return signals.command(lambda: _convert(argv), to_the_end=argv is None)
+
+
+def _convert(argv: Sequence[str] | None) -> int:
+    signals.words = lambda: "Nothing was written: start again with the same command."
     options = _parser().parse_args(argv)
     # Only now, since the help need not wait for torch.
+    from .common.errors import InputError
+    from .common.tables import aligned
     from .loading.convert import convert
 
     try:
@@ -22,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
+    signals.words = lambda: f"All is written in {options.target}."
     rows = [("head", "activation", "d_in -> latents -> d_out")]
     rows += [(name or ".", config.activation, config.widths) for name, config in written]
     print("\n".join([*aligned(rows), f"Written for {options.to} in {options.target}."]))

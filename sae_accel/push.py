@@ -1,42 +1,39 @@
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from .common.errors import InputError
+from .common.signals import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `python -m sae_accel.push`: 0 if all went well, 2 for bad input, 130 after Ctrl-C."""
+    """
+    The command `python -m sae_accel.push`: 0 if all went well, 2 for bad input; 130 after Ctrl-C, 143 after SIGTERM,
+    129 after SIGHUP, 141 after the reader of its output has gone.
+    """
+    return signals.command(lambda: _push(argv), to_the_end=argv is None)
+
+
+def _push(argv: Sequence[str] | None) -> int:
+    from .common.errors import AGAIN, InputError
+
+    signals.words = lambda: AGAIN
     options = _parser().parse_args(argv)
     # Only now, since the help need not wait for torch.
-    from .hub.refusals import AGAIN
     from .hub.release import Release
 
     try:
         release = Release(options.folder, options.repo_id, options.include, options.license)
         if options.dry_run:
             table = release.table(options.revision)
-            _say(f"{table}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
+            print(f"{table}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
             return 0
         pushed = release.push(private=options.private, revision=options.revision, message=options.message)
     except InputError as error:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"sae_accel: Stopped. {AGAIN}", file=sys.stderr)
-        return 130
     what = "Pushed" if pushed.is_new else "There was nothing new to push"
-    _say(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
+    print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
     return 0
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Whoever read this, such as `head`, has enough. At exit Python would write what is left once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,21 @@
 import sys
 
-from .common.errors import InputError, NotFinite, NotSaved
-from .recipe.command_line import parse_command_line, split_dry_run
+from .common.signals import signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `python -m sae_accel.train`: 0 if all went well, 2 for bad input, 130 after Ctrl-C."""
+    """
+    The command `python -m sae_accel.train`: 0 if all went well, 1 if not all was saved or a process died, 2 for bad
+    input; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 after the reader of its output has gone.
+    """
     words = sys.argv[1:] if argv is None else argv
+    return signals.command(lambda: _train(words), to_the_end=argv is None)
+
+
+def _train(words: list[str]) -> int:
+    from .common.errors import InputError, NotFinite, NotSaved
+    from .recipe.command_line import parse_command_line, split_dry_run
+
     if {"-h", "--help"} & set(words):
         # Prints the help and ends, before what trains is imported.
         parse_command_line(words)
@@ -33,9 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, NotFinite, NotSaved, ProcessDied) as error:
         say(error)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt as interrupt:
-        say(f"{interrupt or 'Stopped.'} Go on with --training.resume_from_checkpoint true.")
-        return 130
     return 0
 
 

@@ -2,6 +2,10 @@ import difflib
 from collections.abc import Iterable
 
 
+# What helps where a push has not come to its end.
+AGAIN = "Push again to go on: what has arrived is not sent twice."
+
+
 class InputError(ValueError):
     """
     Something a user gave cannot be used: a recipe, a path, a model, a dataset, a checkpoint.

@@ -3,6 +3,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .signals import signals
+
 
 @contextmanager
 def staging_folder(target: Path, suffix: str = "partial") -> Iterator[Path]:
@@ -17,6 +19,7 @@ def staging_folder(target: Path, suffix: str = "partial") -> Iterator[Path]:
     staging = target.with_name(f".{target.name}.{suffix}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        yield staging
+        with signals.undone(lambda: shutil.rmtree(staging, ignore_errors=True)):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

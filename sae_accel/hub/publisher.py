@@ -9,9 +9,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..common.errors import InputError
+from ..common.errors import AGAIN, InputError
 from ..recipe.arguments import SaeTrainingArguments
-from .refusals import AGAIN
 from .release import Release, open_repo
 
 

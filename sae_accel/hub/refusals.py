@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as client_logging
 
-from ..common.errors import InputError, one_line
+from ..common.errors import AGAIN, InputError, one_line
 
 
 _LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
-AGAIN = "Push again to go on: what has arrived is not sent twice."
 
 
 @contextmanager

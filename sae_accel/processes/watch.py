@@ -1,38 +1,39 @@
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 
 from ..common.errors import InputError, NotFinite, one_line
+from ..common.signals import signals
 from .agreement import gather_objects, this_process
 
 
-# Seconds between two signs of life, and without one after which a process counts as dead: below a minute, but longer
-# than any call that keeps other threads of its process from running.
+# Seconds between two signs of life, and without one after which a process of another machine counts as dead: below a
+# minute, but longer than any call that keeps other threads of its process from running.
 BEAT, SILENCE = 1.0, 45.0
 # In what gloo and NCCL say when the process at the other end is no more.
 _LOST = ("Connection", "connection", "closed by peer", "NCCL", "Broken pipe", "timed out", "Timed out")
+_DIED = "Process {} has died without a word: it was killed, or its machine is gone."
 
 
 class Watch:
     """
     Each process gives signs of life while this is open, and the first process ends the run if one of them falls silent
-    or says why it ends.
+    or says why it ends. If it is the first that dies, another of each machine says so. A signal that one process is to
+    end by at once ends all.
 
     A dead process leaves the others waiting in a collective, on GPUs for as long as its timeout.
-
-    Args:
-        last_words (`Callable[[], str]`): What else to say when the run ends so, such as which checkpoint is whole.
     """
 
-    def __init__(self, last_words: Callable[[], str] = str):
+    def __init__(self) -> None:
         self.process = this_process()
-        self.last_words = last_words
         self._closed = threading.Event()
         self._beats: dict[int, tuple[bytes, float]] = {}
 
@@ -41,18 +42,25 @@ class Watch:
             self._store = self._connect()
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
+            signals.leave = self._leave
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.process.num_processes == 1:
             return
         unforeseen = None if isinstance(error, InputError | NotFinite | KeyboardInterrupt) else error
-        if unforeseen is not None:
-            self._explain(unforeseen)
+        try:
+            if unforeseen is not None:
+                self._explain(unforeseen)
+        finally:
+            self._close(waits=unforeseen is None)
+
+    def _close(self, waits: bool) -> None:
+        signals.leave = signals.end
         self._closed.set()
         try:
             self._store.set(f"closed/{self.process.process_index}", "1")
-            if self.process.is_main_process and unforeseen is None:
+            if self.process.is_main_process and waits:
                 # To the others a store that is gone means that this process has died.
                 everyone = [f"closed/{index}" for index in range(self.process.num_processes)]
                 self._store.wait(everyone, timedelta(seconds=4 * BEAT))
@@ -64,62 +72,129 @@ class Watch:
         first = self.process.is_main_process
         host = os.environ.get("MASTER_ADDR", "localhost")
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
-        port = gather_objects(0 if store is None else store.port)[0]
-        return store or dist.TCPStore(host, port, is_master=False)
+        everyone = gather_objects((0 if store is None else store.port, _machine(), os.getpid()))
+        # Of this machine the numbers of processes tell at once who has died.
+        self._pids = {i: pid for i, (_, machine, pid) in enumerate(everyone) if machine == _machine()}
+        return store or dist.TCPStore(host, everyone[0][0], is_master=False)
 
     def _explain(self, error: BaseException) -> None:
         """Says why this process ends; if it ends because another did, that is the reason that counts."""
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not signals.is_active:
             # The launcher, which ends all once one has ended, must leave time to say so.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
-        if not self.process.is_main_process:
-            if not lost:
-                reason = one_line(error)[:1000]
-                self._store.set(f"ended/{self.process.process_index}", f"{type(error).__name__}: {reason}")
-            return
         deadline = time.monotonic() + 8 * BEAT
-        while lost and time.monotonic() < deadline:
-            if found := self._ended(silence=4 * BEAT):
-                raise ProcessDied(f"{found} {self.last_words()}".strip()) from None
-            time.sleep(BEAT / 4)
+        if self.process.is_main_process:
+            while lost and time.monotonic() < deadline:
+                if found := self._ended(silence=4 * BEAT):
+                    self._tell_of_the_end()
+                    raise ProcessDied(f"{found} {signals.words()}") from None
+                time.sleep(BEAT / 4)
+            self._tell_of_the_end()
+        elif not lost:
+            reason = one_line(error)[:1000]
+            self._store.set(f"ended/{self.process.process_index}", f"{type(error).__name__}: {reason}")
+        else:
+            # Meanwhile the thread ends this process, once it knows why.
+            time.sleep(8 * BEAT)
+
+    def _tell_of_the_end(self) -> None:
+        """So that the others, when they find this process gone, need not say so."""
+        self._store.set("over", "1")
+        time.sleep(2 * BEAT)
 
     def _run(self) -> None:
-        """In a thread: gives signs of life, and on the first process looks for those of the others."""
+        """In a thread: gives signs of life, and looks for those of the others."""
         count = 0
         while not self._closed.wait(BEAT):
             count += 1
             try:
                 self._store.set(f"alive/{self.process.process_index}", str(count))
-                found = self._ended(SILENCE) if self.process.is_main_process else None
+                self._look()
             except RuntimeError:
                 if self._closed.is_set():
                     return
-                # The first process has gone, and with it the run.
+                self._say_that_the_first_has_died()
+
+    def _look(self) -> None:
+        if self._store.check(["leaving"]):
+            self._leave(int(self._store.get("leaving")))
+        if not self.process.is_main_process:
+            if self._store.check(["over"]):
                 os._exit(1)
-            if found:
-                # Leaves the main thread, which may be about to say the same, the first word.
-                time.sleep(2 * BEAT)
-                if not self._closed.is_set():
-                    print(f"sae_accel: {found} {self.last_words()}", file=sys.stderr, flush=True)
-                    os._exit(1)
+            if 0 in self._pids and not _is_alive(self._pids[0]):
+                self._say_that_the_first_has_died()
+            return
+        # After a signal a launcher waits for less than a minute.
+        found = self._ended(SILENCE if signals.number is None else 10 * BEAT)
+        if found:
+            # Leaves the main thread, which may be about to say the same, the first word.
+            time.sleep(2 * BEAT)
+            if not self._closed.is_set():
+                _say(f"{found} {signals.words()}")
+                self._tell_of_the_end()
+                os._exit(1)
+
+    def _say_that_the_first_has_died(self) -> None:
+        """Ends this process. Of each machine one says why."""
+        if self.process.local_process_index == (1 if 0 in self._pids else 0):
+            _say(f"{_DIED.format(0)} {signals.words()}")
+        os._exit(1)
+
+    def _leave(self, number: int) -> None:
+        """Ends all processes at once, each with the status of the signal, and with one line."""
+        index, everyone = self.process.process_index, range(self.process.num_processes)
+        with suppress(RuntimeError):
+            self._store.set("leaving", str(number))
+            self._store.set(f"gone/{index}", "1")
+            deadline = time.monotonic() + 4 * BEAT
+            # The first keeps the store; the others let it know, and wait until all do.
+            while not all(self._store.check([f"gone/{i}"]) for i in everyone) and time.monotonic() < deadline:
+                time.sleep(BEAT / 10)
+        if self.process.is_main_process:
+            time.sleep(BEAT / 2)
+        signals.end(number, speaks=self.process.is_main_process)
 
     def _ended(self, silence: float) -> str | None:
         """Which process has ended, and why, in words; None if all are well."""
         now = time.monotonic()
+        if self._store.check(["leaving"]):
+            return None
         for index in range(1, self.process.num_processes):
             if self._store.check([f"ended/{index}"]):
                 return f"Process {index} ended: {self._store.get(f'ended/{index}').decode()}."
             if self._store.check([f"closed/{index}"]):
                 continue
+            if index in self._pids and not _is_alive(self._pids[index]):
+                return _DIED.format(index)
             key = f"alive/{index}"
             beat = self._store.get(key) if self._store.check([key]) else b"0"
             if index not in self._beats or self._beats[index][0] != beat:
                 self._beats[index] = (beat, now)
             elif now - self._beats[index][1] > silence:
-                return f"Process {index} has died without a word: it was killed, or its machine is gone."
+                return _DIED.format(index)
         return None
 
 
 class ProcessDied(RuntimeError):
     """Another process of the run has ended, so that this one cannot go on."""
+
+
+def _machine() -> str:
+    """What tells machines, and containers on them, apart: processes see each other's numbers within one."""
+    space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else ""
+    return f"{socket.gethostname()} {space}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        # It is there, and may not be looked at.
+        return True
+
+
+def _say(line: str) -> None:
+    print(f"sae_accel: {line}", file=sys.stderr, flush=True)

@@ -14,9 +14,11 @@ from ..common.errors import InputError
 from ..common.files import read_json, remove
 from ..common.manifest import Manifest
 from ..common.run_files import MANIFEST, TRAINER_STATE
+from ..common.signals import NOTHING_SAVED
 from ..processes.agreement import say
 
 
+GO_ON = "Go on with --training.resume_from_checkpoint true."
 STATE_FILE = "training_state.pt"
 # The second of them is one that a run has put aside, as it went on from an older one.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -46,6 +48,13 @@ def newest_complete(output_dir: Path) -> Path | None:
     return next(
         (path for path in [*reversed(own), *reversed(checkpoints(output_dir))] if not missing_part(path)), None
     )
+
+
+def what_is_left(output_dir: Path) -> str:
+    """What a run that is stopped now leaves, and how to go on, in words."""
+    if (newest := newest_complete(output_dir)) is None:
+        return NOTHING_SAVED
+    return f"The newest whole checkpoint is {newest}. {GO_ON}"
 
 
 def missing_part(checkpoint: Path) -> str | None:

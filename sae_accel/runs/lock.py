@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ..common.errors import InputError
+from ..common.signals import signals
 from ..processes.agreement import raise_together, say, this_process
 from .room import made, write_errors
 
@@ -46,12 +47,17 @@ def locked(folder: Path) -> Iterator[None]:
         with write_errors(folder):
             handle = _take(folder / LOCK)
         _HELD.add(key)
+
+        def clear() -> None:
+            (key / LOCK).unlink(missing_ok=True)
+
         try:
-            yield
+            with signals.undone(clear):
+                yield
         finally:
             _HELD.discard(key)
             # Before it is let go, so that nobody takes a file that is about to go.
-            (key / LOCK).unlink(missing_ok=True)
+            clear()
             os.close(handle)
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,8 @@ class EndToEndObjective:
         self.scale.clear()
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
         for i, part in enumerate(parts):
+            if i:
+                self.local.between_batches()
             with self.spread.synchronized(bank, i == len(parts) - 1):
                 output = self._pass(bank, part, self.loss == "kl", k, variances, dead_masks, tokens)
                 loss = output["logits"][self.loss] / divisors[self.loss] + self.fvu_weight * output["local_loss"]
@@ -80,6 +82,15 @@ class EndToEndObjective:
         for name, value in logit_sums.by_head["lm"].items():
             result.values[f"train/{name}"] = value / divisors["kl" if name == "kl" else "ce"]
         return result
+
+    @property
+    def between_batches(self) -> Callable[[], None]:
+        """Called between the batches of a window, where a run that is to stop leaves it."""
+        return self.local.between_batches
+
+    @between_batches.setter
+    def between_batches(self, call: Callable[[], None]) -> None:
+        self.local.between_batches = call
 
     @property
     def frequencies(self) -> dict[str, Tensor]:
@@ -165,6 +176,7 @@ class EndToEndObjective:
         moments: dict[Site, Moments] = {}
         tokens = TokenCount(self.accelerator.device)
         for batch in window:
+            self.local.between_batches()
             activations = self.local.activations(batch)
             tokens.add(activations)
             merge_moments(moments, bank, activations)

@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -42,6 +42,8 @@ class LocalObjective:
         self.micro_batches = micro_batches
         self.scale = {} if scale is None else scale
         self.frequencies: dict[str, Tensor] = {}
+        # Called between the batches of a window, where a run that is to stop leaves it.
+        self.between_batches: Callable[[], None] = _go_on
 
     def gradients(
         self, bank: nn.Module, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
@@ -64,6 +66,8 @@ class LocalObjective:
         reference: dict[str, Tensor] = {}
         sums, tokens = StepSums(), TokenCount(self.accelerator.device)
         for i, batch in enumerate(window):
+            if i:
+                self.between_batches()
             activations = self.activations(batch)
             tokens.add(activations)
             merge_moments(moments, heads, activations)
@@ -119,3 +123,7 @@ class LocalObjective:
         """By head, the moments of its target over all processes."""
         totals = over_processes(self.spread, moments)
         return {name: Moments.joined([totals[site] for site in plan.predicts]) for name, plan in bank.plans.items()}
+
+
+def _go_on() -> None:
+    """Nobody wants to stop."""

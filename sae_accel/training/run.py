@@ -5,6 +5,7 @@ from torch import nn
 
 from ..bank.init_from import match_heads, matches_table, open_pretrained
 from ..bank.plans import HeadPlan
+from ..common.signals import signals
 from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
@@ -15,7 +16,7 @@ from ..processes.launched import check_launched
 from ..processes.watch import Watch
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
-from ..runs.checkpoint import newest_complete
+from ..runs.checkpoint import what_is_left
 from ..runs.closing_message import closing_message
 from ..runs.lock import locked_together
 from .look_ahead import look_ahead
@@ -36,8 +37,12 @@ def run(recipe: Recipe) -> SaeTrainer:
     training = recipe.training
     check_launched()
     check_alike(recipe.to_dict())
-    with Watch(lambda: _what_is_left(Path(training.output_dir))):
-        with locked_together(Path(training.output_dir)):
+    output_dir = Path(training.output_dir)
+    if training.resume_from_checkpoint:
+        # Else what lies there is another run's until this one begins.
+        signals.words = lambda: what_is_left(output_dir)
+    with Watch():
+        with locked_together(output_dir):
             trainer = _trainer(recipe)
             try:
                 trainer.train()
@@ -99,8 +104,3 @@ def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
     matches = match_heads(plans, heads)
     if this_process().is_main_process:
         print(matches_table(matches, heads))
-
-
-def _what_is_left(output_dir: Path) -> str:
-    newest = newest_complete(output_dir)
-    return f"The newest whole checkpoint is {newest}." if newest else "There is no checkpoint yet."

@@ -59,6 +59,7 @@ class RunState:
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
+        owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
     """
 
@@ -91,6 +92,7 @@ class RunState:
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.skips = Skips()
+        self.owes_evaluation = False
 
     @property
     def bank(self) -> SaeBank:
@@ -231,6 +233,7 @@ class RunState:
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
                     "skips": asdict(self.skips),
+                    "owes_evaluation": self.owes_evaluation,
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
@@ -300,6 +303,7 @@ class RunState:
         self.initial_metrics.update(saved["initial_metrics"])
         self.best.update(saved["best"])
         self.skips = Skips(**saved["skips"])
+        self.owes_evaluation = saved["owes_evaluation"]
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
         saved["differences"].tell(checkpoint)

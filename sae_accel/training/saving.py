@@ -27,6 +27,14 @@ class Saver:
         self.run = run
         self.args = run.args
         self.unsaved: str | None = None
+        # The newest checkpoint that this run has written, with its step.
+        self._newest: tuple[int, Path] | None = None
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint of the present step, if there is one."""
+        step, folder = self._newest or (None, None)
+        return folder if step == self.run.progress.global_step else None
 
     def checkpoint(self, position: Position) -> Path | None:
         """
@@ -43,6 +51,7 @@ class Saver:
                 self._make_room()
             return None
         self.unsaved = None
+        self._newest = self.run.progress.global_step, folder
         return folder
 
     def keep_best(self, metrics: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from ..bank.init_from import load_into, match_heads, open_pretrained
 from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
+from ..common.signals import Stopped, signals
 from ..data.batches import Batches, Position, sequence_length
 from ..data.collate import Rows
 from ..hub.publisher import Publisher, hub_repo
@@ -23,11 +24,12 @@ from ..lm.adapter import unwrapped
 from ..lm.hooks import base_of
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
-from ..processes.agreement import gather_objects, raise_together
+from ..processes.agreement import raise_together
 from ..processes.trackers import start_trackers, with_trackers
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
 from ..recipe.checks import check_objective, check_steps
 from ..recipe.recipe import Recipe
+from ..runs.checkpoint import GO_ON, what_is_left
 from ..runs.lock import locked_together
 from ..runs.output_folder import OutputFolder, written_places
 from ..runs.writing import written_together
@@ -37,7 +39,7 @@ from .callbacks import FlowCallback, ProgressBar
 from .counters import Counters
 from .finite_steps import FiniteSteps
 from .identity import identity_of
-from .interruption import Interruption
+from .interruption import Abandoned, Interruption
 from .k_schedule import k_at
 from .lora import add_lora, lora_targets
 from .optim import build_scheduler
@@ -128,6 +130,8 @@ class SaeTrainer:
         self.pushed: Pushed | None = None
         self.counters, self.finite_steps = Counters(self.run_state), FiniteSteps(self.run_state)
         self._interruption = Interruption()
+        self.objective.between_batches = self._interruption.check
+        self._position = Position()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Adds a `transformers.TrainerCallback`, or makes one of the class given."""
@@ -198,27 +202,26 @@ class SaeTrainer:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = raise_together(lambda: self.folder.where_to_begin(resume, self.args.overwrite_output_dir))
         batches = self._batches(self.train_dataset)
-        position = self._begin(batches, checkpoint)
+        self._position = self._begin(batches, checkpoint)
+        signals.words = lambda: what_is_left(self.output_dir)
         if checkpoint is None and self.args.loss != "fvu":
             self._measure_start(batches)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
         self._tell("on_train_begin")
-        with Interruption() as self._interruption:
-            windows = batches.windows(position)
-            while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-                window, position = next(windows)
-                self.training_step(window)
-                self._tell("on_step_end")
-                self._act_on_control(position)
-        self._tell("on_train_end")
-        metrics = self._evaluate_and_keep_best() if self.eval_dataset is not None else {}
+        with self._interruption:
+            try:
+                metrics = self._take_steps(batches)
+            except Abandoned as signal:
+                raise self._stopped(signal.number) from None
         metrics |= self.initial_metrics
         trained = self.state.num_input_tokens_seen - tokens_before
         metrics["train/tokens"] = self.state.num_input_tokens_seen
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         self.save_model()
+        signals.words = lambda: f"The heads are saved in {self.output_dir}, their card is not. {GO_ON}"
         self.run_state.save_report(metrics, self.counters.frequencies)
+        signals.words = lambda: f"All is saved in {self.output_dir}."
         # Not end_training, which would part the processes, so that nothing could be evaluated after.
         with_trackers(self.accelerator, lambda tracker: tracker.finish())
         self.metrics = metrics
@@ -232,8 +235,9 @@ class SaeTrainer:
         k = {
             name: k_at(self.state.global_step, head.config, self.plans[name].arguments) for name, head in heads.items()
         }
-        result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
+        with self._interruption.whole_step(self.optimizer):
+            result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         verdict = self.finite_steps.judge(result)
         self.spread.step(self.optimizer, verdict.taken, verdict.overflows)
         if not verdict.taken:
@@ -300,14 +304,15 @@ class SaeTrainer:
         def push() -> Pushed | None:
             if not self.accelerator.is_main_process:
                 return None
+            repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
+            by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
+            signals.words = lambda: f"All is saved in {self.output_dir}, but the push was stopped: {by_hand} goes on."
             if self.publisher is not None:
                 self.publisher.finish()
-            repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
             try:
                 release = Release(self.output_dir, repo_id, include=list(self.plans))
                 return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
             except InputError as error:
-                by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
                 raise InputError(f"{error} The heads are in {self.output_dir}: {by_hand} pushes them.") from error
 
         self.pushed = raise_together(push)
@@ -357,25 +362,52 @@ class SaeTrainer:
     def _batches(self, dataset: Rows | None) -> Batches:
         return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
 
-    def _act_on_control(self, position: Position) -> None:
-        """Logs, evaluates and saves where callbacks asked for it; after a signal to any process, saves and stops."""
-        stops = any(gather_objects(self._interruption.requested))
-        if self.control.should_log or self.control.should_save or stops:
+    def _take_steps(self, batches: Batches) -> dict[str, float]:
+        """Trains to the end, and evaluates. A signal to any process ends it with `Abandoned` on all."""
+        if self.run_state.owes_evaluation:
+            self._evaluate_and_keep_best()
+        windows = batches.windows(self._position)
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self._interruption.check()
+            window, after = next(windows)
+            self.training_step(window)
+            self._position = after
+            self._tell("on_step_end")
+            self._act_on_control()
+        self._tell("on_train_end")
+        metrics = self._evaluate_and_keep_best() if self.eval_dataset is not None else {}
+        self._interruption.check()
+        return metrics
+
+    def _act_on_control(self) -> None:
+        """Logs, evaluates and saves where callbacks asked for it."""
+        if self.control.should_log or self.control.should_save:
             self.finite_steps.check_weights()
         if self.control.should_log:
             self._write_log()
         if self.control.should_evaluate and self.eval_dataset is not None:
+            self.run_state.owes_evaluation = True
             self._evaluate_and_keep_best()
-        if self.control.should_save or stops:
-            folder = self.saver.checkpoint(position)
-            self.control.should_save = False
-            if folder is not None:
-                self._tell("on_save")
-        if stops:
-            if self.publisher is not None:
-                self.publisher.finish(interrupted=True)
-            saved = f"Saved {folder}." if folder is not None else self.saver.unsaved
-            raise KeyboardInterrupt(f"Stopped after step {self.state.global_step}. {saved}")
+        if self.control.should_save:
+            self._interruption.check()
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        folder = self.saver.checkpoint(self._position)
+        self.control.should_save = False
+        if folder is not None:
+            self._tell("on_save")
+
+    def _stopped(self, number: int) -> Stopped:
+        """Saves what is not saved yet, and says so."""
+        if self.saver.newest is None:
+            self.finite_steps.check_weights()
+            self._save_checkpoint()
+        if self.publisher is not None:
+            self.publisher.finish(interrupted=True)
+        folder = self.saver.newest
+        saved = f"{self.saver.unsaved} {signals.words()}" if folder is None else f"Saved {folder}. {GO_ON}"
+        return Stopped(number, f"Stopped after step {self.state.global_step}. {saved}")
 
     def _write_log(self) -> None:
         values = self.counters.flush()
@@ -384,7 +416,7 @@ class SaeTrainer:
 
     def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         with self.run_state.evaluated_weights():
-            return self.objective.evaluate(self.bank, batches)
+            return self.objective.evaluate(self.bank, self._interruption.watched(batches))
 
     def _measure_start(self, batches: Batches) -> None:
         """The LM's losses before the first step, on held-out rows, or else on those of that step."""
@@ -403,4 +435,5 @@ class SaeTrainer:
         if self.args.save_best:
             self.finite_steps.check_weights()
             self.saver.keep_best(metrics)
+        self.run_state.owes_evaluation = False
         return metrics

@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_fvu_of_the_whole_window(tmp_path):
         def zero_grad(self):
             pass
 
-    trainer.optimizer, trainer.lr_scheduler = Optimizer(), Optimizer()
+    trainer.optimizer = trainer.lr_scheduler = trainer.run_state.optimizer = Optimizer()
     batch = torch.ones_like(ids)
     trainer.training_step([{"input_ids": ids[i : i + 2], "attention_mask": batch[i : i + 2]} for i in (0, 2, 4, 6)])
     scale = trainer.objective.scale["layers.1"]
@@ -147,8 +147,8 @@ def test_gradients_are_those_of_the_fvu_of_the_whole_window(tmp_path):
 
 
 def test_one_heads_update_does_not_depend_on_another_head(tmp_path):
-    alone = tiny_trainer(tmp_path / "a", heads=HEADS[1:2], max_steps=4, max_grad_norm=0.1)
-    together = tiny_trainer(tmp_path / "b", heads=HEADS, max_steps=4, max_grad_norm=0.1)
+    alone = tiny_trainer(tmp_path / "a", heads=HEADS[1:2], max_steps=8, max_grad_norm=0.1)
+    together = tiny_trainer(tmp_path / "b", heads=HEADS, max_steps=8, max_grad_norm=0.1)
     alone.train(), together.train()
     assert_equal(alone.heads["layers.1.mlp"].state_dict(), together.heads["layers.1.mlp"].state_dict())
 
@@ -492,7 +492,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused_and_passed_over(tmp_path, dam
 def test_a_checkpoint_of_other_heads_or_another_optimizer_is_refused(tmp_path):
     tiny_trainer(tmp_path, max_steps=2).train()
     with pytest.raises(InputError, match="of another recipe"):
-        tiny_trainer(tmp_path, heads=HEADS, max_steps=3).train(resume_from_checkpoint=True)
+        tiny_trainer(tmp_path, heads=HEADS, max_steps=8).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="training.optim signum"):
         tiny_trainer(tmp_path, optim="adam", max_steps=3).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="no checkpoint folder"):

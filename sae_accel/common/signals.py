@@ -1,0 +1,286 @@
+"""
+Signals that end a command. A thread answers them, so that neither an import nor a collective delays the answer: one
+line that says what is saved. This module imports nothing that takes time, since it comes before all that does.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from types import FrameType
+from typing import TextIO, cast
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Stands for a pipe whose reader has gone, such as `| head`; not sent, as Python ignores the signal itself.
+CLOSED_PIPE = 13
+NOTHING_SAVED = "Nothing was saved yet: start again with the same command."
+# A terminal and a launcher both send what is one Ctrl-C.
+SAME_SECONDS = 1.0
+# A launcher that dies leaves its processes to themselves; this long they may take to save.
+ORPHAN_SECONDS = 25.0
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+
+
+class Stopped(KeyboardInterrupt):
+    """
+    A signal has ended a run in good order.
+
+    Args:
+        number (`int`): The signal, `CLOSED_PIPE` for a closed pipe.
+        message (`str`): One line that says what is saved.
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Signals:
+    """
+    Answers Ctrl-C, SIGTERM, SIGHUP, a pipe that is closed and the death of a launcher. At once by default: one line,
+    and the process ends. While `is_deferred`, the first is noted in `number` for who has something to save, and only
+    a second Ctrl-C ends at once, since launchers send several SIGTERM.
+
+    Attributes:
+        number (`int`, *optional*): The first signal that came.
+        words (`Callable[[], str]`): What is saved, and how to go on.
+        is_active (`bool`): Whether a command is at work.
+        is_deferred (`bool`): Whether somebody looks at `number`.
+        leave (`Callable[[int], None]`): Ends the process at once; on several processes, all of them.
+    """
+
+    def __init__(self) -> None:
+        self.is_active = False
+        self._undo: list[Callable[[], object]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.number: int | None = None
+        self.is_deferred = False
+        self.words: Callable[[], str] = lambda: NOTHING_SAVED
+        self.leave: Callable[[int], None] = self.end
+        self._first = 0.0
+        self._orphan_since: float | None = None
+        self._done: int | None = None
+
+    def command(self, work: Callable[[], int], to_the_end: bool) -> int:
+        """
+        The status of a command, whose signals are answered while it works.
+
+        Args:
+            work (`Callable[[], int]`): The command.
+            to_the_end (`bool`): Whether the process ends with it, so that signals that come later change nothing.
+        """
+        if self.is_active or threading.current_thread() is not threading.main_thread():
+            # What has begun to answer goes on to do so; a thread receives no signals.
+            return self._status(work)
+        self._begin()
+        with self._answered(to_the_end):
+            try:
+                self._done = self._status(work)
+            except SystemExit as end:
+                self._done = end.code if isinstance(end.code, int) else 0
+                raise
+            return self._done
+
+    def _status(self, work: Callable[[], int]) -> int:
+        try:
+            return work()
+        except KeyboardInterrupt as interrupt:
+            # From Python's own handler, or from whom the command calls.
+            message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
+            if _is_first():
+                print(f"sae_accel: {message}", file=sys.stderr)
+            return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
+
+    @contextmanager
+    def _answered(self, to_the_end: bool) -> Iterator[None]:
+        receiver, self._sender = socket.socketpair()
+        receiver.settimeout(SAME_SECONDS)
+        self._sender.setblocking(False)
+        # nohup has SIGHUP ignored, and means it.
+        numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_guarded(stream, self._tell_of_closed_pipe) for stream in streams)
+        self.is_active = True
+        _reset_children()
+        thread = threading.Thread(target=self._read, args=(receiver, _launcher()), daemon=True)
+        thread.start()
+        before = {number: signal.signal(number, _nothing) for number in numbers}
+        wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            if not to_the_end:
+                signal.set_wakeup_fd(wakeup)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                self.is_active = False
+                self._sender.send(b"\0")
+                thread.join()
+                sys.stdout, sys.stderr = streams
+                receiver.close()
+                self._sender.close()
+
+    @contextmanager
+    def undone(self, undo: Callable[[], object]) -> Iterator[None]:
+        """While open, a process that ends at once does `undo` before."""
+        self._undo.append(undo)
+        try:
+            yield
+        finally:
+            self._undo.remove(undo)
+
+    def end(self, number: int, speaks: bool | None = None) -> None:
+        """
+        Ends this process and its children, with one line.
+
+        Args:
+            number (`int`): The signal.
+            speaks (`bool`, *optional*): Whether it is this process that says the line; if not given, the first of a
+                launch does.
+        """
+        try:
+            if _is_first() if speaks is None else speaks:
+                _say(f"{self.reason(number)} {self.words()}")
+            _end_children()
+            for undo in reversed(self._undo):
+                with suppress(OSError):
+                    undo()
+        finally:
+            os._exit(128 + number)
+
+    def reason(self, number: int) -> str:
+        """What a signal stands for, in a sentence."""
+        if self._orphan_since is not None:
+            return "Stopped, as the launcher has died."
+        return f"Stopped by {'a closed pipe' if number == CLOSED_PIPE else signal.Signals(number).name}."
+
+    def _received(self, number: int) -> None:
+        if self._done is not None:
+            # All has been said.
+            os._exit(self._done)
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._first = number, now
+            if not self.is_deferred:
+                self.leave(number)
+            elif sys.stderr.isatty():
+                _say("Stopping, and saving a checkpoint. Ctrl-C once more stops at once; another SIGTERM does not.")
+        elif number == signal.SIGINT and now - self._first > SAME_SECONDS:
+            self.leave(self.number)
+
+    def _read(self, receiver: socket.socket, launcher: int | None) -> None:
+        """In a thread: receives the numbers of signals, and looks for the launcher between them."""
+        while self.is_active:
+            with suppress(TimeoutError):
+                for number in receiver.recv(64):
+                    if number in (*SIGNALS, CLOSED_PIPE):
+                        self._received(number)
+            if launcher is not None and os.getppid() != launcher:
+                self._orphaned()
+
+    def _orphaned(self) -> None:
+        now = time.monotonic()
+        if self.number is None:
+            self._orphan_since = now
+            self._received(signal.SIGTERM)
+        elif self._orphan_since is not None and now - self._orphan_since > ORPHAN_SECONDS:
+            self.leave(self.number)
+
+    def _tell_of_closed_pipe(self) -> None:
+        with suppress(OSError):
+            self._sender.send(bytes([CLOSED_PIPE]))
+
+
+class _Guarded:
+    """A stream whose reader may go. What is written after that goes nowhere."""
+
+    def __init__(self, stream: TextIO, gone: Callable[[], None]):
+        self._stream, self._gone = stream, gone
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._lose()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def _lose(self) -> None:
+        # Else Python would write at exit what the stream still holds.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        self._gone()
+
+
+def _guarded(stream: TextIO, gone: Callable[[], None]) -> TextIO:
+    if stream is None:
+        # It was closed before Python began.
+        return stream
+    if reconfigure := getattr(stream, "reconfigure", None):
+        # A process that ends at once loses no line, and a reader that has gone is noticed.
+        reconfigure(line_buffering=True)
+    return cast(TextIO, _Guarded(stream, gone))
+
+
+def _launcher() -> int | None:
+    """The process that started this one as one of a launch, if any did: a shell may go, and the run stays."""
+    return os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """The thread answers."""
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of a launch, as long as no more is known than what the launcher said."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    # Not by way of sys.stderr, which the main thread may be about to write to.
+    with suppress(OSError):
+        os.write(2, f"{chr(10) if os.isatty(2) else ''}sae_accel: {line}\n".encode())
+
+
+def _end_children() -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+
+
+@cache
+def _reset_children() -> None:
+    """Processes that are forked, such as those that tokenise, end by a signal as any process does, with no word."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_reset)
+
+
+def _reset() -> None:
+    if signals.is_active:
+        signals.is_active = False
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) is _nothing:
+                signal.signal(number, signal.SIG_DFL)
+
+
+signals = Signals()
