@@ -96,7 +96,7 @@ class Signals:
             # From Python's own handler, or from whom the command calls.
             message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
             if _is_first():
-                print(f"sae_accel: {message}", file=sys.stderr)
+                print(_line(message), file=sys.stderr)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
     @contextmanager
@@ -204,8 +204,10 @@ class _Guarded:
 
     def __init__(self, stream: TextIO, gone: Callable[[], None]):
         self._stream, self._gone = stream, gone
+        self.is_line_open = False
 
     def write(self, text: str) -> int:
+        self.is_line_open = bool(text) and not text.endswith("\n")
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -253,10 +255,16 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(line: str) -> None:
+def _say(message: str) -> None:
     # Not by way of sys.stderr, which the main thread may be about to write to.
     with suppress(OSError):
-        os.write(2, f"{chr(10) if os.isatty(2) else ''}sae_accel: {line}\n".encode())
+        os.write(2, f"{_line(message)}\n".encode())
+
+
+def _line(message: object) -> str:
+    """On a line of its own, where a progress bar has left one open."""
+    is_open = isinstance(sys.stderr, _Guarded) and sys.stderr.is_line_open
+    return f"{chr(10) if is_open else ''}sae_accel: {message}"
 
 
 def _end_children() -> None:
