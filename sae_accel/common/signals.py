@@ -67,7 +67,6 @@ class Signals:
         self.leave: Callable[[int], None] = self.end
         self._first = 0.0
         self._orphan_since: float | None = None
-        self._done: int | None = None
 
     def command(self, work: Callable[[], int], to_the_end: bool) -> int:
         """
@@ -82,12 +81,7 @@ class Signals:
             return self._status(work)
         self._begin()
         with self._answered(to_the_end):
-            try:
-                self._done = self._status(work)
-            except SystemExit as end:
-                self._done = end.code if isinstance(end.code, int) else 0
-                raise
-            return self._done
+            return self._status(work)
 
     def _status(self, work: Callable[[], int]) -> int:
         try:
@@ -117,7 +111,11 @@ class Signals:
         try:
             yield
         finally:
-            if not to_the_end:
+            if to_the_end:
+                # All has been said; Python itself would let a signal that comes while it ends change the status.
+                for number in before:
+                    signal.signal(number, signal.SIG_IGN)
+            else:
                 signal.set_wakeup_fd(wakeup)
                 for number, handler in before.items():
                     signal.signal(number, handler)
@@ -163,9 +161,6 @@ class Signals:
         return f"Stopped by {'a closed pipe' if number == CLOSED_PIPE else signal.Signals(number).name}."
 
     def _received(self, number: int) -> None:
-        if self._done is not None:
-            # All has been said.
-            os._exit(self._done)
         now = time.monotonic()
         if self.number is None:
             self.number, self._first = number, now
