@@ -24,6 +24,10 @@ STEPS = {
     "training.save_steps": 2,
     "training.eval_steps": 2,
     "training.save_best": "true",
+    # A rate that rises so far that heads become worse, and the best are those of the first evaluation.
+    "training.optim": "adam",
+    "training.learning_rate": 0.1,
+    "training.warmup_steps": 4,
     "training.gradient_accumulation_steps": 2,
     "training.per_device_train_batch_size": 2,
     "training.logging_steps": 1,
