@@ -11,6 +11,8 @@ RECIPE, METRICS = "recipe.yaml", "metrics.json"
 RUN_FILES = (RECIPE, METRICS, TRAINER_STATE, HISTORY, FREQUENCIES)
 # What is in a checkpoint, and what belongs to a run in its folder.
 MANIFEST = "manifest.json"
+# The folder of the best heads.
+BEST = "best"
 # The folder of a LoRA that was trained around heads.
 ADAPTER = "adapter"
 # Folders of a run that hold other things than its heads.

@@ -67,7 +67,6 @@ class Signals:
         self.leave: Callable[[int], None] = self.end
         self._first = 0.0
         self._orphan_since: float | None = None
-        self._done: int | None = None
 
     def command(self, work: Callable[[], int], to_the_end: bool) -> int:
         """
@@ -82,12 +81,7 @@ class Signals:
             return self._status(work)
         self._begin()
         with self._answered(to_the_end):
-            try:
-                self._done = self._status(work)
-            except SystemExit as end:
-                self._done = end.code if isinstance(end.code, int) else 0
-                raise
-            return self._done
+            return self._status(work)
 
     def _status(self, work: Callable[[], int]) -> int:
         try:
@@ -96,7 +90,7 @@ class Signals:
             # From Python's own handler, or from whom the command calls.
             message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
             if _is_first():
-                print(f"sae_accel: {message}", file=sys.stderr)
+                print(_line(message), file=sys.stderr)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
     @contextmanager
@@ -117,7 +111,11 @@ class Signals:
         try:
             yield
         finally:
-            if not to_the_end:
+            if to_the_end:
+                # All has been said; Python itself would let a signal that comes while it ends change the status.
+                for number in before:
+                    signal.signal(number, signal.SIG_IGN)
+            else:
                 signal.set_wakeup_fd(wakeup)
                 for number, handler in before.items():
                     signal.signal(number, handler)
@@ -163,9 +161,6 @@ class Signals:
         return f"Stopped by {'a closed pipe' if number == CLOSED_PIPE else signal.Signals(number).name}."
 
     def _received(self, number: int) -> None:
-        if self._done is not None:
-            # All has been said.
-            os._exit(self._done)
         now = time.monotonic()
         if self.number is None:
             self.number, self._first = number, now
@@ -204,8 +199,10 @@ class _Guarded:
 
     def __init__(self, stream: TextIO, gone: Callable[[], None]):
         self._stream, self._gone = stream, gone
+        self.is_line_open = False
 
     def write(self, text: str) -> int:
+        self.is_line_open = bool(text) and not text.endswith("\n")
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -253,10 +250,16 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(line: str) -> None:
+def _say(message: str) -> None:
     # Not by way of sys.stderr, which the main thread may be about to write to.
     with suppress(OSError):
-        os.write(2, f"{chr(10) if os.isatty(2) else ''}sae_accel: {line}\n".encode())
+        os.write(2, f"{_line(message)}\n".encode())
+
+
+def _line(message: object) -> str:
+    """On a line of its own, where a progress bar has left one open."""
+    is_open = isinstance(sys.stderr, _Guarded) and sys.stderr.is_line_open
+    return f"{chr(10) if is_open else ''}sae_accel: {message}"
 
 
 def _end_children() -> None:

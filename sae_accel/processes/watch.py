@@ -36,6 +36,8 @@ class Watch:
         self.process = this_process()
         self._closed = threading.Event()
         self._beats: dict[int, tuple[bytes, float]] = {}
+        # Taken, and kept, by the thread that says why the process ends.
+        self._last_words = threading.Lock()
 
     def __enter__(self) -> "Watch":
         if self.process.num_processes > 1:
@@ -79,8 +81,9 @@ class Watch:
 
     def _explain(self, error: BaseException) -> None:
         """Says why this process ends; if it ends because another did, that is the reason that counts."""
-        if threading.current_thread() is threading.main_thread() and not signals.is_active:
-            # The launcher, which ends all once one has ended, must leave time to say so.
+        # The launcher, which ends all once one has ended, must leave time to say so.
+        signals.leave = _stay
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
         deadline = time.monotonic() + 8 * BEAT
@@ -131,29 +134,45 @@ class Watch:
             # Leaves the main thread, which may be about to say the same, the first word.
             time.sleep(2 * BEAT)
             if not self._closed.is_set():
-                _say(f"{found} {signals.words()}")
-                self._tell_of_the_end()
-                os._exit(1)
+                self._end(found)
+
+    def _end(self, found: str) -> None:
+        """Ends this process, the first, as another has ended."""
+        self._last_words.acquire()
+        _say(f"{found} {signals.words()}")
+        self._tell_of_the_end()
+        os._exit(1)
 
     def _say_that_the_first_has_died(self) -> None:
         """Ends this process. Of each machine one says why."""
+        self._last_words.acquire()
         if self.process.local_process_index == (1 if 0 in self._pids else 0):
             _say(f"{_DIED.format(0)} {signals.words()}")
         os._exit(1)
 
     def _leave(self, number: int) -> None:
         """Ends all processes at once, each with the status of the signal, and with one line."""
-        index, everyone = self.process.process_index, range(self.process.num_processes)
-        with suppress(RuntimeError):
+        try:
+            if self.process.is_main_process and (found := self._ended(SILENCE)):
+                # It is why the launcher sends a signal to the others.
+                self._end(found)
             self._store.set("leaving", str(number))
-            self._store.set(f"gone/{index}", "1")
-            deadline = time.monotonic() + 4 * BEAT
-            # The first keeps the store; the others let it know, and wait until all do.
-            while not all(self._store.check([f"gone/{i}"]) for i in everyone) and time.monotonic() < deadline:
-                time.sleep(BEAT / 10)
+        except RuntimeError:
+            self._say_that_the_first_has_died()
+        self._last_words.acquire()
+        with suppress(RuntimeError):
+            self._wait_for_others()
+        signals.end(number, speaks=self.process.is_main_process)
+
+    def _wait_for_others(self) -> None:
+        """Until all processes know that they are to leave; the first, which keeps the store, then stays a moment."""
+        self._store.set(f"gone/{self.process.process_index}", "1")
+        everyone = [f"gone/{index}" for index in range(self.process.num_processes)]
+        deadline = time.monotonic() + 4 * BEAT
+        while not self._store.check(everyone) and time.monotonic() < deadline:
+            time.sleep(BEAT / 10)
         if self.process.is_main_process:
             time.sleep(BEAT / 2)
-        signals.end(number, speaks=self.process.is_main_process)
 
     def _ended(self, silence: float) -> str | None:
         """Which process has ended, and why, in words; None if all are well."""
@@ -178,6 +197,10 @@ class Watch:
 
 class ProcessDied(RuntimeError):
     """Another process of the run has ended, so that this one cannot go on."""
+
+
+def _stay(number: int) -> None:
+    """What ends this process is under way."""
 
 
 def _machine() -> str:

@@ -13,7 +13,7 @@ import torch
 from ..common.errors import InputError
 from ..common.files import read_json, remove
 from ..common.manifest import Manifest
-from ..common.run_files import MANIFEST, TRAINER_STATE
+from ..common.run_files import BEST, MANIFEST, TRAINER_STATE
 from ..common.signals import NOTHING_SAVED
 from ..processes.agreement import say
 
@@ -52,9 +52,14 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 def what_is_left(output_dir: Path) -> str:
     """What a run that is stopped now leaves, and how to go on, in words."""
-    if (newest := newest_complete(output_dir)) is None:
-        return NOTHING_SAVED
-    return f"The newest whole checkpoint is {newest}. {GO_ON}"
+    if (newest := newest_complete(output_dir)) is not None:
+        return f"The newest whole checkpoint is {newest}. {GO_ON}"
+    if any((output_dir / BEST).rglob("*.safetensors")):
+        return (
+            f"There is no checkpoint yet, and the best heads so far are in {output_dir / BEST}. Start again with "
+            "--training.overwrite_output_dir true."
+        )
+    return NOTHING_SAVED
 
 
 def missing_part(checkpoint: Path) -> str | None:

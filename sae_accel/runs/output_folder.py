@@ -8,7 +8,7 @@ from ..cards.plots import FREQUENCY_PLOT, FVU_PLOT
 from ..common.errors import InputError
 from ..common.files import in_units, remove, size_of
 from ..common.manifest import Manifest
-from ..common.run_files import ADAPTER, MANIFEST, METRICS, RECIPE, RUN_FILES
+from ..common.run_files import ADAPTER, BEST, MANIFEST, METRICS, RECIPE, RUN_FILES
 from ..hub.files import is_config_of_ours
 from ..processes.agreement import say
 from ..recipe.arguments import LoraArguments, SaeTrainingArguments
@@ -16,7 +16,7 @@ from .checkpoint import checkpoints, newest_complete, put_aside, step_of
 from .differences import Differences
 
 
-BEST, LOGS = "best", "logs"
+LOGS = "logs"
 _HEAD_FILES = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
 _LOG_FILES = re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
 _PLOTS = (FVU_PLOT, FREQUENCY_PLOT)
@@ -78,7 +78,8 @@ class OutputFolder:
         if checkpoint is not None and self._is_inside(checkpoint):
             return checkpoint
         left = self.leftovers()
-        if left and not overwrite and not (resume and self._can_begin_anew()):
+        may_begin_anew = self._can_begin_anew() and (bool(resume) or not self._has_saved())
+        if left and not overwrite and not may_begin_anew:
             raise InputError(
                 f"Output folder {str(self.path)!r} holds another run ({left[0].relative_to(self.path)}). Set "
                 "training.resume_from_checkpoint to go on with it, training.overwrite_output_dir to delete it, or "
@@ -158,6 +159,11 @@ class OutputFolder:
         heads = [place for place in manifest.places if place.split("/")[0] != BEST and _head_files(self.path / place)]
         ended = bool(heads) or (self.path / METRICS).exists()
         return not ended and not Differences.between(manifest.identity, self.identity).refused
+
+    def _has_saved(self) -> bool:
+        """Whether what was left holds anything that was trained, and not only what was logged."""
+        heads = any(_head_files(self.path / place) for place in self.manifest.places)
+        return heads or newest_complete(self.path) is not None
 
     def _delete(self, paths: Iterable[Path]) -> None:
         """Deletes, with folders that are empty then. A link goes, and not what it leads to."""

@@ -2,7 +2,7 @@ import math
 from pathlib import Path
 
 from ..common.errors import NotSaved, one_line
-from ..common.run_files import HISTORY
+from ..common.run_files import BEST, HISTORY
 from ..data.batches import Position
 from ..processes.agreement import say
 from ..processes.trackers import with_trackers
@@ -69,7 +69,7 @@ class Saver:
             if not metrics[key] < run.best.get(name, math.inf):
                 continue
             try:
-                run.save_best(Path(self.args.output_dir) / "best", [name] if loss == "fvu" else list(run.plans))
+                run.save_best(Path(self.args.output_dir) / BEST, [name] if loss == "fvu" else list(run.plans))
             except NotSaved as error:
                 self._tell(error)
                 return

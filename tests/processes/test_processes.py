@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,8 +133,16 @@ def test_accelerate_launch_of_two_processes_on_a_cpu_does_not_train_one_in_silen
     assert done.returncode != 0 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("end", ["killed", "interrupted"])
-def test_one_process_that_ends_ends_the_run_with_its_reason_and_a_whole_checkpoint(place, tmp_path, end):
+@pytest.mark.parametrize(
+    ("who", "number", "says"),
+    [
+        ("1", signal.SIGKILL, "Process 1 has died without a word"),
+        ("0", signal.SIGKILL, "Process 0 has died without a word"),
+        ("1", signal.SIGTERM, "Stopped after step"),
+        ("launcher", signal.SIGKILL, "Stopped after step"),
+    ],
+)
+def test_one_process_that_ends_ends_the_run_with_its_reason_and_a_whole_checkpoint(place, tmp_path, who, number, says):
     words = command_words(place, tmp_path, **{"training.max_steps": 1_000_000, "training.save_steps": 20})
     command = torchrun_command(2, [*TRAIN, *words])
     root = Path(__file__).parents[2]
@@ -142,19 +151,21 @@ def test_one_process_that_ends_ends_the_run_with_its_reason_and_a_whole_checkpoi
         run = subprocess.Popen(command, cwd=tmp_path, env=os.environ | variables, stdout=errors, stderr=errors)
         try:
             _wait(lambda: (tmp_path / "run" / "checkpoint-20").is_dir(), 120)
-            second = next(
-                child.pid for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == "1"
-            )
-            os.kill(second, signal.SIGKILL if end == "killed" else signal.SIGINT)
+            workers = {child.environ().get("RANK"): child for child in psutil.Process(run.pid).children()}
+            os.kill(run.pid if who == "launcher" else workers[who].pid, number)
             run.wait(60)
+            assert not psutil.wait_procs(workers.values(), 30)[1]
         finally:
             run.kill()
-    lines = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("sae_accel:")]
+    said = (tmp_path / "errors").read_text()
+    lines = [line for line in said.splitlines() if line.startswith("sae_accel:") and "waits for" not in line]
+    assert len(lines) == 1
+    if number == signal.SIGTERM:
+        assert len(re.findall(r"exitcode  : 143", said)) == 2
     newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert run.returncode != 0
     assert f"{newest.name}" in lines[-1]
-    if end == "killed":
-        assert "Process 1 has died without a word" in lines[-1]
+    assert says in lines[-1]
     assert main([*words, "--training.max_steps", str(int(newest.name.split("-")[1]) + 1)] + RESUME) == 0
 
 
@@ -182,6 +193,33 @@ from sae_accel.processes.watch import BEAT, Watch
 with Watch():
     time.sleep(2.5 * BEAT * this_process().process_index)
 """
+
+
+STOPPED = """
+import os, signal, sys, time
+
+from sae_accel.common.signals import signals
+from sae_accel.processes.agreement import gather_objects, this_process
+from sae_accel.processes.watch import Watch
+
+def work():
+    with Watch():
+        if this_process().process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        # Waits for the other, as where one tokenises.
+        gather_objects(1)
+
+signals.command(work, to_the_end=True)
+"""
+
+
+def test_a_signal_to_one_process_where_nothing_is_to_be_saved_ends_all_at_once_with_one_line(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = torchrun(2, ["stopped.py"], tmp_path)
+    assert len(re.findall(r"exitcode  : 130", done.stderr)) == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sae_accel:")]
+    assert lines == ["sae_accel: Stopped by SIGINT. Nothing was saved yet: start again with the same command."]
 
 
 def test_processes_that_end_well_at_different_times_leave_each_other_in_order(tmp_path):

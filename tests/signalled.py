@@ -1,0 +1,65 @@
+"""Commands that are signalled at chosen moments, each in a child of the test, which has imported what they need."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from sae_accel.train import main
+
+
+def at(moment: str, act: Callable[[], None], call: int = 1) -> Callable[[], None]:
+    """Something to do before a command: whatever is called `moment` does `act` first, the `call`-th time alone."""
+    name, attribute = moment.split(":")
+    place = import_module(f"sae_accel.{name}")
+    *owners, last = attribute.split(".")
+    for owner in owners:
+        place = getattr(place, owner)
+    original, calls = getattr(place, last), []
+
+    def patched(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            act()
+        return original(*arguments, **options)
+
+    return partial(setattr, place, last, patched)
+
+
+def send(*numbers: int, wait: float = 0.0) -> None:
+    """Signals to this process, each well after the one before, and `wait` seconds of what takes long."""
+    for i, number in enumerate(numbers):
+        if i:
+            time.sleep(1.2)
+        os.kill(os.getpid(), number)
+        # A thread hears of it.
+        time.sleep(0.2)
+    time.sleep(wait)
+
+
+def run(words: list[str], folder: Path, before: Callable[[], object] = lambda: None, command=main) -> tuple[int, str]:
+    """The status of a command, and what it said on standard error."""
+    said = folder / "said.txt"
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            before()
+            status = command(words)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
+
+
+def lines_of_ours(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("sae_accel:")]
