@@ -29,6 +29,7 @@ from ..runs.history import LogHistory
 from ..runs.writing import WEIGHTS, Writing, save_head, save_state, staged, written_together
 from ..spread.base import Spread
 from .lora import save_lora
+from .lowest_losses import LowestLosses
 from .optim import Signum
 from .skips import Skips
 
@@ -57,6 +58,7 @@ class RunState:
             it was last active, `(num_latents,)`.
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
+        lowest ([`LowestLosses`]): How low losses have been, and when.
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
     """
@@ -89,7 +91,7 @@ class RunState:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self.skips = Skips()
+        self.skips, self.lowest = Skips(), LowestLosses(args.loss, plans)
 
     @property
     def bank(self) -> SaeBank:
@@ -230,6 +232,7 @@ class RunState:
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
                     "skips": asdict(self.skips),
+                    "lowest": self.lowest.state_dict(),
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
@@ -294,6 +297,7 @@ class RunState:
         self.initial_metrics.update(saved["initial_metrics"])
         self.best.update(saved["best"])
         self.skips = Skips(**saved["skips"])
+        self.lowest.load_state_dict(saved["lowest"])
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
         saved["differences"].tell(checkpoint)

@@ -217,6 +217,7 @@ class SaeTrainer:
         metrics["train/tokens"] = self.state.num_input_tokens_seen
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
+        metrics |= self.counters.silent
         self.save_model()
         self.run_state.save_report(metrics, self.counters.frequencies)
         # Not end_training, which would part the processes, so that nothing could be evaluated after.
@@ -397,6 +398,7 @@ class SaeTrainer:
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         metrics = self.evaluate()
+        self.run_state.lowest.observe(metrics, self.state.global_step)
         if self.args.save_best:
             self.finite_steps.check_weights()
             self.saver.keep_best(metrics)
