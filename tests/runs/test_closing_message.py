@@ -76,7 +76,8 @@ def test_a_loss_that_has_risen_is_told_with_its_best_and_the_step_of_that(place,
     (line,) = re.findall(r"^FVU of layers\.1 on held-out text has risen .*$", out, re.MULTILINE)
     best, step, now = re.search(r"best: ([0-9.]+) at step ([0-9,]+), ([0-9.]+) now", line).groups()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert float(now) == pytest.approx(metrics["eval/fvu/layers.1"], abs=1e-4) > float(best)
+    assert float(now) == pytest.approx(metrics["eval/fvu/layers.1"], abs=1e-4)
+    assert float(now) > float(best)
     assert int(step) % 4 == 0 and 0 < int(step) < 40
     assert "save_best" in line and "lower" in line
 
