@@ -235,7 +235,7 @@ class SaeTrainer:
         }
         result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
-        verdict = self.finite_steps.judge(result)
+        verdict = self.finite_steps.judge(result, self.optimizer)
         self.spread.step(self.optimizer, verdict.taken, verdict.overflows)
         if not verdict.taken:
             self.counters.skip()
