@@ -34,10 +34,14 @@ configs:
 def write_lms(lm: Path) -> None:
     """
     Beside `lm`: `small` with 2 layers, `half` in bfloat16, `louder` with code of its own, `gguf/lm.gguf`, `adapter`,
-    and `large`, of which there is a config alone, since a plan of memory needs no more.
+    `broken`, which gives NaN for token 12, and `large`, of which there is a config alone, since a plan of memory needs
+    no more.
     """
-    for name in ("lm", "small", "half", "louder"):
+    for name in ("lm", "small", "half", "louder", "broken"):
         shutil.copytree(lm, name)
+    broken = tiny_llama()
+    broken.model.embed_tokens.weight.data[12] = float("nan")
+    broken.save_pretrained("broken")
     tiny_llama(layers=2).save_pretrained("small")
     tiny_llama(dtype=torch.bfloat16).save_pretrained("half")
     config = json.loads((lm / "config.json").read_text())

@@ -283,6 +283,12 @@ FIELDS: dict[str, Check] = {
         {None: False, 0.5: True},
         {"training.optim": "adam", "heads.normalize_decoder": "false"},
     ),
+    "training.max_non_finite": Shows(
+        # One of the eight sequences of the first step.
+        lambda run: run.log("train/skipped_steps"),
+        {None: [1], 0.12: [1], 0.13: []},
+        IN_ORDER | {"model.name_or_path": "broken"},
+    ),
     "training.seed": field_checks.seeds_the_rest,
     "training.logging_steps": Shows(lambda run: run.log("step"), {None: [3], 1: [1, 2, 3], 2: [2, 3]}),
     "training.eval_steps": Shows(

@@ -1,6 +1,6 @@
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..common.run_files import ADAPTER
 from ..data.sources import BUILDERS
 from ..models import HeadConfig
 from ..recipe.arguments import KINDS
-from .markdown import code, fenced, listed, number, quoted, table
+from .markdown import code, fenced, listed, quoted, table
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
 from .run import Run, frequencies_of, log_history, read_run
 
@@ -29,6 +29,8 @@ _LOSSES = {
     "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
     "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
 }
+# What was measured of a head, and how it is shown.
+_MEASURED = {"eval/fvu": ".4f", "eval/l0": ".1f", "eval/silent": ".1%", "train/silent": ".1%"}
 _LM_LOSSES = {
     "ce_clean": "cross-entropy of the LM",
     "ce": "cross-entropy with the heads",
@@ -90,7 +92,7 @@ def write_card(
         about=_about(run),
         many=len(run.configs) > 1,
         heads="\n\n".join(part for part in (_heads_table(run), _columns(run)) if part),
-        losses=_losses_table(run.metrics),
+        losses=_losses_table(run),
         plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
         adapter=_adapter_snippet(run, repo_id, revision, among_others),
         recipe=run.recipe_text and fenced(run.recipe_text, "yaml"),
@@ -207,34 +209,33 @@ def _heads_table(run: Run) -> str:
     for name, config in run.configs.items():
         size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
         k = "" if config.k is None else str(config.k)
-        metrics = [
-            number(run.metrics.get(f"{key}/{name}"), form)
-            for key, form in (("eval/fvu", ".4f"), ("eval/l0", ".1f"), ("train/dead", ".1%"))
-        ]
+        metrics = [run.shown(f"{key}/{name}", form) for key, form in _MEASURED.items()]
         rows.append([code(_title(name, config)), config.title, size, config.activation, k, *metrics])
-    return table(["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"], rows)
+    return table(
+        ["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "silent", "silent in training"],
+        rows,
+    )
 
 
 def _columns(run: Run) -> str:
     """What the columns mean that hold measurements; nothing where there are none."""
-    fvu, l0, dead = (
-        any(f"{key}/{name}" in run.metrics for name in run.configs) for key in ("eval/fvu", "eval/l0", "train/dead")
+    fvu, l0, silent, in_training = (
+        any(f"{key}/{name}" in (run.metrics.keys() | run.no_number) for name in run.configs) for key in _MEASURED
     )
     on = f", on {run.metrics['eval/tokens']:,.0f} held-out tokens" if "eval/tokens" in run.metrics else ""
-    windows = {head.get("dead_after_tokens") for head in run.recipe.get("heads") or []} - {None}
-    window = f"the last {windows.pop():,} tokens" if len(windows) == 1 else "the latest tokens"
     sentences = {
         f"FVU: squared error over the variance of what is reconstructed{on}.": fvu,
         f"L0: active latents by token{', on the same' if on and fvu else on}.": l0,
-        f"Dead: part of the latents that were not active on {window} of training.": dead,
+        f"Silent: part of the latents that were active on none of {'these' if on else 'the held-out'} tokens.": silent,
+        "Silent in training: part that were active on none of the latest tokens of training.": in_training,
     }
     return " ".join(sentence for sentence, applies in sentences.items() if applies)
 
 
-def _losses_table(metrics: Mapping[str, float]) -> str:
+def _losses_table(run: Run) -> str:
     rows = []
     for key, words in _LM_LOSSES.items():
-        before, after = (number(metrics.get(f"{when}/{key}"), ".4f") for when in ("initial", "eval"))
+        before, after = (run.shown(f"{when}/{key}", ".4f") for when in ("initial", "eval"))
         if before or after:
             rows.append([words, before, after])
     return table(["", "before", "after"], rows) if rows else ""

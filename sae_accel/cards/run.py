@@ -14,8 +14,11 @@ from ..common.errors import InputError, one_line
 from ..common.run_files import ADAPTER, FREQUENCIES, HISTORY, METRICS, RECIPE
 from ..loading.auto import AutoSae
 from ..models import HeadConfig
+from .markdown import number
 
 
+# What stands where a metric came out as NaN or infinite.
+NO_NUMBER = "no number"
 # What the card reads of a recipe, and what that has to be.
 _RECIPE_KINDS: dict[str, dict[str, type]] = {
     "model": {"name_or_path": str, "revision": str, "quantization": str, "adapter": str},
@@ -27,17 +30,25 @@ _WORDS = {str: "text", int: "a whole number", float: "a number", list: "a list",
 
 @dataclass(frozen=True)
 class Run:
-    """What lies in a run's folder: by head its config, and what the run wrote of itself, empty where it did not."""
+    """
+    What lies in a run's folder: by head its config, and what the run wrote of itself, empty where it did not. Of its
+    metrics, `metrics` has those that came out as finite numbers, and `no_number` the names of the others.
+    """
 
     folder: Path
     configs: dict[str, HeadConfig]
     recipe_text: str
     recipe: dict[str, Any]
     metrics: dict[str, float]
+    no_number: frozenset[str] = frozenset()
 
     def section(self, name: str) -> dict[str, Any]:
         """Of the recipe."""
         return self.recipe.get(name) or {}
+
+    def shown(self, key: str, form: str) -> str:
+        """A metric as the card shows it; empty if it was not measured."""
+        return NO_NUMBER if key in self.no_number else number(self.metrics.get(key), form)
 
     @property
     def has_adapter(self) -> bool:
@@ -72,8 +83,8 @@ def read_run(folder: Path, include: Sequence[str]) -> Run:
         {name: heads.config(name) for name in heads},
         file.read_text(encoding="utf-8") if recipe else "",
         recipe,
-        # Of what came out as no number the card says nothing.
         {key: value for key, value in metrics.items() if math.isfinite(value)},
+        frozenset(key for key, value in metrics.items() if not math.isfinite(value)),
     )
 
 

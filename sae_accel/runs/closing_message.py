@@ -1,7 +1,8 @@
+import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..common.run_files import ADAPTER
 from ..common.tables import aligned
@@ -10,13 +11,14 @@ from ..models import HeadModel
 
 def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:
     """
-    One line for each head: its size, FVU and L0 on held-out tokens, and dead latents.
+    One line for each head: its size; FVU, L0 and the part of latents that stay silent on held-out tokens; and the part
+    that stayed silent in training since the log before the last.
 
     Args:
         heads (`Mapping[str, HeadModel]`): Heads by name.
         metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
     """
-    rows = [("head", "type", "d_in -> latents -> d_out", "k", "FVU", "L0", "dead")]
+    rows = [("head", "type", "d_in -> latents -> d_out", "k", "FVU", "L0", "silent", "silent in training")]
     for name, head in heads.items():
         config = head.config
         rows.append(
@@ -27,7 +29,8 @@ def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) 
                 str(config.k),
                 _number(metrics.get(f"eval/fvu/{name}"), ".4f"),
                 _number(metrics.get(f"eval/l0/{name}"), ".1f"),
-                _number(metrics.get(f"train/dead/{name}"), ".1%"),
+                _number(metrics.get(f"eval/silent/{name}"), ".1%"),
+                _number(metrics.get(f"train/silent/{name}"), ".1%"),
             )
         )
     title, *lines = aligned(rows)
@@ -51,7 +54,11 @@ def losses_table(metrics: Mapping[str, float]) -> str:
 
 
 def closing_message(
-    folder: str, heads: Mapping[str, HeadModel], metrics: Mapping[str, float], with_lora: bool = False
+    folder: str,
+    heads: Mapping[str, HeadModel],
+    metrics: Mapping[str, float],
+    with_lora: bool = False,
+    warnings: Iterable[str] = (),
 ) -> str:
     """
     What a run ends with: the table, the speed, and the next commands.
@@ -61,13 +68,14 @@ def closing_message(
         heads (`Mapping[str, HeadModel]`): Heads by name.
         metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
         with_lora (`bool`, defaults to `False`): Whether a LoRA was trained around them.
+        warnings (`Iterable[str]`): Lines about what went wrong in training.
     """
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
     logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
     adapter = f" The LoRA is in {folder}/{ADAPTER}, as peft reads it." if with_lora else ""
     return f"""
 {metrics_table(heads, metrics)}
-{losses_table(metrics)}
+{losses_table(metrics)}{"".join(f"{line}{chr(10)}" for line in warnings)}
 {held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
 Saved in {folder}.{adapter}
 
@@ -85,4 +93,4 @@ def _program(name: str) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "no number" if value is None or not math.isfinite(value) else format(value, form)

@@ -17,11 +17,14 @@ class Counters:
     Attributes:
         frequencies (`dict[str, torch.Tensor]`): By head, the part of the tokens of the last log or evaluation on which
             each latent was active, `(num_latents,)`.
+        silent (`dict[str, float]`): By `train/silent/<head>`, the part of all latents that were active on none of the
+            tokens between the last two logs.
     """
 
     def __init__(self, run: RunState):
         self.run = run
         self.frequencies: dict[str, Tensor] = {}
+        self.silent: dict[str, float] = {}
         self._means, self._firing = RunningMeans(), FiringCounts()
         self._k: dict[str, int] = {}
 
@@ -52,7 +55,8 @@ class Counters:
         self.frequencies = self._firing.flush()
         values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
         values |= {f"learning_rate/{group['role'].head}": float(group["lr"]) for group in self._groups()}
-        values = self.run.spread.merged(values)
+        self.silent = self.run.spread.merged(self._silent_fractions())
+        values = self.run.spread.merged(values) | self.silent
         values |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
         values["train/tokens"] = self.run.progress.num_input_tokens_seen
         values["train/non_finite_tokens"] = self.run.skips.non_finite_tokens
@@ -71,6 +75,11 @@ class Counters:
         counted = self.run.tokens_since_fired
         masks = {name: self._silent(name) for name in counted if self.run.plans[name].arguments.auxk_alpha}
         return {name: mask for name, mask in masks.items() if self.run.spread.over_latents(mask.sum()) > 0}
+
+    def _silent_fractions(self) -> dict[str, float]:
+        spread, plans = self.run.spread, self.run.plans
+        counts = {name: spread.over_latents((uses == 0).sum()).item() for name, uses in self.frequencies.items()}
+        return {f"train/silent/{name}": count / plans[name].config.num_latents for name, count in counts.items()}
 
     def last_loss(self) -> float:
         """In the latest log, the LM's loss, or the mean FVU over the heads."""

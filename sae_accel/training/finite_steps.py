@@ -63,20 +63,20 @@ class FiniteSteps:
         self.run = run
         self._told = False
 
-    def judge(self, result: StepResult) -> Verdict:
+    def judge(self, result: StepResult, optimizer: torch.optim.Optimizer) -> Verdict:
         """
         Decides what is to become of a step whose gradients lie in the heads, and counts what was left out.
 
         Args:
             result ([`StepResult`]): What it would be taken on.
+            optimizer (`torch.optim.Optimizer`): What would take it, as it was prepared.
 
         Raises:
             `NotFinite`: on every process, if it is the last that may be passed over.
         """
         run, spread = self.run, self.run.spread
-        assert run.optimizer is not None, "the run has begun"
         gradient, loss = spread.anywhere(
-            torch.stack([spread.non_finite_gradients(run.optimizer).float(), self._bad_loss(result)])
+            torch.stack([spread.non_finite_gradients(optimizer).float(), self._bad_loss(result)])
         )
         # The one place of a step where the host waits for the device.
         trained, lost, bad_gradient, bad_loss = torch.stack(

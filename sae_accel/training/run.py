@@ -50,7 +50,8 @@ def run(recipe: Recipe) -> SaeTrainer:
                 # A push that fails comes after all that is to be told of the run.
                 if trainer.metrics and trainer.accelerator.is_main_process:
                     with_lora = trainer.adapter is not None
-                    print(closing_message(training.output_dir, trainer.heads, trainer.metrics, with_lora))
+                    rises = trainer.run_state.lowest.rises()
+                    print(closing_message(training.output_dir, trainer.heads, trainer.metrics, with_lora, rises))
             if trainer.pushed is not None:
                 print(f"Released: {trainer.pushed.url}{trainer.pushed.about_left()}")
     return trainer

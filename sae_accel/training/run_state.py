@@ -29,6 +29,7 @@ from ..runs.history import LogHistory
 from ..runs.writing import WEIGHTS, Writing, save_head, save_state, staged, written_together
 from ..spread.base import Spread
 from .lora import save_lora
+from .lowest_losses import LowestLosses
 from .optim import Signum
 from .sizes import checkpoint_bytes
 from .skips import Skips
@@ -58,6 +59,7 @@ class RunState:
             it was last active, `(num_latents,)`.
         initial_metrics (`dict[str, float]`): What was measured before the first step.
         best (`dict[str, float]`): The lowest losses at which heads were kept.
+        lowest ([`LowestLosses`]): How low losses have been, and when.
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
@@ -91,7 +93,7 @@ class RunState:
         }
         self.initial_metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self.skips = Skips()
+        self.skips, self.lowest = Skips(), LowestLosses(args.loss, plans)
         self.owes_evaluation = False
 
     @property
@@ -234,6 +236,7 @@ class RunState:
                     "best": self.best,
                     "skips": asdict(self.skips),
                     "owes_evaluation": self.owes_evaluation,
+                    "lowest": self.lowest.state_dict(),
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
@@ -304,6 +307,7 @@ class RunState:
         self.best.update(saved["best"])
         self.skips = Skips(**saved["skips"])
         self.owes_evaluation = saved["owes_evaluation"]
+        self.lowest.load_state_dict(saved["lowest"])
         if self.accelerator.num_processes == len(saved["random"]):
             files.restore_random_state(saved["random"][self.accelerator.process_index])
         saved["differences"].tell(checkpoint)

@@ -78,6 +78,7 @@ class Saver:
     def log(self, values: dict[str, float]) -> None:
         """Hands values to the trackers, and adds them to the run's history."""
         progress = self.run.progress
+        self.run.lowest.observe(values, progress.global_step)
         entry = {**values, "step": progress.global_step}
         progress.log_history = [*progress.log_history, entry][-KEPT_IN_MEMORY:]
         self.show(values)

@@ -218,6 +218,7 @@ class SaeTrainer:
         metrics["train/tokens"] = self.state.num_input_tokens_seen
         metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
         metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
+        metrics |= self.counters.silent
         self.save_model()
         signals.words = lambda: f"The heads are saved in {self.output_dir}, their card is not. {GO_ON}"
         self.run_state.save_report(metrics, self.counters.frequencies)
@@ -238,7 +239,7 @@ class SaeTrainer:
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
         with self._interruption.whole_step(self.optimizer):
             result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
-        verdict = self.finite_steps.judge(result)
+        verdict = self.finite_steps.judge(result, self.optimizer)
         self.spread.step(self.optimizer, verdict.taken, verdict.overflows)
         if not verdict.taken:
             self.counters.skip()
@@ -432,6 +433,7 @@ class SaeTrainer:
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         metrics = self.evaluate()
+        self.run_state.lowest.observe(metrics, self.state.global_step)
         if self.args.save_best:
             self.finite_steps.check_weights()
             self.saver.keep_best(metrics)

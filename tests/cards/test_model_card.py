@@ -96,13 +96,23 @@ def test_the_table_has_the_numbers_of_the_metrics(run):
     metrics = json.loads((run / "metrics.json").read_text())
     table = rows(ModelCard.load(write_card(run)))
     assert list(table) == ["name", "---", "`layers.0.mlp`", "`layers.1`", "`layers.2`"]
-    assert table["name"] == ["type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "dead"]
+    assert table["name"] == [
+        "type",
+        "d_in → latents → d_out",
+        "activation",
+        "k",
+        "FVU",
+        "L0",
+        "silent",
+        "silent in training",
+    ]
     for name, start in {
         "layers.0.mlp": ["skip transcoder", "24 → 50 → 24", "topk", "3"],
         "layers.1": ["SAE", "24 → 96 → 24", "topk", "4"],
     }.items():
-        fvu, l0, dead = (metrics[f"{key}/{name}"] for key in ("eval/fvu", "eval/l0", "train/dead"))
-        assert table[f"`{name}`"] == [*start, f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}"]
+        fvu, l0 = (metrics[f"{key}/{name}"] for key in ("eval/fvu", "eval/l0"))
+        silent = (f"{metrics[f'{key}/{name}']:.1%}" for key in ("eval/silent", "train/silent"))
+        assert table[f"`{name}`"] == [*start, f"{fvu:.4f}", f"{l0:.1f}", *silent]
 
 
 def test_the_text_says_what_was_trained_on_what(run):
@@ -249,7 +259,7 @@ def test_names_of_heads_cannot_break_the_table(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({f"eval/fvu/{name}": 0.25, f"eval/l0/{name}": float("nan")}))
     card = ModelCard.load(write_card(tmp_path))
     assert list(AutoSae.open(tmp_path)) == [name]
-    assert rows(card)[r"`` h.0/a\|b`c_*d* ``"][-1] == "0.2500" and "nan" not in card.content
+    assert rows(card)[r"`` h.0/a\|b`c_*d* ``"][-2:] == ["0.2500", "no number"] and "nan" not in card.content
 
 
 def test_what_cannot_be_read_is_named(bare, tmp_path):

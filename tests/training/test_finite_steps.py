@@ -160,3 +160,26 @@ def test_end_to_end_losses_leave_out_sequences_that_are_not_finite(tmp_path, los
     assert found["bad"].state.log_history[-1][f"train/{loss}"] == pytest.approx(
         found["good"].state.log_history[-1][f"train/{loss}"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_thresholds_come_from_batches_in_which_some_token_trains(tmp_path, activation):
+    heads = [HeadArguments(hookpoints="layers.1", k=4, expansion_factor=4, activation=activation)]
+    # All of the first batch, and of the two of the second step.
+    bad = rows_with(*((row, column) for row in (*range(4), *range(8, 16)) for column in range(16)), rows=16)
+    options = {"max_non_finite": 1.0, "gradient_accumulation_steps": 2, "warmup_steps": 0, "learning_rate": 1e-9}
+    thresholds = []
+    for steps in (1, 2):
+        trainer = tiny_trainer(
+            tmp_path / str(steps), heads, lm=lm_with_bad_token(), train=bad, optim="adam", max_steps=steps, **options
+        )
+        trainer.train()
+        thresholds.append(trainer.heads["layers.1"].threshold.detach().clone())
+    assert (thresholds[0] > 0).all()
+    torch.testing.assert_close(*thresholds, rtol=1e-5, atol=0)
+
+
+def test_a_run_none_of_whose_activations_are_finite_ends_before_it_begins(tmp_path):
+    bad = rows_with(*((row, column) for row in range(64) for column in range(16)))
+    with pytest.raises(NotFinite, match=r"^No activation at layers\.1 is finite"):
+        tiny_trainer(tmp_path, lm=lm_with_bad_token(), train=bad).train()
