@@ -16,8 +16,8 @@ def test_a_run_trains_saves_and_ends_with_a_table_and_next_steps(place, tmp_path
     out = capsys.readouterr().out
     table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("layers.")}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert float(table["layers.1"][-3]) == pytest.approx(metrics["eval/fvu/layers.1"], abs=1e-4)
-    assert float(table["layers.2"][-2]) == pytest.approx(metrics["eval/l0/layers.2"], abs=0.1)
+    assert float(table["layers.1"][-4]) == pytest.approx(metrics["eval/fvu/layers.1"], abs=1e-4)
+    assert float(table["layers.2"][-3]) == pytest.approx(metrics["eval/l0/layers.2"], abs=0.1)
     assert "tokens/s" in out and "tensorboard" not in out and "AutoSae.from_pretrained" in out
     saes = AutoSae.from_pretrained(tmp_path / "run")
     assert list(saes) == ["layers.1", "layers.2"] and saes["layers.1"].config.base_model_name_or_path
