@@ -119,7 +119,8 @@ class EndToEndObjective:
         counts = dict(zip(tokens.counts, self.spread.sum(list(tokens.counts.values())), strict=True))
         for name, value in sums.by_head["lm"].items():
             count = counts["kl" if name == "kl" else "ce"]
-            metrics[f"eval/{name}"] = (value / count.clamp_min(1)).item()
+            # Where no token was measured, 0 / 0 is NaN, as it should be.
+            metrics[f"eval/{name}"] = (value / count).item()
         return metrics
 
     def _pass(

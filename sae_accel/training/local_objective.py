@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -110,9 +111,14 @@ class LocalObjective:
         for name, values in sums.by_head.items():
             self.frequencies[name] = values["uses"] / totals[name].count.clamp_min(1)
             silent = self.spread.over_latents((values["uses"] == 0).sum())
-            metrics[f"eval/fvu/{name}"] = (values["fvu"] / positive(totals[name].total_variance)).item()
-            metrics[f"eval/l0/{name}"] = (values["active"] / totals[name].count.clamp_min(1)).item()
-            metrics[f"eval/silent/{name}"] = silent.item() / heads.plans[name].config.num_latents
+            # Where no token was measured there is no number: a quotient of zeros would look like the best of all.
+            measured = {
+                "fvu": values["fvu"] / positive(totals[name].total_variance),
+                "l0": values["active"] / totals[name].count,
+                "silent": silent / heads.plans[name].config.num_latents,
+            }
+            some = bool(totals[name].count > 0)
+            metrics |= {f"eval/{key}/{name}": value.item() if some else math.nan for key, value in measured.items()}
         trained, lost = self.spread.sum([tokens.trained, tokens.non_finite])
         metrics["eval/tokens"] = int(trained)
         if lost > 0:
