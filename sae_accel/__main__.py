@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command that the first word names, and lists all of them where there is none."""
     command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
-        return signals.command(lambda: import_module(f"sae_accel.{command}").main(words), to_the_end=argv is None)
+        return signals.command(lambda: import_module(f"sae_accel.{command}").main(words), owns_process=argv is None)
     lines = [f"  {name:<8} {meaning}" for name, meaning in COMMANDS.items()]
     listing = "\n".join(["Usage: sae-accel COMMAND ...", "", *lines, "", "Each has a --help of its own."])
     if command in ("-h", "--help"):

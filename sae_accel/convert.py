@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The command `python -m sae_accel.convert`: 0 if all went well, 2 for bad input; 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP, 141 after the reader of its output has gone.
     """
-    return signals.command(lambda: _convert(argv), to_the_end=argv is None)
+    return signals.command(lambda: _convert(argv), owns_process=argv is None)
 
 
 def _convert(argv: Sequence[str] | None) -> int:

@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The command `python -m sae_accel.push`: 0 if all went well, 2 for bad input; 130 after Ctrl-C, 143 after SIGTERM,
     129 after SIGHUP, 141 after the reader of its output has gone.
     """
-    return signals.command(lambda: _push(argv), to_the_end=argv is None)
+    return signals.command(lambda: _push(argv), owns_process=argv is None)
 
 
 def _push(argv: Sequence[str] | None) -> int:
@@ -25,12 +25,14 @@ def _push(argv: Sequence[str] | None) -> int:
         release = Release(options.folder, options.repo_id, options.include, options.license)
         if options.dry_run:
             table = release.table(options.revision)
+            signals.words = lambda: "Nothing was sent."
             print(f"{table}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
             return 0
         pushed = release.push(private=options.private, revision=options.revision, message=options.message)
     except InputError as error:
         print(f"sae_accel: {error}", file=sys.stderr)
         return 2
+    signals.words = lambda: f"All is sent: {pushed.url}."
     what = "Pushed" if pushed.is_new else "There was nothing new to push"
     print(f"{what}: {pushed.url}, commit {pushed.commit[:8]}.{pushed.about_left()}")
     return 0

@@ -9,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
     input; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 after the reader of its output has gone.
     """
     words = sys.argv[1:] if argv is None else argv
-    return signals.command(lambda: _train(words), to_the_end=argv is None)
+    return signals.command(lambda: _train(words), owns_process=argv is None)
 
 
 def _train(words: list[str]) -> int:

@@ -54,7 +54,9 @@ def run(words: list[str], folder: Path, before: Callable[[], object] = lambda: N
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
-            status = command(words)
+            # As a process of its own, which signals are answered in.
+            sys.argv = ["sae_accel", *words]
+            status = command()
         finally:
             sys.stderr.flush()
             os._exit(status)

@@ -68,20 +68,25 @@ class Signals:
         self._first = 0.0
         self._orphan_since: float | None = None
 
-    def command(self, work: Callable[[], int], to_the_end: bool) -> int:
+    def command(self, work: Callable[[], int], owns_process: bool) -> int:
         """
-        The status of a command, whose signals are answered while it works.
+        The status of a command.
 
         Args:
             work (`Callable[[], int]`): The command.
-            to_the_end (`bool`): Whether the process ends with it, so that signals that come later change nothing.
+            owns_process (`bool`): Whether the process is there for this command alone, and ends with it. Only then are
+                its signals answered: elsewhere they belong to who calls.
         """
-        if self.is_active or threading.current_thread() is not threading.main_thread():
-            # What has begun to answer goes on to do so; a thread receives no signals.
+        if not owns_process or self.is_active:
             return self._status(work)
         self._begin()
-        with self._answered(to_the_end):
+        numbers = self._answer()
+        try:
             return self._status(work)
+        finally:
+            # All has been said; Python itself would let a signal that comes while it ends change the status.
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
 
     def _status(self, work: Callable[[], int]) -> int:
         try:
@@ -93,38 +98,21 @@ class Signals:
                 print(_line(message), file=sys.stderr)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
-    @contextmanager
-    def _answered(self, to_the_end: bool) -> Iterator[None]:
+    def _answer(self) -> list[signal.Signals]:
+        """Begins to answer, to the end of the process. Returns the signals that are answered."""
         receiver, self._sender = socket.socketpair()
         receiver.settimeout(SAME_SECONDS)
         self._sender.setblocking(False)
         # nohup has SIGHUP ignored, and means it.
         numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-        streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_guarded(stream, self._tell_of_closed_pipe) for stream in streams)
+        sys.stdout, sys.stderr = (_guarded(stream, self._tell_of_closed_pipe) for stream in (sys.stdout, sys.stderr))
         self.is_active = True
         _reset_children()
-        thread = threading.Thread(target=self._read, args=(receiver, _launcher()), daemon=True)
-        thread.start()
-        before = {number: signal.signal(number, _nothing) for number in numbers}
-        wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            if to_the_end:
-                # All has been said; Python itself would let a signal that comes while it ends change the status.
-                for number in before:
-                    signal.signal(number, signal.SIG_IGN)
-            else:
-                signal.set_wakeup_fd(wakeup)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-                self.is_active = False
-                self._sender.send(b"\0")
-                thread.join()
-                sys.stdout, sys.stderr = streams
-                receiver.close()
-                self._sender.close()
+        threading.Thread(target=self._read, args=(receiver, _launcher()), daemon=True).start()
+        for number in numbers:
+            signal.signal(number, _nothing)
+        signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        return numbers
 
     @contextmanager
     def undone(self, undo: Callable[[], object]) -> Iterator[None]:

@@ -504,12 +504,13 @@ def test_the_card_says_how_to_load_what_is_not_all_of_the_repo_or_on_a_branch(hu
     assert "were left: the one at the top.\n" in capsys.readouterr().out
 
 
-def test_a_reader_that_has_enough_is_no_error(run, monkeypatch):
+def test_a_push_whose_reader_has_gone_says_what_was_sent(run):
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as closed:
-        monkeypatch.setattr("sys.stdout", closed)
-        assert _push(run, "user/saes", "--dry-run") == 0
+    words = [sys.executable, "-m", "sae_accel.push", run, "user/saes", "--dry-run"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "sae_accel: Stopped by a closed pipe. Nothing was sent.\n")
 
 
 def test_refusals_say_what_would_help(hub, run, tmp_path, capsys, monkeypatch):

@@ -279,8 +279,8 @@ def test_a_checkpoint_of_a_run_with_another_lora_is_refused(tmp_path, trained_he
     options = dict(max_steps=2, save_steps=1)
     _lora_run(tmp_path / "run", LoraArguments(rank=2), trained_heads, **options)[2].train()
     for other, message in (
-        (LoraArguments(rank=2, train_heads=True), r"heads that train \[\], this run has \['layers.1'\]"),
-        (LoraArguments(rank=3), "shapes of a LoRA"),
+        (LoraArguments(rank=2, train_heads=True), "it has lora.train_heads false, this run has true"),
+        (LoraArguments(rank=3), "it has lora.rank 2, this run has 3"),
     ):
         _, _, trainer = _lora_run(tmp_path / "run", other, trained_heads, **options)
         with pytest.raises(InputError, match=message):

@@ -210,7 +210,7 @@ def work():
         # Waits for the other, as where one tokenises.
         gather_objects(1)
 
-signals.command(work, to_the_end=True)
+signals.command(work, owns_process=True)
 """
 
 

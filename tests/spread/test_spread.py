@@ -22,7 +22,7 @@ HEADS = [
         "k": 3,
         "expansion_factor": 4,
         "multi_topk": True,
-        "k_decay_steps": 3,
+        "k_decay_steps": 2,
         "name": "wide",
     },
     {"hookpoints": ["layers.0"], "k": 6, "num_latents": 96, "activation": "groupmax", "learning_rate": 0.01},
