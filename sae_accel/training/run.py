@@ -10,7 +10,7 @@ from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
 from ..lm.load import load_lm, load_tokenizer
-from ..processes.agreement import first_on_node, raise_together, say, this_process
+from ..processes.agreement import first_on_node, raise_together, this_process
 from ..processes.alike import check_alike
 from ..processes.launched import check_launched
 from ..processes.watch import Watch
@@ -66,8 +66,8 @@ def _trainer(asked: Recipe) -> SaeTrainer:
     init_from = training.init_from if checkpoint is None else None
     if plans is not None and init_from is not None:
         raise_together(lambda: _show_matches(plans, init_from))
-    if ahead.room:
-        say(ahead.room)
+    if process.is_main_process and ahead.room:
+        print(ahead.room)
     tokenizer = raise_together(lambda: load_tokenizer(recipe.model))
     device, with_lm_head = this_process().device, training.loss != "fvu"
     lm = raise_together(lambda: load_lm(recipe.model, with_lm_head=with_lm_head, device=device))
