@@ -22,6 +22,11 @@ def fenced(text: str, language: str) -> str:
     return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
 
 
+def folded(summary: str, text: str) -> str:
+    """Text that a reader of the page sees once he asks for it."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
 def _longer_than_any(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 

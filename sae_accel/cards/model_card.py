@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..common.run_files import ADAPTER
 from ..data.sources import BUILDERS
-from ..models import HeadConfig
 from ..recipe.arguments import KINDS
-from .markdown import code, fenced, listed, quoted, table
+from .markdown import code, fenced, folded, listed, quoted
 from .plots import FREQUENCY_PLOT, FVU_PLOT, draw_plots
+from .results import eval_results, heads_section, losses_table
 from .run import Run, frequencies_of, log_history, read_run
 
 
@@ -28,13 +28,6 @@ _LOSSES = {
     "fvu": "each head by its own squared error",
     "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
     "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
-}
-# What was measured of a head, and how it is shown.
-_MEASURED = {"eval/fvu": ".4f", "eval/l0": ".1f", "eval/silent": ".1%", "train/silent": ".1%"}
-_LM_LOSSES = {
-    "ce_clean": "cross-entropy of the LM",
-    "ce": "cross-entropy with the heads",
-    "kl": "KL divergence between the two",
 }
 _PAPERS = {
     "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
@@ -91,11 +84,11 @@ def write_card(
         title=title,
         about=_about(run),
         many=len(run.configs) > 1,
-        heads="\n\n".join(part for part in (_heads_table(run), _columns(run)) if part),
-        losses=_losses_table(run),
+        heads=heads_section(run),
+        losses=losses_table(run),
         plots=[(file, alt) for file, alt in _ALT_TEXTS.items() if (into / file).is_file()],
         adapter=_adapter_snippet(run, repo_id, revision, among_others),
-        recipe=run.recipe_text and fenced(run.recipe_text, "yaml"),
+        recipe=run.recipe_text and folded("Recipe", fenced(run.recipe_text, "yaml")),
         credits=_credits(run),
         mark=MARK,
         **_snippet_values(run, repo_id, revision, among_others),
@@ -118,7 +111,15 @@ def is_somebodys(card: Path) -> bool:
 def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
     lms = [lm for lm in _lms(run) if _is_hub_id(lm, run)]
     dataset = _dataset_id(run)
-    results = _eval_results(run)
+    data = run.section("data")
+    measured_on: dict[str, Any] = {
+        "dataset_type": dataset or "unspecified",
+        "dataset_name": f"{_shown(data['path'], run)}, held out" if data.get("path") else "held-out tokens",
+        "dataset_config": data.get("name"),
+        "dataset_split": data.get("split"),
+        "dataset_revision": (data.get("load_args") or {}).get("revision"),
+    }
+    results = eval_results(run, measured_on)
     kinds = sorted({config.tag for config in run.configs.values()})
     return ModelCardData(
         library_name="sae_accel",
@@ -129,33 +130,6 @@ def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
         model_name=model_name if results else None,
         eval_results=results or None,
     )
-
-
-def _eval_results(run: Run) -> list[EvalResult]:
-    """Every metric on held-out tokens: of heads, and of the LM with them."""
-    data = run.section("data")
-    dataset: dict[str, Any] = {
-        "dataset_type": _dataset_id(run) or "unspecified",
-        "dataset_name": f"{_shown(data['path'], run)}, held out" if data.get("path") else "held-out tokens",
-        "dataset_config": data.get("name"),
-        "dataset_split": data.get("split"),
-        "dataset_revision": (data.get("load_args") or {}).get("revision"),
-    }
-    words = {"fvu": "FVU", "l0": "L0", "silent": "Silent latents"}
-    heads = [(kind, f"{words[kind]} of {name}", f"eval/{kind}/{name}", name) for name in run.configs for kind in words]
-    lm = [(kind, text, f"eval/{kind}", None) for kind, text in _LM_LOSSES.items()]
-    return [
-        EvalResult(
-            task_type="activation-reconstruction" if name is not None else "text-generation",
-            metric_type=kind,
-            metric_name=text,
-            metric_value=run.metrics[key],
-            metric_args={"head": name} if name else None,
-            **dataset,
-        )
-        for kind, text, key, name in heads + lm
-        if key in run.metrics
-    ]
 
 
 def _about(run: Run) -> str:
@@ -202,43 +176,6 @@ def _how_trained(run: Run) -> str:
     if training.get("init_from"):
         parts.append(f", starting from the heads of {code(_shown(training['init_from'], run))}")
     return f"Trained{''.join(parts)}." if any(parts) else ""
-
-
-def _heads_table(run: Run) -> str:
-    rows = []
-    for name, config in run.configs.items():
-        size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
-        k = "" if config.k is None else str(config.k)
-        metrics = [run.shown(f"{key}/{name}", form) for key, form in _MEASURED.items()]
-        rows.append([code(_title(name, config)), config.title, size, config.activation, k, *metrics])
-    return table(
-        ["name", "type", "d_in → latents → d_out", "activation", "k", "FVU", "L0", "silent", "silent in training"],
-        rows,
-    )
-
-
-def _columns(run: Run) -> str:
-    """What the columns mean that hold measurements; nothing where there are none."""
-    fvu, l0, silent, in_training = (
-        any(f"{key}/{name}" in (run.metrics.keys() | run.no_number) for name in run.configs) for key in _MEASURED
-    )
-    on = f", on {run.metrics['eval/tokens']:,.0f} held-out tokens" if "eval/tokens" in run.metrics else ""
-    sentences = {
-        f"FVU: squared error over the variance of what is reconstructed{on}.": fvu,
-        f"L0: active latents by token{', on the same' if on and fvu else on}.": l0,
-        f"Silent: part of the latents that were active on none of {'these' if on else 'the held-out'} tokens.": silent,
-        "Silent in training: part that were active on none of the latest tokens of training.": in_training,
-    }
-    return " ".join(sentence for sentence, applies in sentences.items() if applies)
-
-
-def _losses_table(run: Run) -> str:
-    rows = []
-    for key, words in _LM_LOSSES.items():
-        before, after = (run.shown(f"{when}/{key}", ".4f") for when in ("initial", "eval"))
-        if before or after:
-            rows.append([words, before, after])
-    return table(["", "before", "after"], rows) if rows else ""
 
 
 def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
@@ -333,7 +270,3 @@ def _is_hub_id(name: str, run: Run) -> bool:
 def _shown(name: str, run: Run) -> str:
     """A repo's name whole; of a path, which means nothing elsewhere, the last part."""
     return name if _is_hub_id(name, run) else Path(name).name or name
-
-
-def _title(name: str, config: HeadConfig) -> str:
-    return name or config.hookpoint or "head"

@@ -2,7 +2,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from ..common.errors import InputError
 from ..processes.agreement import gather_objects
 from ..recipe.arguments import SaeTrainingArguments
 from .collate import IndexedRows, Row, Rows, collate
+from .sequence_stream import SequenceStream, skipping
 
 
 class Position(NamedTuple):
@@ -29,6 +30,10 @@ class Position(NamedTuple):
 
     epoch: int = 0
     batches: int = 0
+
+
+# The batches of an optimizer step, with the place in the data that comes after them.
+Window = tuple[list[dict[str, Tensor]], Position]
 
 
 class Batches:
@@ -52,7 +57,7 @@ class Batches:
         self.collate = partial(collate, pad_token_id=pad_token_id)
         self.has_length = isinstance(dataset, IndexedRows)
 
-    def windows(self, position: Position) -> Iterator[tuple[list[dict[str, Tensor]], Position]]:
+    def windows(self, position: Position) -> Iterator[Window]:
         """The batches of each optimizer step, without end, with the position that comes after them."""
         epoch, done = position
         while True:
@@ -123,8 +128,7 @@ class Batches:
             yield _without_rows(self.collate([self._indexed()[0]]))
 
     def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
-        size = self.args.per_device_train_batch_size
-        own = islice(self._loader(self._own_part(epoch), batch_size=size, drop_last=drop_last), skip, None)
+        own = self._own_part(epoch, skip, drop_last)
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
@@ -143,15 +147,26 @@ class Batches:
         assert isinstance(self.dataset, IndexedRows), "asked for only where there is a length"
         return self.dataset
 
-    def _own_part(self, epoch: int) -> Any:
+    def _own_part(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
+        """This process's batches of a stream, from the one after `skip`."""
         if epoch and (set_epoch := getattr(self.dataset, "set_epoch", None)):
             set_epoch(epoch)
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if processes == 1:
-            return self.dataset
-        if isinstance(self.dataset, IterableDataset):
-            return split_dataset_by_node(self.dataset, index, processes)
-        return _EveryNth(cast(Iterable[Row], self.dataset), index, processes)
+        size, tells = self.args.per_device_train_batch_size, self.accelerator.is_main_process
+        rows: Any = self.dataset
+        if isinstance(rows, SequenceStream) and processes == 1:
+            return iter(self._loader(rows.begun(skip * size, tells), batch_size=size, drop_last=drop_last))
+        if isinstance(rows, SequenceStream):
+            rows = rows.whole
+        if processes > 1:
+            is_known = isinstance(rows, IterableDataset)
+            rows = split_dataset_by_node(rows, index, processes) if is_known else _EveryNth(rows, index, processes)
+        batches = iter(self._loader(rows, batch_size=size, drop_last=drop_last))
+        with skipping(skip, "batches", tells) as bar:
+            for _ in range(skip):
+                next(batches, None)
+                bar.update()
+        return batches
 
     def _check_size(self, sequences: int) -> None:
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
@@ -5,15 +7,33 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import InputError, one_line
 from ..recipe.arguments import DataArguments
+from .sequence_stream import DOCUMENTS_AT_ONCE, SequenceStream
 from .sources import open_dataset
 from .token_file import TokenFile
 
 
-# Documents tokenised at once: what is left over from each such batch, less than one sequence, is dropped. More would
-# lose less, but a thousand books already fill gigabytes, and a stream gives nothing until it has read as many.
-DOCUMENTS_AT_ONCE = 1000
-# Sequences among which streamed data is shuffled.
-SHUFFLE_BUFFER = 1000
+@dataclass(frozen=True)
+class Cutting:
+    """
+    How documents become sequences.
+
+    Args:
+        function (`Callable[..., dict[str, list]]`): Makes sequences of documents, both by column.
+        options (`dict[str, Any]`): What else it is called with.
+        reads (`list[str]`): The documents' columns that it needs.
+        gives (`list[str]`): The sequences' columns.
+        verb (`str`): What it does, in a word.
+    """
+
+    function: Callable[..., dict[str, list]]
+    options: dict[str, Any]
+    reads: list[str]
+    gives: list[str]
+    verb: str
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """The sequences of some documents."""
+        return self.function(rows, **self.options)
 
 
 def chunk_and_tokenize(
@@ -69,20 +89,25 @@ def load_tokens(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *,
     Raises:
         `InputError`: if the data cannot be found or read, holds ids that the LM does not know, or is too little.
     """
+    sequences: Any
     if arguments.path.endswith(".bin"):
         sequences = TokenFile(arguments.path, arguments.sequence_length, vocab_size, arguments.token_dtype)
     else:
         sequences = _tokenized(open_dataset(arguments), arguments, tokenizer, vocab_size)
-    if isinstance(sequences, IterableDataset):
-        return _split_stream(sequences, arguments)
     held_out = arguments.eval_examples
-    _check_enough(len(sequences), arguments)
-    train = sequences.select(range(held_out, len(sequences)))
+    if isinstance(sequences, SequenceStream):
+        # A stream's length is not known, but that it goes beyond what is held out is found by reading as far.
+        _check_enough(sum(1 for _ in sequences.take(held_out + 1)), arguments)
+        train, evaluation = sequences.skip(held_out), sequences.take(held_out)
+    else:
+        _check_enough(len(sequences), arguments)
+        train, evaluation = sequences.select(range(held_out, len(sequences))), sequences.select(range(held_out))
     if arguments.shuffle_seed is not None:
         train = train.shuffle(seed=arguments.shuffle_seed)
     if arguments.max_examples is not None:
-        train = train.select(range(min(arguments.max_examples, len(train))))
-    return train, sequences.select(range(held_out)) if held_out else None
+        most = arguments.max_examples
+        train = train.take(most) if isinstance(train, SequenceStream) else train.select(range(min(most, len(train))))
+    return train, evaluation if held_out else None
 
 
 def _tokenized(
@@ -90,31 +115,48 @@ def _tokenized(
     arguments: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-) -> Dataset | IterableDataset:
+) -> Dataset | SequenceStream:
     dataset = dataset.with_format(None)
     first = _first_row(dataset)
     columns = _columns(dataset, first)
-    if "input_ids" not in columns:
-        return _pack(
-            dataset,
-            tokenizer,
-            arguments.sequence_length,
-            arguments.text_column,
-            arguments.num_proc,
-            vocab_size=vocab_size,
-        )
+    ctx_len, num_proc = arguments.sequence_length, arguments.num_proc
+    if "input_ids" in columns:
+        cutting = _cutting_of_ids(first, columns, ctx_len, vocab_size)
+        sequences = _map(dataset, columns, cutting, num_proc)
+    else:
+        cutting = _cutting_of_text(first, columns, tokenizer, ctx_len, arguments.text_column, vocab_size)
+        sequences = _packed(dataset, columns, cutting, num_proc)
+    return sequences if isinstance(sequences, Dataset) else SequenceStream(dataset, cutting.reads, cutting, sequences)
+
+
+def _cutting_of_ids(first: dict[str, Any], columns: list[str], ctx_len: int, vocab_size: int) -> Cutting:
     kept: list[str] = [column for column in ("input_ids", "attention_mask") if column in columns]
     for column in kept:
         if not isinstance(first[column], list) or not all(isinstance(value, int) for value in first[column]):
             raise InputError(f"The data's column {column!r} does not hold lists of whole numbers. Rename or mend it.")
-    return dataset.map(
-        _cut_rows,
-        batched=True,
-        remove_columns=columns,
-        features=_features(kept),
-        fn_kwargs={"ctx_len": arguments.sequence_length, "columns": kept, "vocab_size": vocab_size},
-        **_progress(dataset, arguments.num_proc, "Cutting"),
-    )
+    return Cutting(_cut_rows, {"ctx_len": ctx_len, "columns": kept, "vocab_size": vocab_size}, kept, kept, "Cutting")
+
+
+def _cutting_of_text(
+    first: dict[str, Any],
+    columns: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    text_column: str,
+    vocab_size: int | None,
+) -> Cutting:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has no EOS token to put between documents. Set tokenizer.eos_token, or use data with "
+            "input_ids."
+        )
+    if text_column not in columns:
+        raise InputError(
+            f"data.text_column: the data has no column {text_column!r}; it has {', '.join(columns)}. Name one of them."
+        )
+    _check_text([first[text_column]], text_column)
+    options = {"tokenizer": tokenizer, "ctx_len": ctx_len, "text_column": text_column, "vocab_size": vocab_size}
+    return Cutting(_pack_documents, options, [text_column], ["input_ids"], "Tokenizing")
 
 
 def _pack(
@@ -123,32 +165,20 @@ def _pack(
     ctx_len: int,
     text_column: str,
     num_proc: int | None,
-    vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "The tokenizer has no EOS token to put between documents. Set tokenizer.eos_token, or use data with "
-            "input_ids."
-        )
     first = _first_row(dataset)
     columns = _columns(dataset, first)
-    if text_column not in columns:
-        raise InputError(
-            f"data.text_column: the data has no column {text_column!r}; it has {', '.join(columns)}. Name one of them."
-        )
-    _check_text([first[text_column]], text_column)
-    options = {"tokenizer": tokenizer, "ctx_len": ctx_len, "text_column": text_column, "vocab_size": vocab_size}
-    packed = dataset.with_format(None).map(
-        _pack_documents,
-        batched=True,
-        batch_size=DOCUMENTS_AT_ONCE,
-        remove_columns=columns,
-        features=_features(["input_ids"]),
-        fn_kwargs=options,
-        **_progress(dataset, num_proc, "Tokenizing"),
-    )
+    cutting = _cutting_of_text(first, columns, tokenizer, ctx_len, text_column, vocab_size=None)
+    return _packed(dataset.with_format(None), columns, cutting, num_proc)
+
+
+def _packed(
+    dataset: Dataset | IterableDataset, columns: list[str], cutting: Cutting, num_proc: int | None
+) -> Dataset | IterableDataset:
+    packed = _map(dataset, columns, cutting, num_proc)
     if isinstance(packed, Dataset) and not len(packed):
-        count = sum(len(document) + 1 for document in _tokenize(dataset[text_column][:], tokenizer))
+        ctx_len, texts = cutting.options["ctx_len"], dataset[cutting.options["text_column"]][:]
+        count = sum(len(document) + 1 for document in _tokenize(texts, cutting.options["tokenizer"]))
         if count < ctx_len:
             raise InputError(
                 f"The data has {count} tokens, less than one sequence of data.ctx_len = {ctx_len}. Lower it, or use "
@@ -160,6 +190,22 @@ def _pack(
             "Lower data.ctx_len or data.num_proc, or use longer documents."
         )
     return packed
+
+
+def _map(
+    dataset: Dataset | IterableDataset, columns: list[str], cutting: Cutting, num_proc: int | None
+) -> Dataset | IterableDataset:
+    # A stream takes neither processes nor a name.
+    options = {"num_proc": num_proc, "desc": cutting.verb} if isinstance(dataset, Dataset) else {}
+    return dataset.map(
+        cutting.function,
+        batched=True,
+        batch_size=DOCUMENTS_AT_ONCE,
+        remove_columns=columns,
+        features=_features(cutting.gives),
+        fn_kwargs=cutting.options,
+        **options,
+    )
 
 
 def _pack_documents(
@@ -195,18 +241,6 @@ def _cut_rows(rows: dict[str, list], ctx_len: int, columns: list[str], vocab_siz
         column: [row[i : i + ctx_len] for row in rows[column] for i in range(0, len(row), ctx_len)]
         for column in columns
     }
-
-
-def _split_stream(stream: IterableDataset, arguments: DataArguments) -> tuple[IterableDataset, IterableDataset | None]:
-    held_out = arguments.eval_examples
-    # A stream's length is not known, but that it goes beyond what is held out is found by reading as far.
-    _check_enough(sum(1 for _ in stream.take(held_out + 1)), arguments)
-    train = stream.skip(held_out)
-    if arguments.shuffle_seed is not None:
-        train = train.shuffle(seed=arguments.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-    if arguments.max_examples is not None:
-        train = train.take(arguments.max_examples)
-    return train, stream.take(held_out) if held_out else None
 
 
 def _check_enough(sequences: int, arguments: DataArguments) -> None:
@@ -246,8 +280,3 @@ def _columns(dataset: Dataset | IterableDataset, first: dict[str, Any]) -> list[
 def _features(columns: list[str]) -> Features:
     """Stated, as they cannot be told from a batch that gives no sequence."""
     return Features({column: List(Value("int8" if column == "attention_mask" else "int32")) for column in columns})
-
-
-def _progress(dataset: Dataset | IterableDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
-    """Options of `map` that a stream does not take."""
-    return {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}

@@ -10,8 +10,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..common.errors import AGAIN, InputError
+from ..common.signals import signals
 from ..recipe.arguments import SaeTrainingArguments
-from .release import Release, open_repo
+from .release import Pushed, Release, open_repo
 
 
 logger = get_logger(__name__)
@@ -96,6 +97,34 @@ class Publisher(TrainerCallback):
             logger.warning(f"Step {step} was not pushed: {reason} Training goes on.")
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def push_run(
+    args: SaeTrainingArguments, publisher: Publisher | None, heads: list[str], message: str, **kwargs: Any
+) -> Pushed:
+    """
+    Releases what a run has saved in its folder, after the pushes that are at work.
+
+    Args:
+        args (`SaeTrainingArguments`): The run's.
+        publisher ([`Publisher`], *optional*): What pushed while it went on.
+        heads (`list[str]`): The run's heads.
+        message (`str`): Of the commit.
+        kwargs (*optional*): `revision` and `token`, as of [`Release.push`].
+
+    Raises:
+        `InputError`: if the Hub refuses or cannot be reached.
+    """
+    repo_id = hub_repo(args) if publisher is None else publisher.repo_id
+    by_hand = f"python -m sae_accel.push {args.output_dir} {repo_id}"
+    signals.words = lambda: f"All is saved in {args.output_dir}, but the push was stopped: {by_hand} goes on."
+    if publisher is not None:
+        publisher.finish()
+    try:
+        release = Release(Path(args.output_dir), repo_id, include=heads)
+        return release.push(private=args.hub_private_repo, message=message, **kwargs)
+    except InputError as error:
+        raise InputError(f"{error} The heads are in {args.output_dir}: {by_hand} pushes them.") from error
 
 
 def _link(source: str, target: str) -> None:

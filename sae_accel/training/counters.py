@@ -64,6 +64,18 @@ class Counters:
             values["train/skipped_steps"] = self.run.skips.steps
         return values
 
+    def totals(self, tokens_before: int, seconds: float) -> dict[str, float]:
+        """
+        What a run has come to at its end.
+
+        Args:
+            tokens_before (`int`): Tokens that had trained when this session began.
+            seconds (`float`): How long it took.
+        """
+        tokens = self.run.progress.num_input_tokens_seen
+        totals = {"train/tokens": tokens, "train/tokens_per_second": (tokens - tokens_before) / seconds}
+        return totals | {f"train/dead/{name}": part for name, part in self.dead_fractions().items()} | self.silent
+
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
         spread, plans = self.run.spread, self.run.plans

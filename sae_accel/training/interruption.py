@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from ..common.signals import SIGNALS, signals
 from ..processes.agreement import gather_objects
-from ..runs.checkpoint import random_state, restore_random_state
 
 
 T = TypeVar("T")
@@ -77,12 +76,10 @@ class Interruption:
     @contextmanager
     def whole_step(self, optimizer: Optimizer) -> Iterator[None]:
         """An optimizer step that leaves no trace if it is abandoned between the batches of its window."""
-        random = random_state()
         try:
             yield
         except Abandoned:
             optimizer.zero_grad()
-            restore_random_state(random)
             raise
 
     def _noted(self) -> int | None:

@@ -61,13 +61,13 @@ def _trainer(asked: Recipe) -> SaeTrainer:
     process = this_process()
     ahead = raise_together(lambda: look_ahead(asked, process.num_processes, process.is_main_process))
     recipe, plans, checkpoint, training = ahead.recipe, ahead.plans, ahead.checkpoint, ahead.recipe.training
+    if process.is_main_process and ahead.room:
+        print(ahead.room)
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
     init_from = training.init_from if checkpoint is None else None
     if plans is not None and init_from is not None:
         raise_together(lambda: _show_matches(plans, init_from))
-    if process.is_main_process and ahead.room:
-        print(ahead.room)
     tokenizer = raise_together(lambda: load_tokenizer(recipe.model))
     device, with_lm_head = this_process().device, training.loss != "fvu"
     lm = raise_together(lambda: load_lm(recipe.model, with_lm_head=with_lm_head, device=device))

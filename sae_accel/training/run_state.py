@@ -63,6 +63,7 @@ class RunState:
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
+        counts (`list[int]`): Of a [`SequenceStream`], by which a run that goes on passes what has trained.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class RunState:
         self.best: dict[str, float] = {}
         self.skips, self.lowest = Skips(), LowestLosses(args.loss, plans)
         self.owes_evaluation = False
+        self.counts: list[int] = []
 
     @property
     def bank(self) -> SaeBank:
@@ -232,6 +234,7 @@ class RunState:
                     "identity": self.identity,
                     "sequences": position.batches * self._sequences(),
                     "epoch": position.epoch,
+                    "counts": self.counts,
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
                     "skips": asdict(self.skips),
@@ -313,6 +316,7 @@ class RunState:
         saved["differences"].tell(checkpoint)
         if saved["differences"].moves:
             return Position()
+        self.counts[len(self.counts) :] = saved["counts"][len(self.counts) :]
         # What is left of a batch on another number of processes is passed over, so that nothing trains twice.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
 

@@ -18,17 +18,20 @@ class Saver:
 
     Args:
         run ([`RunState`]): What is saved.
-
-    Attributes:
-        unsaved (`str`, *optional*): Why the latest checkpoint, or the best heads, could not be saved.
     """
 
     def __init__(self, run: RunState):
         self.run = run
         self.args = run.args
-        self.unsaved: str | None = None
+        # Why the latest checkpoint, and why the best heads, could not be saved.
+        self._missing: dict[str, str] = {}
         # The newest checkpoint that this run has written, with its step.
         self._newest: tuple[int, Path] | None = None
+
+    @property
+    def unsaved(self) -> str | None:
+        """Why the latest checkpoint, or the best heads, could not be saved; None if they were."""
+        return next(iter(self._missing.values()), None)
 
     @property
     def newest(self) -> Path | None:
@@ -46,11 +49,11 @@ class Saver:
         try:
             folder = self.run.save_checkpoint(position)
         except NotSaved as error:
-            self._tell(error)
+            self._tell("checkpoint", error)
             if self.run.accelerator.is_main_process:
                 self._make_room()
             return None
-        self.unsaved = None
+        self._missing.pop("checkpoint", None)
         self._newest = self.run.progress.global_step, folder
         return folder
 
@@ -71,8 +74,9 @@ class Saver:
             try:
                 run.save_best(Path(self.args.output_dir) / BEST, [name] if loss == "fvu" else list(run.plans))
             except NotSaved as error:
-                self._tell(error)
+                self._tell("best", error)
                 return
+            self._missing.pop("best", None)
             run.best[name] = metrics[key]
 
     def log(self, values: dict[str, float]) -> None:
@@ -94,8 +98,8 @@ class Saver:
         step = self.run.progress.global_step
         with_trackers(self.run.accelerator, lambda tracker: tracker.log(values, step=step))
 
-    def _tell(self, error: NotSaved) -> None:
-        self.unsaved = str(error)
+    def _tell(self, what: str, error: NotSaved) -> None:
+        self._missing[what] = str(error)
         say(f"{error} Training goes on, and the next save tries again.")
 
     def _make_room(self) -> None:

@@ -1,5 +1,6 @@
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
-from ..bank.init_from import load_into, match_heads, open_pretrained
 from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
 from ..common.signals import Stopped, signals
-from ..data.batches import Batches, Position, sequence_length
+from ..data.batches import Batches, Position, Window, sequence_length
 from ..data.collate import Rows
-from ..hub.publisher import Publisher, hub_repo
-from ..hub.release import Pushed, Release
+from ..hub.publisher import Publisher, push_run
+from ..hub.release import Pushed
 from ..lm.adapter import unwrapped
 from ..lm.hooks import base_of
 from ..models import HeadModel
 from ..processes.accelerator import make_accelerator
 from ..processes.agreement import raise_together
-from ..processes.trackers import start_trackers, with_trackers
+from ..processes.trackers import with_trackers
 from ..recipe.arguments import HeadArguments, LoraArguments, SaeTrainingArguments
-from ..recipe.checks import check_objective, check_steps
+from ..recipe.checks import check_objective
 from ..recipe.recipe import Recipe
 from ..runs.checkpoint import GO_ON, what_is_left
 from ..runs.lock import locked_together
 from ..runs.output_folder import OutputFolder, written_places
-from ..runs.writing import written_together
 from ..spread.choose import spread_heads
 from .assembly import assemble
+from .begin import begin
 from .callbacks import FlowCallback, ProgressBar
 from .counters import Counters
 from .finite_steps import FiniteSteps
@@ -42,10 +42,8 @@ from .identity import identity_of
 from .interruption import Abandoned, Interruption
 from .k_schedule import k_at
 from .lora import add_lora, lora_targets
-from .optim import build_scheduler
 from .run_state import RunState
 from .saving import Saver
-from .start import start_heads
 
 
 class SaeTrainer:
@@ -114,6 +112,7 @@ class SaeTrainer:
         identity = identity_of(plans, args, lora, model, recipe)
         by_name = {plan.name: plan for plan in plans}
         self.run_state = RunState(args, by_name, self.assembly.bank, self.spread, adapter, recipe, identity)
+        self.run_state.counts = getattr(train_dataset, "counts", [])
         self.saver = Saver(self.run_state)
         places = written_places(self.plans, args, lora)
         self.folder = OutputFolder(self.output_dir, places, args.run_name, recipe is not None, identity)
@@ -121,7 +120,8 @@ class SaeTrainer:
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: LRScheduler | None = None
         self.control = TrainerControl()
-        self.publisher = raise_together(self._publisher) if args.push_to_hub else None
+        pushes = args.push_to_hub and self.accelerator.is_main_process
+        self.publisher = raise_together(lambda: Publisher(args) if pushes else None)
         policies = [FlowCallback(), *([] if self.publisher is None else [self.publisher])]
         self.callback_handler = CallbackHandler(
             [*policies, *(callbacks or []), ProgressBar()], self.bank, processing_class, None, None
@@ -132,6 +132,8 @@ class SaeTrainer:
         self._interruption = Interruption()
         self.objective.between_batches = self._interruption.check
         self._position = Position()
+        # What was measured last, with its step.
+        self._measured: tuple[int, dict[str, float]] | None = None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Adds a `transformers.TrainerCallback`, or makes one of the class given."""
@@ -163,16 +165,6 @@ class SaeTrainer:
         return self.run_state.tokens_since_fired
 
     @property
-    def initial_metrics(self) -> dict[str, float]:
-        """With loss `ce` or `kl`, what was measured before the first step."""
-        return self.run_state.initial_metrics
-
-    @property
-    def best(self) -> dict[str, float]:
-        """With `save_best`, the lowest losses so far."""
-        return self.run_state.best
-
-    @property
     def adapter(self) -> PeftModel | None:
         """The LM with the LoRA that is trained around the heads."""
         return self.run_state.adapter
@@ -202,23 +194,21 @@ class SaeTrainer:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = raise_together(lambda: self.folder.where_to_begin(resume, self.args.overwrite_output_dir))
         batches = self._batches(self.train_dataset)
-        self._position = self._begin(batches, checkpoint)
+        self.optimizer, self._position = begin(self.run_state, self.assembly, self.folder, batches, checkpoint)
+        self.lr_scheduler = self.run_state.lr_scheduler
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         signals.words = lambda: what_is_left(self.output_dir)
         if checkpoint is None and self.args.loss != "fvu":
             self._measure_start(batches)
+        windows = self._windows(batches)
         started, tokens_before = time.monotonic(), self.state.num_input_tokens_seen
         self._tell("on_train_begin")
         with self._interruption:
             try:
-                metrics = self._take_steps(batches)
+                metrics = self._take_steps(windows)
             except Abandoned as signal:
                 raise self._stopped(signal.number) from None
-        metrics |= self.initial_metrics
-        trained = self.state.num_input_tokens_seen - tokens_before
-        metrics["train/tokens"] = self.state.num_input_tokens_seen
-        metrics["train/tokens_per_second"] = trained / (time.monotonic() - started)
-        metrics |= {f"train/dead/{name}": value for name, value in self.dead_fractions().items()}
-        metrics |= self.counters.silent
+        metrics |= self.run_state.initial_metrics | self.counters.totals(tokens_before, time.monotonic() - started)
         self.save_model()
         signals.words = lambda: f"The heads are saved in {self.output_dir}, their card is not. {GO_ON}"
         self.run_state.save_report(metrics, self.counters.frequencies)
@@ -305,16 +295,7 @@ class SaeTrainer:
         def push() -> Pushed | None:
             if not self.accelerator.is_main_process:
                 return None
-            repo_id = hub_repo(self.args) if self.publisher is None else self.publisher.repo_id
-            by_hand = f"python -m sae_accel.push {self.output_dir} {repo_id}"
-            signals.words = lambda: f"All is saved in {self.output_dir}, but the push was stopped: {by_hand} goes on."
-            if self.publisher is not None:
-                self.publisher.finish()
-            try:
-                release = Release(self.output_dir, repo_id, include=list(self.plans))
-                return release.push(private=self.args.hub_private_repo, message=commit_message, **kwargs)
-            except InputError as error:
-                raise InputError(f"{error} The heads are in {self.output_dir}: {by_hand} pushes them.") from error
+            return push_run(self.args, self.publisher, list(self.plans), commit_message, **kwargs)
 
         self.pushed = raise_together(push)
         return self.pushed
@@ -328,46 +309,19 @@ class SaeTrainer:
         call = getattr(self.callback_handler, event)
         self.control = call(self.args, self.state, self.control, *values)
 
-    def _publisher(self) -> Publisher | None:
-        """On the main process, what pushes."""
-        return Publisher(self.args) if self.accelerator.is_main_process else None
-
-    def _begin(self, batches: Batches, checkpoint: Path | None) -> Position:
-        """Makes everything ready, from the start or from a checkpoint, and says where in the data to go on."""
-        self.state.max_steps = batches.max_steps()
-        entries = {f"head {name!r}: heads": plan.arguments for name, plan in self.plans.items()}
-        check_steps(self.args, entries, self.state.max_steps)
-        bank, args, init_from = self.run_state.bank, self.args, self.args.init_from
-        if checkpoint is not None:
-            saved = raise_together(lambda: self.run_state.load_weights(checkpoint))
-        elif init_from is not None:
-            heads = raise_together(lambda: open_pretrained(init_from))
-            raise_together(lambda: load_into(bank, match_heads(self.plans.values(), heads), heads))
-        else:
-            start_heads(bank, self.spread, self.activations, batches)
-        with written_together(self.output_dir) as write:
-            if self.accelerator.is_main_process:
-                write(lambda: self.folder.begin(checkpoint))
-        optimizer = self.assembly.optimizer()
-        self.lr_scheduler = build_scheduler(optimizer, args, self.state.max_steps)
-        self.optimizer = self.run_state.prepare(optimizer, self.lr_scheduler)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        position = Position() if checkpoint is None else self.run_state.restore(checkpoint, saved)
-        with written_together(self.output_dir) as write:
-            if self.accelerator.is_main_process:
-                write(lambda: self.run_state.begin_history(checkpoint))
-        name = self.args.run_name or self.output_dir.resolve().name
-        raise_together(lambda: start_trackers(self.accelerator, name, args))
-        return position
-
     def _batches(self, dataset: Rows | None) -> Batches:
         return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
 
-    def _take_steps(self, batches: Batches) -> dict[str, float]:
+    def _windows(self, batches: Batches) -> Iterator[Window]:
+        """The batches of each step. The first is read now: to find it in a stream is not training."""
+        windows = batches.windows(self._position)
+        first = islice(windows, 1) if self.state.global_step < self.state.max_steps else ()
+        return chain(list(first), windows)
+
+    def _take_steps(self, windows: Iterator[Window]) -> dict[str, float]:
         """Trains to the end, and evaluates. A signal to any process ends it with `Abandoned` on all."""
         if self.run_state.owes_evaluation:
             self._evaluate_and_keep_best()
-        windows = batches.windows(self._position)
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             self._interruption.check()
             window, after = next(windows)
@@ -376,7 +330,9 @@ class SaeTrainer:
             self._tell("on_step_end")
             self._act_on_control()
         self._tell("on_train_end")
-        metrics = self._evaluate_and_keep_best() if self.eval_dataset is not None else {}
+        step, metrics = self._measured or (None, {})
+        if step != self.state.global_step and self.eval_dataset is not None:
+            metrics = self._evaluate_and_keep_best()
         self._interruption.check()
         return metrics
 
@@ -427,9 +383,10 @@ class SaeTrainer:
         else:
             rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
         metrics = self._measure(rows)
-        self.initial_metrics.update({key.replace("eval/", "initial/"): value for key, value in metrics.items()})
-        self.saver.show(self.initial_metrics)
-        self._tell("on_log", self.initial_metrics)
+        initial = {key.replace("eval/", "initial/"): value for key, value in metrics.items()}
+        self.run_state.initial_metrics.update(initial)
+        self.saver.show(initial)
+        self._tell("on_log", initial)
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         metrics = self.evaluate()
@@ -438,4 +395,5 @@ class SaeTrainer:
             self.finite_steps.check_weights()
             self.saver.keep_best(metrics)
         self.run_state.owes_evaluation = False
+        self._measured = self.state.global_step, metrics
         return metrics

@@ -18,9 +18,11 @@ from tiny import (
 import sae_accel.train as train
 from sae_accel.bank.init_from import open_pretrained
 from sae_accel.common.errors import InputError
+from sae_accel.data.batches import Batches
 from sae_accel.loading.auto import AutoSae
 from sae_accel.models import SaeConfig, SaeModel, TranscoderConfig, TranscoderModel
 from sae_accel.recipe.arguments import HeadArguments
+from sae_accel.training.begin import begin
 
 
 HEADS = [
@@ -46,7 +48,8 @@ def trained(tmp_path_factory):
 
 def _start(trainer):
     """The weights that a run starts from."""
-    trainer._begin(trainer._batches(trainer.train_dataset), None)
+    batches = Batches(trainer.train_dataset, trainer.args, trainer.accelerator, pad_token_id=0)
+    begin(trainer.run_state, trainer.assembly, trainer.folder, batches, None)
     return trainer
 
 
@@ -132,7 +135,7 @@ def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained,
     words = {"training.init_from": trained, "heads.hookpoints": "layers.2", "heads.k": 3}
     with pytest.raises(Stopped):
         train.main(command_words(place, tmp_path, **words))
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Heads start from {trained}:"
     assert lines[2].split() == ["layers.2", "layers.2", "sae", "24", "->", "96", "->", "24", "4", "->", "3", "-"]
     assert lines[-1] == "Not used: layers.1, layers.1.mlp."
@@ -188,7 +191,7 @@ def test_each_best_head_is_the_one_with_the_lowest_fvu_of_its_own(tmp_path):
     trainer.evaluate = lambda *args: seen.append(evaluate(*args)) or seen[-1]
     trainer.train()
     lowest = {name: min(metrics[f"eval/fvu/{name}"] for metrics in seen) for name in trainer.heads}
-    assert trainer.best == lowest
+    assert trainer.run_state.best == lowest
     assert any(lowest[name] < seen[-1][f"eval/fvu/{name}"] for name in lowest)
     best = AutoSae.from_pretrained(tmp_path / "best")
     again = _start(tiny_trainer(tmp_path / "again", HEADS, lm=tiny_llama(), held_out=held_out, max_steps=1))

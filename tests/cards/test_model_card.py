@@ -205,6 +205,23 @@ def test_heads_alone_have_a_card_without_empty_parts(bare):
     assert not (bare / "plots").exists()
 
 
+def test_a_card_of_many_heads_is_short_and_tells_of_all(tmp_path):
+    names = [f"layers.{i}" for i in range(64)]
+    for name in names:
+        SaeModel(SaeConfig(d_in=2, num_latents=4, k=1)).save_pretrained(tmp_path / name)
+    fvu = {name: (i % 7 + 1) / 10 for i, name in enumerate(names[1:])}
+    (tmp_path / "metrics.json").write_text(json.dumps({f"eval/fvu/{name}": value for name, value in fvu.items()}))
+    path = write_card(tmp_path)
+    card, lines = ModelCard.load(path), path.read_text().splitlines()
+    assert len(lines) < 150
+    assert rows(card)["FVU"] == ["0.4000", "0.1000", "0.7000"]
+    folded = path.read_text().split("<summary>All 64 heads</summary>")[1].split("</details>")[0]
+    assert [line.split("`")[1] for line in folded.splitlines() if line.startswith("| `")] == names
+    (result,) = model_index_to_eval_results(card.data.to_dict()["model-index"])[1]
+    assert result.metric_value == pytest.approx(sum(fvu.values()) / 63)
+    assert result.metric_name == "FVU, mean of 63 heads" and result.metric_args == {"heads": 63}
+
+
 def test_transcoders_alone_are_tagged_so(run):
     for name in ("layers.1", "layers.2"):
         shutil.rmtree(run / name)

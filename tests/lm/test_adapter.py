@@ -272,7 +272,7 @@ def test_a_killed_run_with_a_lora_resumes_bit_for_bit(tmp_path, trained_heads, o
     )
     assert len(whole.bank.adapter)
     assert_equal(weights(whole), weights(resumed))
-    assert whole.best == resumed.best
+    assert whole.run_state.best == resumed.run_state.best
 
 
 def test_a_checkpoint_of_a_run_with_another_lora_is_refused(tmp_path, trained_heads):

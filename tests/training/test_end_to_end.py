@@ -266,7 +266,7 @@ def test_the_best_set_is_the_one_with_the_lowest_loss(tmp_path):
     trainer.evaluate = lambda *args: seen.append(evaluate(*args)) or seen[-1]
     trainer.train()
     lowest = min(metrics["eval/ce"] for metrics in seen)
-    assert trainer.best == {"ce": lowest}
+    assert trainer.run_state.best == {"ce": lowest}
     batch = torch.tensor(rows[:8]["input_ids"])
     with torch.no_grad(), splice(lm, AutoSae.from_pretrained(tmp_path / "best")):
         assert lm(batch, labels=batch).loss.item() == pytest.approx(lowest, rel=1e-4)
@@ -277,7 +277,7 @@ def test_a_killed_end_to_end_run_resumes_bit_for_bit(tmp_path, optim):
     options = dict(heads=[SAE, TRANSCODER], loss="kl", fvu_weight=0.5, optim=optim, max_steps=6, save_steps=2)
     whole, resumed = whole_and_resumed(tmp_path, lambda folder, **more: tiny_trainer(folder, **options, **more))
     assert_equal(weights(whole), weights(resumed))
-    assert whole.initial_metrics == resumed.initial_metrics
+    assert whole.run_state.initial_metrics == resumed.run_state.initial_metrics
 
 
 def _kl(lm, heads, rows):

@@ -43,7 +43,7 @@ STEP, EVALUATION, SAVE = (
 MOMENTS = {
     "tokenisation": ("training.run:load_tokens", 1, LONG, f"by {{}}. {NOTHING}"),
     "loading": ("training.run:load_lm", 1, LONG, f"by {{}}. {NOTHING}"),
-    "start": ("training.trainer:start_heads", 1, LONG, f"by {{}}. {NOTHING}"),
+    "start": ("training.begin:start_heads", 1, LONG, f"by {{}}. {NOTHING}"),
     "step": (STEP, 2, 0, f"after step 1. Saved run/checkpoint-1. {GO_ON}"),
     "last batch": (f"{OBJECTIVE}:step_result", 1, 0, f"after step 1. Saved run/checkpoint-1. {GO_ON}"),
     "first batch": (f"{OBJECTIVE}:merge_moments", 9, 0, f"after step 2. Saved run/checkpoint-2. {GO_ON}"),
@@ -156,7 +156,7 @@ def test_a_run_whose_reader_has_gone_saves_and_ends(place, tmp_path):
 
 def test_a_push_that_is_stopped_tells_what_is_saved_and_what_goes_on(place, tmp_path):
     words = _words(place, tmp_path, **{"training.push_to_hub": "true", "training.hub_model_id": "user/saes"})
-    stop = at("training.trainer:Release", lambda: send(TERM, wait=LONG))
+    stop = at("hub.publisher:Release", lambda: send(TERM, wait=LONG))
 
     def before() -> None:
         import sae_accel.hub.publisher

@@ -71,7 +71,7 @@ def test_the_best_are_kept_at_the_next_evaluation(tmp_path, disk):
     options = dict(held_out=tiny_tokens(4, seed=2), eval_steps=1, save_best=True, logging_steps=1)
     trainer = tiny_trainer(tmp_path, max_steps=1, **options)
     trainer.train()
-    assert not trainer.best and trainer.saver.unsaved is not None
+    assert not trainer.run_state.best and trainer.saver.unsaved is not None
 
 
 def test_the_exit_status_tells_that_something_is_missing(place, tmp_path, disk, capsys):

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from ..bank.init_from import load_into, match_heads, open_pretrained
+from ..data.batches import Batches, Position
+from ..processes.agreement import raise_together
+from ..processes.trackers import start_trackers
+from ..recipe.checks import check_steps
+from ..runs.output_folder import OutputFolder
+from ..runs.writing import written_together
+from .assembly import Assembly
+from .optim import build_scheduler
+from .run_state import RunState
+from .start import start_heads
+
+
+def begin(
+    run: RunState, assembly: Assembly, folder: OutputFolder, batches: Batches, checkpoint: Path | None
+) -> tuple[Optimizer, Position]:
+    """
+    Makes a run ready to take its first step, from the start or from a checkpoint.
+
+    Args:
+        run ([`RunState`]): The run.
+        assembly ([`Assembly`]): What takes its steps.
+        folder ([`OutputFolder`]): Where it writes. What it is to begin without is deleted.
+        batches ([`Batches`]): The training data.
+        checkpoint (`Path`, *optional*): What it goes on from.
+
+    Returns:
+        `tuple`: what takes an optimizer step, and where in the data the next step begins.
+
+    Raises:
+        `InputError`: if the checkpoint, or heads to start from, cannot be used, or the data trains no token.
+        `NotFinite`: if heads cannot start since no activation is finite.
+    """
+    args, main = run.args, run.accelerator.is_main_process
+    run.progress.max_steps = batches.max_steps()
+    entries = {f"head {name!r}: heads": plan.arguments for name, plan in run.plans.items()}
+    check_steps(args, entries, run.progress.max_steps)
+    saved = None if checkpoint is None else raise_together(lambda: run.load_weights(checkpoint))
+    if checkpoint is None:
+        _new_heads(run, assembly, batches)
+    with written_together(folder.path) as write:
+        if main:
+            write(lambda: folder.begin(checkpoint))
+    optimizer = assembly.optimizer()
+    prepared = run.prepare(optimizer, build_scheduler(optimizer, args, run.progress.max_steps))
+    position = Position() if checkpoint is None or saved is None else run.restore(checkpoint, saved)
+    with written_together(folder.path) as write:
+        if main:
+            write(lambda: run.begin_history(checkpoint))
+    name = args.run_name or folder.path.resolve().name
+    raise_together(lambda: start_trackers(run.accelerator, name, args))
+    return prepared, position
+
+
+def _new_heads(run: RunState, assembly: Assembly, batches: Batches) -> None:
+    if (source := run.args.init_from) is None:
+        start_heads(run.bank, run.spread, assembly.activations, batches)
+        return
+    heads = raise_together(lambda: open_pretrained(source))
+    raise_together(lambda: load_into(run.bank, match_heads(run.plans.values(), heads), heads))
