@@ -140,10 +140,14 @@ def _keep(group: _Group, kept: Tensor, found: Activations) -> None:
 
 
 def _groups(pieces: Mapping[Site, list[Tensor]], mask: Tensor | None) -> Iterator[_Group]:
-    by_lengths: dict[tuple[int, ...], list[Site]] = {}
+    tokens = max((len(parts[0]) for parts in pieces.values() if parts), default=0) if mask is None else mask.numel()
+    alike: dict[tuple[tuple[int, ...], str | None], list[Site]] = {}
     for site, parts in pieces.items():
-        by_lengths.setdefault(tuple(map(len, parts)), []).append(site)
-    for lengths, sites in by_lengths.items():
+        lengths = tuple(map(len, parts))
+        # Two experts that run on equally many tokens do not run on the same.
+        of_all = all(length == tokens for length in lengths)
+        alike.setdefault((lengths, None if of_all else site.module), []).append(site)
+    for (lengths, _), sites in alike.items():
         rows = {site: pieces[site][0] if len(lengths) == 1 else torch.cat(pieces[site]) for site in sites}
         wanted = None
         if mask is not None and all(length == mask.numel() for length in lengths):

@@ -21,6 +21,11 @@ def size_of(path: Path) -> int:
     return sum(file.lstat().st_size for file in files)
 
 
+def free_bytes(path: Path) -> int:
+    """What is free on the disk on which a file or folder lies, or will lie."""
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
+
+
 def in_units(size: float) -> str:
     """Bytes in words, such as `1.2 GB` of 10^9 bytes."""
     for unit in ("bytes", "kB", "MB"):

@@ -10,7 +10,7 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from ..common.errors import InputError, NotFinite, one_line
+from ..common.errors import InputError, NotFinite, NotSaved, one_line
 from ..common.signals import signals
 from .agreement import gather_objects, this_process
 
@@ -50,7 +50,7 @@ class Watch:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.process.num_processes == 1:
             return
-        unforeseen = None if isinstance(error, InputError | NotFinite | KeyboardInterrupt) else error
+        unforeseen = None if isinstance(error, InputError | NotFinite | NotSaved | KeyboardInterrupt) else error
         try:
             if unforeseen is not None:
                 self._explain(unforeseen)

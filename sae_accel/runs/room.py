@@ -1,13 +1,12 @@
 """Whether a run can write where it is to write, and whether there is room for what it will keep."""
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.errors import InputError, one_line
-from ..common.files import in_units
+from ..common.files import free_bytes, in_units
 
 
 @contextmanager
@@ -75,7 +74,7 @@ def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None) -> s
     Raises:
         `InputError`: if there is no room for it and the heads.
     """
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
+    free = free_bytes(folder)
     if checkpoint + heads > free:
         raise InputError(
             f"training.output_dir: a checkpoint takes {in_units(checkpoint)} and the heads {in_units(heads)}, but "

@@ -1,7 +1,6 @@
 """How files reach the disk: whole or not at all, and on every process alike."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..common.errors import NotSaved, one_line
-from ..common.files import in_units, remove, write_json
+from ..common.files import free_bytes, in_units, remove, write_json
 from ..common.quiet import quiet_files
 from ..common.run_files import MANIFEST
 from ..common.staging import staging_folder
@@ -57,7 +56,7 @@ def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
     """
     write = Writing()
     yield write
-    free = shutil.disk_usage(_nearest_folder(what)).free
+    free = free_bytes(what)
     if (reason := next((error for error in gather_objects(write.error) if error is not None), None)) is not None:
         takes = f"It takes {in_units(needed)}, and " if needed else ""
         raise NotSaved(f"{str(what)!r} could not be saved: {reason}. {takes}{in_units(free)} are free there.")
@@ -154,7 +153,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _nearest_folder(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
