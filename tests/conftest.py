@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 # Nothing in the tests may ask a Hub on the network; the one server they talk to is on loopback.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Under nohup it would be ignored in every process that a test signals.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The models are too small to share between threads.
 torch.set_num_threads(1)
 

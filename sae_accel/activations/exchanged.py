@@ -39,9 +39,10 @@ class ExchangedActivations:
         self.rounds = [sites] if at_once else [[site] for site in sites]
         self.bytes_sent = 0
 
-    def __call__(self, batch: dict[str, Tensor]) -> Activations:
+    def __call__(self, batch: dict[str, Tensor], careful: bool = True) -> Activations:
         """
         As of [`RunningLM`], but of all processes' tokens, in their order, and only for the sites that are needed here.
+        It is careful always, since the host waits for the sizes of what is exchanged.
         """
         own = self.activations(batch)
         counts, dtypes, num_tokens, non_finite = self._headers(own)

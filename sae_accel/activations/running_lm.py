@@ -1,6 +1,7 @@
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,13 @@ from transformers import PreTrainedModel
 
 from ..data.collate import token_mask
 from ..lm.hooks import Site, base_of, capture, capture_pieces, is_sharded, token_model
-from .trained_rows import Activations, trained_rows
+from .trained_rows import Activations, Wanted, trained_rows
 
 
-# Where activations come from: a batch of tokens goes in.
-ActivationSource = Callable[[dict[str, Tensor]], Activations]
+class ActivationSource(Protocol):
+    """Where activations come from: a batch of tokens goes in."""
+
+    def __call__(self, batch: dict[str, Tensor], careful: bool = True) -> Activations: ...
 
 
 class RunningLM:
@@ -51,7 +54,7 @@ class RunningLM:
         self.options = without_cache(token_model(self.base_model))
         self.sharded = is_sharded(self.base_model)
 
-    def __call__(self, batch: dict[str, Tensor]) -> Activations:
+    def __call__(self, batch: dict[str, Tensor], careful: bool = True) -> Activations:
         """
         The activations of the tokens that train: those that are not padding, not excluded, and finite at every site.
         Rows of a module that runs on some tokens only, such as an expert's, are looked at by themselves.
@@ -59,6 +62,8 @@ class RunningLM:
         Args:
             batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`, or
                 `pixel_values`.
+            careful (`bool`, defaults to `True`): Whether those that are not finite are left out, for which the host
+                waits for the device; else they may be among them, and `unsure` says so.
 
         Raises:
             `InputError`: if it cannot be told which of a site's rows are of tokens that are left out.
@@ -70,11 +75,12 @@ class RunningLM:
                 row = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}
                 capture(self.base_model, self.sites, {**row, **self.options})
             return Activations({site: self._none(site, device) for site in self.sites}, 0)
+        # Before the LM runs, so that the host waits for as little as can be.
+        wanted = Wanted.of(token_mask(batch, self.exclude_tokens))
         pieces = capture_pieces(self.base_model, self.sites, {**batch, **self.options})
         # An LM may be spread over devices; its activations meet where the tokens are.
         here = {site: [piece.to(device) for piece in pieces[site]] for site in self.sites if site in pieces}
-        mask = token_mask(batch, self.exclude_tokens)
-        found = trained_rows(here, mask)
+        found = trained_rows(here, wanted, careful)
         found.by_site |= {site: self._none(site, device) for site in self.sites if site not in pieces}
         return found
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import TextIO, cast
 
@@ -105,7 +105,9 @@ class Signals:
         self._sender.setblocking(False)
         # nohup has SIGHUP ignored, and means it.
         numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-        sys.stdout, sys.stderr = (_guarded(stream, self._tell_of_closed_pipe) for stream in (sys.stdout, sys.stderr))
+        sys.stdout, sys.stderr = (
+            _guarded(stream, partial(self._received, CLOSED_PIPE)) for stream in (sys.stdout, sys.stderr)
+        )
         self.is_active = True
         _reset_children()
         threading.Thread(target=self._read, args=(receiver, _launcher()), daemon=True).start()
@@ -164,7 +166,7 @@ class Signals:
         while self.is_active:
             with suppress(TimeoutError):
                 for number in receiver.recv(64):
-                    if number in (*SIGNALS, CLOSED_PIPE):
+                    if number in SIGNALS:
                         self._received(number)
             if launcher is not None and os.getppid() != launcher:
                 self._orphaned()
@@ -176,10 +178,6 @@ class Signals:
             self._received(signal.SIGTERM)
         elif self._orphan_since is not None and now - self._orphan_since > ORPHAN_SECONDS:
             self.leave(self.number)
-
-    def _tell_of_closed_pipe(self) -> None:
-        with suppress(OSError):
-            self._sender.send(bytes([CLOSED_PIPE]))
 
 
 class _Guarded:

@@ -136,7 +136,7 @@ class _Stage:
             if entries[name].auxk_alpha
         }
         with self.precision:
-            self.objective.gradients(self.bank, self.window, k, dead)
+            self.objective.gradients(self.bank, self.window, k, dead, careful=False)
 
     def step(self) -> None:
         # A slice's tensors count little beside the whole, and each costs as much time as a real one.
@@ -171,7 +171,7 @@ class _RehearsedSpread(Replicated):
     def source(self, lm: RunningLM) -> ActivationSource:
         """Activations of this process's tokens, or with a copy for each process that they would come from."""
         needs, index = self.share.needs, self.share.index
-        return lm if needs is None else lambda batch: _exchanged(lm(batch), needs, index)
+        return lm if needs is None else lambda batch, careful=True: _exchanged(lm(batch, careful), needs, index)
 
 
 class _Alone(SimpleNamespace):

@@ -37,7 +37,12 @@ class EndToEndObjective:
         self.fvu_weight = fvu_weight
 
     def gradients(
-        self, bank: nn.Module, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
+        self,
+        bank: nn.Module,
+        window: list[dict[str, Tensor]],
+        k: dict[str, int],
+        dead_masks: dict[str, Tensor],
+        careful: bool = True,
     ) -> StepResult:
         """
         Leaves in the bank's parameters the gradient of the loss on an accumulation window.
@@ -53,10 +58,12 @@ class EndToEndObjective:
         sums, logit_sums, tokens = StepSums(), StepSums(), _Kept(self.accelerator.device)
         variances: dict[str, Tensor] = {}
         if self.fvu_weight:
-            variances, whole = self._variances(heads, window)
-            if not whole:
+            variances, seen = self._variances(heads, window, careful)
+            tokens.unsure += seen.unsure
+            # On every process alike, which run the same collectives.
+            if careful and bool(self.spread.sum([seen.non_finite])[0] > 0):
                 window = [self._finite_part(heads, batch, tokens) for batch in window]
-                variances, _ = self._variances(heads, window)
+                variances, _ = self._variances(heads, window, careful)
         counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}
         divisors = {loss: count.clamp_min(1) for loss, count in counts.items()}
         self.scale.clear()
@@ -65,7 +72,8 @@ class EndToEndObjective:
             if i:
                 self.local.between_batches()
             with self.spread.synchronized(bank, i == len(parts) - 1):
-                output = self._pass(bank, part, self.loss == "kl", k, variances, dead_masks, tokens)
+                losses = partial(self._losses, k=k, variances=variances, dead_masks=dead_masks)
+                output = self._pass(bank, part, self.loss == "kl", losses, tokens, careful)
                 loss = output["logits"][self.loss] / divisors[self.loss] + self.fvu_weight * output["local_loss"]
                 self.spread.backward(loss * self.spread.gradient_factor)
             sums.add(output["heads"])
@@ -107,10 +115,12 @@ class EndToEndObjective:
         k = {name: head.config.trained_k for name, head in heads.named_heads()}
         sums, tokens = StepSums(), _Kept(self.accelerator.device)
 
+        losses = partial(self._losses, k=k, variances={}, dead_masks={})
+
         def measure() -> Iterator[dict[str, Tensor]]:
             for batch in batches:
                 for part in _split(batch, self.local.micro_batches):
-                    output = self._pass(bank, part, True, k, {}, {}, tokens)
+                    output = self._pass(bank, part, True, losses, tokens, careful=True)
                     sums.add({"lm": output["logits"]})
                 yield batch
 
@@ -128,30 +138,31 @@ class EndToEndObjective:
         bank: nn.Module,
         part: dict[str, Tensor],
         with_clean: bool,
-        k: dict[str, int],
-        variances: dict[str, Tensor],
-        dead_masks: dict[str, Tensor],
+        losses: Callable[..., dict[str, Any]],
         tokens: "_Kept",
+        careful: bool,
     ) -> dict[str, Any]:
-        """`_losses` of a part of a batch, and of its finite sequences alone if anything comes out as not finite."""
+        """`_losses` of a part of a batch; with care, of its finite sequences alone if anything is not finite."""
         clean = self.lm.clean(part) if with_clean else None
-        output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
+        output = bank(partial(losses, batch=part, clean=clean))
+        if not careful:
+            tokens.unsure += ~output["finite"]
         # On every process alike, since heads may lie on several.
-        if not bool(self.spread.sum([output["finite"].float()])[0] == self.accelerator.num_processes):
+        elif not bool(self.spread.sum([output["finite"].float()])[0] == self.accelerator.num_processes):
             part = self._finite_part(self.accelerator.unwrap_model(bank), part, tokens)
             clean = self.lm.clean(part) if with_clean else None
-            output = bank(partial(self._losses, part, clean, k, variances, dead_masks))
+            output = bank(partial(losses, batch=part, clean=clean))
         tokens.keep({loss: self.lm.counts(part, loss) for loss in tokens.counts})
         return output
 
     def _losses(
         self,
+        bank: SaeBank,
         batch: dict[str, Tensor],
         clean: Tensor | None,
         k: dict[str, int],
         variances: dict[str, Tensor],
         dead_masks: dict[str, Tensor],
-        bank: SaeBank,
     ) -> dict[str, Any]:
         """One spliced pass: losses on the logits, the heads' own if there are variances, and what heads measured."""
         heads = SplicedHeads(bank, batch, self.lm.exclude_tokens, k, variances, dead_masks)
@@ -169,21 +180,22 @@ class EndToEndObjective:
         tokens.leave_out(self.lm.counts(batch, "kl") - self.lm.counts(part, "kl"), place)
         return part
 
-    def _variances(self, bank: SaeBank, window: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+    def _variances(
+        self, bank: SaeBank, window: list[dict[str, Tensor]], careful: bool
+    ) -> tuple[dict[str, Tensor], TokenCount]:
         """
-        By head, the total variance of its target in the LM without heads, over the window and all processes; and
-        whether every activation there is finite.
+        By head, the total variance of its target in the LM without heads, over the window and all processes; and the
+        tokens of this one.
         """
         moments: dict[Site, Moments] = {}
         tokens = TokenCount(self.accelerator.device)
         for batch in window:
             self.local.between_batches()
-            activations = self.local.activations(batch)
+            activations = self.local.activations(batch, careful)
             tokens.add(activations)
             merge_moments(moments, bank, activations)
         totals = self.local.target_moments(moments, bank)
-        whole = bool(self.spread.sum([tokens.non_finite])[0] == 0)
-        return {name: positive(m.total_variance) for name, m in totals.items()}, whole
+        return {name: positive(m.total_variance) for name, m in totals.items()}, tokens
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
         """Tokens whose loss is counted, over the window and all processes."""

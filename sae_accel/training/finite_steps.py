@@ -1,5 +1,6 @@
 """Which optimizer steps are taken: those that finite numbers make. A run that has no more of them ends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +31,13 @@ class Verdict(NamedTuple):
         taken (`bool`): Whether it is taken.
         num_tokens (`int`): Tokens of all processes that made it.
         overflows (`bool`): Whether it is not taken because a gradient is not finite.
+        is_sure (`bool`, defaults to `True`): Whether this is the last word; else it is to be made again, with care.
     """
 
     taken: bool
     num_tokens: int
     overflows: bool
+    is_sure: bool = True
 
 
 @dataclass
@@ -53,7 +56,7 @@ class FiniteSteps:
     step counts as one of the run's, so that the run ends, and goes on from a checkpoint as if it had never stopped.
 
     Where all is finite this adds nothing for the host to wait for: it waits for a step's number of tokens, with which
-    the rest comes.
+    the rest comes. Where something is not, the step's gradients are computed a second time, without it.
 
     Args:
         run ([`RunState`]): The run, which keeps count.
@@ -62,6 +65,33 @@ class FiniteSteps:
     def __init__(self, run: RunState):
         self.run = run
         self._told = False
+        self._has_lost = False
+
+    def take(
+        self, gradients: Callable[[bool], StepResult], optimizer: torch.optim.Optimizer
+    ) -> tuple[StepResult, Verdict]:
+        """
+        Takes an optimizer step, or passes it over.
+
+        Args:
+            gradients (`Callable[[bool], StepResult]`): Leaves the step's gradients in the heads; with True, of finite
+                numbers alone.
+            optimizer (`torch.optim.Optimizer`): As it was prepared.
+
+        Returns:
+            `tuple`: what the step was taken on, and what became of it.
+
+        Raises:
+            `NotFinite`: on every process, if it is the last that may be passed over.
+        """
+        # Where the last step had such numbers, this one is likely to.
+        for careful in (self._has_lost, True):
+            result = gradients(careful)
+            verdict = self.judge(result, optimizer)
+            self.run.spread.step(optimizer, verdict.taken, verdict.overflows)
+            if verdict.is_sure:
+                break
+        return result, verdict
 
     def judge(self, result: StepResult, optimizer: torch.optim.Optimizer) -> Verdict:
         """
@@ -79,10 +109,13 @@ class FiniteSteps:
             torch.stack([spread.non_finite_gradients(optimizer).float(), self._bad_loss(result)])
         )
         # The one place of a step where the host waits for the device.
-        trained, lost, bad_gradient, bad_loss = torch.stack(
-            [result.num_tokens, result.non_finite, gradient, loss]
+        trained, lost, unsure, bad_gradient, bad_loss = torch.stack(
+            [result.num_tokens, result.non_finite, result.unsure, gradient, loss]
         ).tolist()
+        if unsure:
+            return Verdict(False, int(trained), False, is_sure=False)
         run.skips.non_finite_tokens += int(lost)
+        self._has_lost = bool(lost)
         bad = next((at for at in gather_objects(result.non_finite_at) if at is not None), None) if lost else None
         share = lost / max(1.0, trained + lost)
         if bad is not None and not self._told:

@@ -47,7 +47,12 @@ class LocalObjective:
         self.between_batches: Callable[[], None] = _go_on
 
     def gradients(
-        self, bank: nn.Module, window: list[dict[str, Tensor]], k: dict[str, int], dead_masks: dict[str, Tensor]
+        self,
+        bank: nn.Module,
+        window: list[dict[str, Tensor]],
+        k: dict[str, int],
+        dead_masks: dict[str, Tensor],
+        careful: bool = True,
     ) -> StepResult:
         """
         Leaves in the bank's parameters the gradient of the loss on an accumulation window, but for the factors
@@ -61,6 +66,8 @@ class LocalObjective:
             window (`list[dict]`): Batches of tokens.
             k (`dict[str, int]`): By head, latents that are active for each token.
             dead_masks (`dict[str, torch.Tensor]`): By head, dead latents; heads without AuxK are left out.
+            careful (`bool`, defaults to `True`): Whether each number that is not finite is left out, for which the
+                host waits for the device; else the result says whether there may have been one.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         moments: dict[Site, Moments] = {}
@@ -69,7 +76,7 @@ class LocalObjective:
         for i, batch in enumerate(window):
             if i:
                 self.between_batches()
-            activations = self.activations(batch)
+            activations = self.activations(batch, careful)
             tokens.add(activations)
             merge_moments(moments, heads, activations)
             last = i == len(window) - 1

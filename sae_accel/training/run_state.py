@@ -316,7 +316,9 @@ class RunState:
         saved["differences"].tell(checkpoint)
         if saved["differences"].moves:
             return Position()
-        self.counts[len(self.counts) :] = saved["counts"][len(self.counts) :]
+        if not any(field.startswith("model.") for field in saved["differences"].changed):
+            # Another tokenizer would cut the documents into others.
+            self.counts[len(self.counts) :] = saved["counts"][len(self.counts) :]
         # What is left of a batch on another number of processes is passed over, so that nothing trains twice.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
 

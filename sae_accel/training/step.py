@@ -27,6 +27,7 @@ class StepResult:
         values (`dict[str, torch.Tensor]`): What is logged, by name.
         non_finite (`torch.Tensor` of shape `()`): Tokens that were left out because an activation is not finite.
         non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
+        unsure (`torch.Tensor` of shape `()`): Above zero if numbers that are not finite may have taken part.
     """
 
     num_tokens: Tensor
@@ -35,7 +36,8 @@ class StepResult:
     smallest_acts: dict[str, Tensor]
     values: dict[str, Tensor]
     non_finite: Tensor
-    non_finite_at: NonFiniteAt | None = None
+    non_finite_at: NonFiniteAt | None
+    unsure: Tensor
 
 
 class TokenCount:
@@ -49,10 +51,11 @@ class TokenCount:
         trained (`torch.Tensor` of shape `()`): Those that count.
         non_finite (`torch.Tensor` of shape `()`): Those that were left out because an activation is not finite.
         non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
+        unsure (`torch.Tensor` of shape `()`): Above zero if others may not have been left out.
     """
 
     def __init__(self, device: torch.device):
-        self.trained, self.non_finite = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.trained, self.non_finite, self.unsure = (torch.zeros((), device=device) for _ in range(3))
         self.non_finite_at: NonFiniteAt | None = None
 
     def add(self, activations: Activations) -> None:
@@ -60,6 +63,8 @@ class TokenCount:
         self.trained += activations.num_tokens
         self.non_finite += activations.non_finite
         self.non_finite_at = self.non_finite_at or activations.non_finite_at
+        if activations.unsure is not None:
+            self.unsure += activations.unsure
 
 
 def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
@@ -109,8 +114,8 @@ def step_result(
         for name, measured in sums.by_head.items()
         if "smallest_act" in measured
     }
-    trained, lost = spread.sum([tokens.trained, tokens.non_finite])
-    return StepResult(trained, head_tokens, uses, smallest, values, lost, tokens.non_finite_at)
+    trained, lost, unsure = spread.sum([tokens.trained, tokens.non_finite, tokens.unsure])
+    return StepResult(trained, head_tokens, uses, smallest, values, lost, tokens.non_finite_at, unsure)
 
 
 def positive(variance: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -227,10 +228,9 @@ class SaeTrainer:
             name: k_at(self.state.global_step, head.config, self.plans[name].arguments) for name, head in heads.items()
         }
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
+        gradients = partial(self.objective.gradients, self.bank, window, k, self.counters.dead_masks())
         with self._interruption.whole_step(self.optimizer):
-            result = self.objective.gradients(self.bank, window, k, self.counters.dead_masks())
-        verdict = self.finite_steps.judge(result, self.optimizer)
-        self.spread.step(self.optimizer, verdict.taken, verdict.overflows)
+            result, verdict = self.finite_steps.take(gradients, self.optimizer)
         if not verdict.taken:
             self.counters.skip()
             return
