@@ -146,12 +146,12 @@ def trained_rows(pieces: Mapping[Site, list[Tensor]], wanted: Wanted, careful: b
     for group in groups:
         found.by_site |= group.rows if group.places is None else group.at(group.places)
     checks = [surely_finite(rows).all() for rows in found.by_site.values()]
-    found.unsure = ~torch.stack(checks).all() if checks else None
-    if careful and found.unsure is not None:
-        if bool(found.unsure):
-            for group in groups:
-                _leave_out(group, found)
-        found.unsure = None
+    finite = torch.stack(checks).all() if checks else None
+    if not careful:
+        found.unsure = None if finite is None else ~finite
+    elif finite is not None and not bool(finite):
+        for group in groups:
+            _leave_out(group, found)
     found.num_tokens = _num_tokens(groups, found, wanted)
     return found
 

@@ -61,7 +61,7 @@ class EndToEndObjective:
             variances, seen = self._variances(heads, window, careful)
             tokens.unsure += seen.unsure
             # On every process alike, which run the same collectives.
-            if careful and bool(self.spread.sum([seen.non_finite])[0] > 0):
+            if careful and not bool(self.spread.sum([seen.non_finite])[0] == 0):
                 window = [self._finite_part(heads, batch, tokens) for batch in window]
                 variances, _ = self._variances(heads, window, careful)
         counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}
