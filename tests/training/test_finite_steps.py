@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import assert_equal, tiny_llama, tiny_tokens, tiny_trainer, weights, whole_and_resumed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_accel.common.errors import NotFinite
 from sae_accel.recipe.arguments import HeadArguments
@@ -183,3 +184,49 @@ def test_a_run_none_of_whose_activations_are_finite_ends_before_it_begins(tmp_pa
     bad = rows_with(*((row, column) for row in range(64) for column in range(16)))
     with pytest.raises(NotFinite, match=r"^No activation at layers\.1 is finite"):
         tiny_trainer(tmp_path, lm=lm_with_bad_token(), train=bad).train()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts where the host needs a number that the device has yet to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("loss", "fvu_weight"), [("fvu", 0.0), ("ce", 0.0), ("kl", 0.5)])
+def test_where_all_is_finite_the_host_waits_no_more_than_without_checks(tmp_path, monkeypatch, loss, fvu_weight):
+    trainer = tiny_trainer(tmp_path, loss=loss, fvu_weight=fvu_weight, micro_batches=2)
+    window = [{"input_ids": torch.tensor(tiny_tokens(4)["input_ids"]), "attention_mask": torch.ones(4, 16).long()}] * 3
+    k = {name: head.config.k for name, head in trainer.heads.items()}
+
+    def waits(careful: bool) -> int:
+        with _Waits() as waits:
+            trainer.objective.gradients(trainer.bank, window, k, {}, careful)
+        return waits.count
+
+    with_checks, with_care = waits(False), waits(True)
+    monkeypatch.setattr(
+        "sae_accel.activations.trained_rows.surely_finite", lambda rows: torch.ones(len(rows), dtype=torch.bool)
+    )
+    assert with_checks == waits(False) < with_care
+
+
+def test_numbers_are_looked_at_one_by_one_only_around_a_step_that_has_bad_ones(tmp_path, monkeypatch):
+    trainer = tiny_trainer(
+        tmp_path, lm=lm_with_bad_token(), train=rows_with((9, 0)), max_steps=6, max_non_finite=0.1, logging_steps=1
+    )
+    real, calls = trainer.objective.gradients, []
+
+    def gradients(bank, window, k, dead_masks, careful):
+        calls.append((trainer.state.global_step, careful))
+        return real(bank, window, k, dead_masks, careful)
+
+    monkeypatch.setattr(trainer.objective, "gradients", gradients)
+    trainer.train()
+    # Row 9 is of the third batch; the fourth is made with care at once, as its numbers might have been bad too.
+    assert calls == [(0, False), (1, False), (2, False), (2, True), (3, True), (4, False), (5, False)]
