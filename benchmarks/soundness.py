@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset, disable_progress_bars
 from throughput import StepClock, silence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments, chunk_and_tokenize
 from sae_accel.data.tokens import load_tokens
@@ -44,7 +44,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     found = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     found |= finite_checks(options, tokenizer) | skipping(options, tokenizer)
-    print("\n".join(f"{key:42}{value if isinstance(value, str) else f'{value:,.4g}'}" for key, value in found.items()))
+    for key, value in found.items():
+        print(f"{key:42}{value if isinstance(value, str) else f'{value:,.0f}' if value > 100 else f'{value:.3g}'}")
     if options.save:
         options.save.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -72,13 +73,17 @@ def finite_checks(options: argparse.Namespace, tokenizer) -> dict[str, float]:
     rows = chunk_and_tokenize(text, tokenizer, ctx_len=256)
     rows = rows.select([i % len(rows) for i in range(8 * options.steps)]).with_format("torch")
     clock, totals = StepClock(), []
-    clock.on_step_end = lambda *_, **__: (clock.times.append(now()), totals.append(sum(spent)))
+
+    class Total(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            totals.append(sum(spent))
+
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack, silence():
         for name, function in checks.items():
             stack.enter_context(patch(name, timed(function)))
         arguments = SaeTrainingArguments(output_dir=folder, per_device_train_batch_size=8, report_to="none")
         head = HeadArguments(hookpoints="layers.2", k=32, expansion_factor=32)
-        SaeTrainer(lm, arguments, [head], rows, callbacks=[clock]).train()
+        SaeTrainer(lm, arguments, [head], rows, callbacks=[Total(), clock]).train()
     step, check = (
         1000 * statistics.median(after - before for before, after in itertools.pairwise(series[1:]))
         for series in (clock.times, totals)
