@@ -1,5 +1,6 @@
 """Whether a run can write where it is to write, and whether there is room for what it will keep."""
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ def made(folder: Path) -> Iterator[None]:
     Raises:
         `InputError`: if it cannot be made.
     """
+    dangling = next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None)
+    if dangling is not None:
+        raise InputError(
+            f"training.output_dir: {str(dangling)!r} is a link to {os.readlink(dangling)!r}, which does not exist. "
+            "Make that folder, or set another."
+        )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
