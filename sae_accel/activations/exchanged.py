@@ -53,7 +53,7 @@ class ExchangedActivations:
 
     def _headers(self, own: Activations) -> tuple[dict[Site, list[int]], dict[Site, torch.dtype], int, int]:
         """
-        For each site how many tokens each process has, and of which type; and how many tokens there are in all, and
+        For each site how many tokens each process has, and their type; and how many tokens there are in all, and
         were left out since they are not finite.
         """
         sites = self.activations.sites

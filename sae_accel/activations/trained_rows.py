@@ -62,7 +62,7 @@ class Activations:
     unsure: Tensor | None = None
 
     def split(self, parts: int) -> Iterator["Activations"]:
-        """Exactly `parts` consecutive pieces, the same on every process, of which some may be empty."""
+        """Exactly `parts` consecutive pieces, as many on every process; some may be empty."""
         pieces = {site: tensor.tensor_split(parts) for site, tensor in self.by_site.items()}
         for i in range(parts):
             by_site = {site: tensors[i] for site, tensors in pieces.items()}
@@ -75,7 +75,7 @@ class Wanted(NamedTuple):
 
     Args:
         mask (`torch.BoolTensor` of shape `(batch, ctx_len)`, *optional*): Those that are neither padding nor excluded;
-            None for images, of which every patch trains.
+            None for images, where every patch trains.
         places (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): Where they lie in the flattened mask; None if
             all do train.
     """

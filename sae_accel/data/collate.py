@@ -57,7 +57,7 @@ def token_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tenso
         exclude_tokens (`Iterable[int]`): Ids that are left out.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, ctx_len)`; None for images, of which every patch trains.
+        `torch.BoolTensor` of shape `(batch, ctx_len)`; None for images, where every patch trains.
     """
     return text_mask(batch, exclude_tokens) if "input_ids" in batch else None
 

@@ -184,7 +184,7 @@ def skipping(total: int, unit: str, tells: bool) -> tqdm:
 
 
 class _Buffer:
-    """Numbers of sequences, of which one that is drawn makes room for each that comes; of size 0 it mixes nothing."""
+    """Numbers of sequences. For each that comes one is drawn and goes out; of size 0 it mixes nothing."""
 
     def __init__(self, size: int, seed: tuple[int, int]):
         self.size, self.places = size, list[int]()

@@ -9,7 +9,7 @@ from ..common.errors import InputError, one_line
 from ..recipe.arguments import DataArguments
 
 
-# Local files by their ending; any other ending is plain text, of which each file is one document.
+# Local files by their ending; any other ending is plain text, and each file is one document.
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
@@ -35,7 +35,7 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         return load_dataset(path, arguments.name, **options)
     except InputError:
         raise
-    # load_dataset passes on whatever its builders raise, of which these are the ones that wrong arguments cause.
+    # load_dataset passes on whatever its builders raise; these are what wrong arguments cause.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetGenerationError) as error:
         reason = one_line(error.__cause__ or error)
         raise InputError(f"data.path: {path!r} cannot be loaded: {reason}") from error

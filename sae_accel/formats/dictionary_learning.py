@@ -45,7 +45,7 @@ def open_head(place: Place) -> ForeignHead:
     keys = place.json("config").get("trainer") or {}
     kind, file = keys.get("dict_class"), open_tensors(place.paths["weights"])
     if kind not in _CLASSES:
-        raise InputError(f"its dict_class is {kind!r}, of which {', '.join(_CLASSES)} can be read.")
+        raise InputError(f"its dict_class is {kind!r}; {', '.join(_CLASSES)} can be read.")
     activation, apply_b_dec_to_input = _CLASSES[kind]
     hook = None if keys.get("layer") is None else f"blocks.{keys['layer']}.hook_resid_post"
     submodule = keys.get("submodule_name") or "resid_post"

@@ -38,7 +38,7 @@ def open_head(place: Place) -> ForeignHead:
     """
     keys = place.json("config") if "config" in place.paths else {}
     if keys.get("architecture", "jump_relu") != "jump_relu":
-        raise InputError(f"it is a {keys['architecture']!r} of Gemma Scope, of which jump_relu can be read.")
+        raise InputError(f"it is a {keys['architecture']!r} of Gemma Scope; jump_relu can be read.")
     file = open_tensors(place.paths["weights"])
     names = {name.lower(): name for name in file.shapes}
     if len(file.shapes.get(names.get("w_dec", ""), (0, 0))) != 2:

@@ -43,17 +43,17 @@ def open_head(place: Place) -> ForeignHead:
     keys, file = place.json("config"), open_tensors(place.paths["weights"])
     kind = keys.get("sae_type", "sae")
     if kind != "sae":
-        raise InputError(f"it is a {kind!r} of Llamascopium, of which 'sae' can be read.")
+        raise InputError(f"it is a {kind!r} of Llamascopium; 'sae' can be read.")
     activation = _ACTIVATIONS.get(keys.get("act_fn", "jumprelu"))
     if activation is None:
-        raise InputError(f"its activation is {keys['act_fn']!r}, of which {', '.join(_ACTIVATIONS)} can be read.")
+        raise InputError(f"its activation is {keys['act_fn']!r}; {', '.join(_ACTIVATIONS)} can be read.")
     old = "encoder.weight" in file.shapes
     require(file, *_names(old))
     by_norm = keys.get("sparsity_include_decoder_norm", False) and OLD_FILES[0] not in place.files["config"]
     d_in = file.shapes[_names(old)[0]][1 if old else 0]
     norm = keys.get("norm_activation", "dataset-wise")
     if norm not in _NORMS:
-        raise InputError(f"its inputs are normalised by {norm!r}, of which {', '.join(map(str, _NORMS))} can be read.")
+        raise InputError(f"its inputs are normalised by {norm!r}; {', '.join(map(str, _NORMS))} can be read.")
     scales = [_scale(keys, file, side, d_in) if norm == "dataset-wise" else 1.0 for side in ("in", "out")]
     reads, writes = keys.get("hook_point_in"), keys.get("hook_point_out")
     transcoder = reads != writes and writes is not None

@@ -81,7 +81,7 @@ def open_head(place: Place) -> ForeignHead:
     keys = _current(stored)
     architecture, file = keys.get("architecture", "standard"), open_tensors(place.paths["weights"])
     if not isinstance(architecture, str) or architecture not in _ACTIVATIONS:
-        raise InputError(f"it is a {architecture!r} of SAELens, of which {', '.join(_ACTIVATIONS)} can be read.")
+        raise InputError(f"it is a {architecture!r} of SAELens; {', '.join(_ACTIVATIONS)} can be read.")
     transcoder = "transcoder" in architecture
     _check_tensors(file, architecture, is_named="architecture" in stored)
     norm = keys.get("normalize_activations")

@@ -131,6 +131,6 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, torch.Tensor
 def _hookpoint(folder: str) -> str | None:
     first = folder.split("/")[0]
     if match := re.fullmatch(r"layer_(\d+)", first):
-        # These held the inputs of blocks, of which the first is the embeddings.
+        # These held the inputs of blocks; the first is the embeddings.
         return f"layers.{int(match[1]) - 1}" if int(match[1]) else "embed_tokens"
     return first or None

@@ -36,7 +36,7 @@ def open_tensors(path: str | Path) -> "TensorFile":
 
 class TensorFile(ABC):
     """
-    Tensors of a file by name, of which no more is in memory than is asked for.
+    Tensors of a file by name. No more of it is in memory than is asked for.
 
     Args:
         path (`Path`): The file.
@@ -59,8 +59,7 @@ class TensorFile(ABC):
 
     def matrix(self, name: str, transposed: bool = False, factor: float = 1.0) -> Tensor:
         """
-        A copy of a matrix, transposed or multiplied if asked for, of which the file's own form is never in memory as
-        well.
+        A copy of a matrix, transposed or multiplied if asked for. The file's own form of it is never in memory as well.
         """
         shape, start = self.shapes[name], 0
         out: Tensor | None = None

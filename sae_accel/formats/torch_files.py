@@ -64,7 +64,7 @@ def _openai(file: TorchFile, place: Place, shared: dict[str, Any]) -> ForeignHea
     """See arXiv:2406.04093, and the repository openai/sparse_autoencoder."""
     kind = file.values.get("activation", "ReLU")
     if kind not in ("TopK", "ReLU"):
-        raise InputError(f"its activation is {kind!r}, of which TopK and ReLU can be read.")
+        raise InputError(f"its activation is {kind!r}; TopK and ReLU can be read.")
     tied = "decoder.weight" not in file.shapes
     sources = {
         "encoder.weight": Source("encoder.weight"),

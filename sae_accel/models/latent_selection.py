@@ -203,7 +203,7 @@ def _gated(head: "PreTrainedHead", values: Tensor, indices: Tensor) -> Tensor:
     3.
     """
     is_open = values > 0
-    # What fills up a token's columns is -inf, of which a product with a gradient of 0 would be no number.
+    # What fills up a token's columns is -inf: its product with a gradient of 0 would be no number.
     gates = values.masked_fill(~is_open, 0)
     magnitudes = head.r_mag.exp()[indices] * (gates - head.encoder.bias[indices]) + head.b_mag[indices]
     return F.relu(magnitudes) * is_open

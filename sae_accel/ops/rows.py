@@ -15,7 +15,7 @@ SLICE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
 
 class Cut(NamedTuple):
     """
-    Where a flat piece of a matrix begins, of which DeepSpeed gives each process one without regard to rows.
+    Where a flat piece of a matrix begins. DeepSpeed gives each process one, without regard to rows.
 
     Args:
         offset (`int`): Elements of the matrix before the piece.

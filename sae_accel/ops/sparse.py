@@ -212,7 +212,7 @@ def _widened(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tenso
 
 
 class _SelectedLinear(torch.autograd.Function):
-    """A linear map of which only the selected outputs, already computed, are used."""
+    """A linear map. Only its selected outputs are used, and they are already computed."""
 
     @staticmethod
     def forward(

@@ -60,7 +60,7 @@ def spread_heads(
 def _check_optimizer(args: SaeTrainingArguments, way: str | None) -> None:
     if way in ("FSDP", "DeepSpeed", "distribute_latents") and args.optim in ("muon", "adam8bit"):
         raise InputError(
-            f"training.optim: {args.optim} works on whole matrices, of which {way} gives each process a part. Use "
+            f"training.optim: {args.optim} works on whole matrices, and {way} gives each process a part of each. Use "
             "signum or adam, or DDP or distribute_modules."
         )
     if way == "DeepSpeed" and args.max_grad_norm is not None:

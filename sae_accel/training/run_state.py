@@ -62,7 +62,7 @@ class RunState:
         lowest ([`LowestLosses`]): How low losses have been, and when.
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
-        history ([`LogHistory`]): What was logged, of which `progress` holds the latest.
+        history ([`LogHistory`]): What was logged; `progress` holds the latest of it.
         counts (`list[int]`): Of a [`SequenceStream`], by which a run that goes on passes what has trained.
     """
 

@@ -66,7 +66,7 @@ def test_shuffling_mixes_what_is_near_and_each_pass_and_seed_in_its_own_way(open
     stream = opened[0]()
     plain, mixed = ids(shaped(stream, None)), ids(shaped(stream))
     assert sorted(mixed) == sorted(plain) and mixed != plain
-    # It is drawn from six, of which the last came with it.
+    # It is drawn from six; the last of them came with it.
     assert all(place >= plain.index(one) - 5 for place, one in enumerate(mixed))
     others = [mixed, ids(shaped(stream, 3, epoch=1)), ids(shaped(stream, 4))]
     assert len({tuple(order) for order in others}) == 3 and ids(shaped(opened[0]())) == mixed

@@ -223,7 +223,7 @@ def test_dictionary_learning_gated(tmp_path, w, x):
     acts = (pre + w["b_enc"] > 0) * relu(r_mag.exp() * pre + mag_bias)
     _agrees(AutoSae.from_pretrained(tmp_path), x, acts, acts @ w["W_dec"] + w["b_dec"])
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "CrossCoder"}}))
-    with pytest.raises(InputError, match="its dict_class is 'CrossCoder', of which AutoEncoder"):
+    with pytest.raises(InputError, match="its dict_class is 'CrossCoder'; AutoEncoder"):
         AutoSae.from_pretrained(tmp_path)
 
 

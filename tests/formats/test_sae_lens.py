@@ -175,7 +175,7 @@ def test_hooks_are_our_names_where_the_lm_is_known_and_stay_as_aliases(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "temporal"}, "it is a 'temporal' of SAELens, of which standard, topk"),
+        ({"architecture": "temporal"}, "it is a 'temporal' of SAELens; standard, topk"),
         ({"normalize_activations": "covariance_whitening"}, "inputs are normalised by 'covariance_whitening'"),
         ({"d_sae": 41}, "says num_latents = 41, but its weights have 40"),
         ({"d_in": 13}, "says d_in = 13, but its weights have 12"),

@@ -21,7 +21,7 @@ HEADS = ["layers.1", "layers.2"]
 
 @pytest.fixture(scope="module")
 def data(place, tmp_path_factory):
-    """An LM that makes NaN of a sequence with token `BAD`, and sequences of which some have it."""
+    """An LM that makes NaN of a sequence with token `BAD`, and sequences; some have it."""
     folder = tmp_path_factory.mktemp("bad")
     lm = tiny_llama()
     lm.model.embed_tokens.weight.data[BAD] = math.nan
