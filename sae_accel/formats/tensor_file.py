@@ -59,7 +59,7 @@ class TensorFile(ABC):
 
     def matrix(self, name: str, transposed: bool = False, factor: float = 1.0) -> Tensor:
         """
-        A copy of a matrix, transposed or multiplied if asked for. The file's own form of it is never in memory as well.
+        A copy of a matrix, transposed or multiplied if asked for. Its form in the file is never in memory as well.
         """
         shape, start = self.shapes[name], 0
         out: Tensor | None = None
