@@ -1,8 +1,13 @@
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+# Before all that takes time, so that a signal is answered.
 from .common.signals import signals
+
+
+if TYPE_CHECKING:
+    import argparse
 
 
 LAYOUTS = ("sparsify", "saelens", "sae_accel")
@@ -38,7 +43,9 @@ def _convert(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> "argparse.ArgumentParser":
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="python -m sae_accel.convert",
         description="Writes SAEs and transcoders, of any library that AutoSae reads, as another library reads them.",

@@ -1,8 +1,13 @@
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+# Before all that takes time, so that a signal is answered.
 from .common.signals import signals
+
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +23,8 @@ def _push(argv: Sequence[str] | None) -> int:
 
     signals.words = lambda: AGAIN
     options = _parser().parse_args(argv)
+    if options.dry_run:
+        signals.words = lambda: "Nothing was sent."
     # Only now, since the help need not wait for torch.
     from .hub.release import Release
 
@@ -25,7 +32,6 @@ def _push(argv: Sequence[str] | None) -> int:
         release = Release(options.folder, options.repo_id, options.include, options.license)
         if options.dry_run:
             table = release.table(options.revision)
-            signals.words = lambda: "Nothing was sent."
             print(f"{table}\nNothing was sent. Without --dry-run, this goes to {options.repo_id}.")
             return 0
         pushed = release.push(private=options.private, revision=options.revision, message=options.message)
@@ -38,7 +44,9 @@ def _push(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> "argparse.ArgumentParser":
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="python -m sae_accel.push",
         description="Releases the heads of a run to the Hub, with a model card, in one commit. What the repo has "

@@ -12,7 +12,7 @@ from .run_files import MANIFEST
 
 
 # What a kill can leave of a checkpoint that was being written or pushed.
-_UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|pushing|old)")
+_UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|pushing)")
 
 
 @dataclass
@@ -51,11 +51,13 @@ class Manifest:
 
     def unfinished(self, folder: Path) -> list[Path]:
         """What a kill left, in a run's folder, of what was being written."""
-        written = [PurePosixPath(path) for path in (*self.places, *self.files, MANIFEST)]
-        found = [path for path in folder.glob(".checkpoint-*") if _UNFINISHED.fullmatch(path.name)]
-        for path in written:
-            for suffix in ("partial", "old", "saving-*"):
-                found += (folder / path.parent).glob(f".{escape(path.name)}.{suffix}")
+        found = {path for path in folder.glob(".checkpoint-*") if _UNFINISHED.fullmatch(path.name)}
+        endings = dict.fromkeys(self.places, ("partial", "old", "saving-*")) | dict.fromkeys(
+            self.checkpoints, ("old",)
+        )
+        endings |= dict.fromkeys([*self.files, MANIFEST], ("partial",))
+        for path, ending in ((PurePosixPath(name), ending) for name in endings for ending in endings[name]):
+            found.update((folder / path.parent).glob(f".{escape(path.name)}.{ending}"))
         return sorted(found)
 
     def claim(self, other: "Manifest") -> None:

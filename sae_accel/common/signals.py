@@ -173,10 +173,10 @@ class Signals:
 
     def _orphaned(self) -> None:
         now = time.monotonic()
-        if self.number is None:
+        if self._orphan_since is None:
             self._orphan_since = now
             self._received(signal.SIGTERM)
-        elif self._orphan_since is not None and now - self._orphan_since > ORPHAN_SECONDS:
+        elif self.number is not None and now - self._orphan_since > ORPHAN_SECONDS:
             self.leave(self.number)
 
 

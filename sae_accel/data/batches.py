@@ -1,9 +1,11 @@
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import IterableDataset
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..common.errors import InputError
-from ..processes.agreement import gather_objects
+from ..processes.agreement import gather_objects, raise_together
 from ..recipe.arguments import SaeTrainingArguments
 from .collate import IndexedRows, Row, Rows, collate
 from .sequence_stream import SequenceStream, skipping
@@ -132,7 +134,7 @@ class Batches:
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
-            found = next(own, None)
+            found = raise_together(lambda: next(own, None))
             if not any(gather_objects(found is not None)):
                 return
             batch = _without_rows(batch) if found is None else found
@@ -183,6 +185,17 @@ def sequence_length(dataset: Rows | None) -> int:
     if not isinstance(dataset, IndexedRows) or not len(dataset):
         return 2048
     return len(dataset[0].get("input_ids", [0]))
+
+
+def fingerprint(dataset: Rows | None) -> str | None:
+    """What tells training rows from others at the same place: a hash of the first; None for a stream."""
+    if not isinstance(dataset, IndexedRows):
+        return None
+    found = hashlib.sha256()
+    for row in (dataset[i] for i in range(min(3, len(dataset)))):
+        for name in sorted(row):
+            found.update(np.asarray(row[name], dtype=np.float64).tobytes())
+    return found.hexdigest()[:16]
 
 
 class _EveryNth(TorchIterableDataset):

@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from .collate import Row
 
 
@@ -23,8 +23,8 @@ SHUFFLE_BUFFER = 1000
 
 class SequenceStream(TorchIterableDataset):
     """
-    Sequences that are cut from streamed documents. Going on from the midst of it, it reads the documents before, but
-    cuts and tokenises those alone that are still waiting in the shuffle buffer.
+    Sequences that are cut from streamed documents, for one process. Going on from the midst of it, it reads the
+    documents before, but cuts and tokenises those alone that are still waiting in the shuffle buffer.
 
     Args:
         documents (`datasets.IterableDataset`): What is read.
@@ -89,7 +89,7 @@ class SequenceStream(TorchIterableDataset):
     def _sequences(self) -> Iterator[Row]:
         buffer, passed, ready, number, places = self._passed()
         wanted = {*buffer.places, *ready}
-        blocks = iter(self.documents.with_format("arrow").iter(batch_size=DOCUMENTS_AT_ONCE))
+        blocks = self._blocks()
         found = self._wanted(blocks, number, wanted)
 
         def in_order() -> Iterator[int]:
@@ -109,6 +109,21 @@ class SequenceStream(TorchIterableDataset):
             passed += 1
             if passed > self._begin:
                 yield row
+
+    def _blocks(self) -> Iterator[pyarrow.Table]:
+        documents = self.documents.select_columns(self.columns).with_format("arrow")
+        blocks = iter(documents.iter(batch_size=DOCUMENTS_AT_ONCE))
+        while True:
+            try:
+                block = next(blocks, None)
+            # A stream passes on whatever its builder raises.
+            except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+                raise InputError(
+                    f"The data cannot be read to its end: {one_line(error)}. Check data.path, and what is there."
+                ) from error
+            if block is None:
+                return
+            yield block
 
     def _passed(self) -> tuple["_Buffer", int, list[int], int, int]:
         """
@@ -146,7 +161,7 @@ class SequenceStream(TorchIterableDataset):
         return found
 
     def _cut(self, number: int, documents: pyarrow.Table) -> list[Row]:
-        by_column = self.cut(documents.select(self.columns).to_pydict())
+        by_column = self.cut(documents.to_pydict())
         columns = [[np.asarray(ids, dtype=np.int32) for ids in sequences] for sequences in by_column.values()]
         rows = [dict(zip(by_column, values, strict=True)) for values in zip(*columns, strict=True)]
         if number == len(self.counts):

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..common.errors import AGAIN, InputError
+from ..common.errors import AGAIN, InputError, one_line
 from ..common.signals import signals
 from ..recipe.arguments import SaeTrainingArguments
 from .release import Pushed, Release, open_repo
@@ -76,8 +76,13 @@ class Publisher(TrainerCallback):
         name = f"checkpoint-{step}"
         place = self.output_dir / f".{name}.pushing"
         shutil.rmtree(place, ignore_errors=True)
-        # Links, since the checkpoint may be deleted before it has arrived.
-        shutil.copytree(self.output_dir / name, place, copy_function=_link)
+        try:
+            # Links, since the checkpoint may be deleted before it has arrived.
+            shutil.copytree(self.output_dir / name, place, copy_function=_link)
+        except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            logger.warning(f"Step {step} was not pushed: {one_line(error)}. Training goes on.")
+            return
         self._left_out = None
         self._pushes.append(self._worker.submit(self._push, place, name, step))
 

@@ -36,7 +36,7 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
-    target = Path(target).resolve()
+    target = Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
     heads = AutoSae.open(source, **told)

@@ -98,9 +98,32 @@ def drop_old(output_dir: Path, keep: int | None, but_aside: bool = False) -> Non
     if but_aside and not all(map(_CHECKPOINT.fullmatch, own)):
         return
     for name in own[:-keep]:
-        remove(output_dir / name)
-    manifest.checkpoints = own[-keep:]
-    manifest.write(output_dir)
+        delete(output_dir / name)
+    if manifest.checkpoints != own[-keep:]:
+        manifest.checkpoints = own[-keep:]
+        manifest.write(output_dir)
+
+
+def delete(checkpoint: Path) -> None:
+    """
+    Deletes a checkpoint. What else somebody has put into its folder is kept beside, and told; of a link what it leads
+    to stays, and that is told too.
+    """
+    if checkpoint.is_symlink():
+        say(f"{str(checkpoint)!r} was a link, and is deleted. What it led to, {str(checkpoint.resolve())!r}, stays.")
+        remove(checkpoint)
+        return
+    own = read_json(checkpoint / MANIFEST).get("files")
+    files = [path for path in checkpoint.rglob("*") if path.is_symlink() or path.is_file()]
+    own = {checkpoint / name for name in (*own, MANIFEST)} if isinstance(own, dict) else set(files)
+    if others := [path for path in files if path not in own]:
+        kept = checkpoint.with_name(f"kept-from-{checkpoint.name}")
+        for path in others:
+            place = kept / path.relative_to(checkpoint)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        say(f"{str(checkpoint)!r} is deleted. What no run has left in it is kept in {str(kept)!r}.")
+    remove(checkpoint)
 
 
 def put_aside(output_dir: Path, manifest: Manifest, checkpoint: Path) -> None:

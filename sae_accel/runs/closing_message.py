@@ -71,12 +71,14 @@ def closing_message(
         warnings (`Iterable[str]`): Lines about what went wrong in training.
     """
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
+    rate = metrics.get("train/tokens_per_second")
+    speed = "" if rate is None else f" at {rate:,.0f} tokens/s"
     logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
     adapter = f" The LoRA is in {folder}/{ADAPTER}, as peft reads it." if with_lora else ""
     return f"""
 {metrics_table(heads, metrics)}
 {losses_table(metrics)}{"".join(f"{line}{chr(10)}" for line in warnings)}
-{held_out}Trained on {metrics["train/tokens"]:,} tokens at {metrics["train/tokens_per_second"]:,.0f} tokens/s.
+{held_out}Trained on {metrics["train/tokens"]:,} tokens{speed}.
 Saved in {folder}.{adapter}
 
 Next:{logs}

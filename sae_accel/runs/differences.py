@@ -11,6 +11,10 @@ from ..processes.agreement import say
 from ..recipe.changes import rule_of
 
 
+# A hash of the rows that a run trains on first: where it alone differs, files have changed under a name that has not.
+ROWS = "data.rows"
+
+
 @dataclass
 class Differences:
     """
@@ -49,7 +53,11 @@ class Differences:
             else:
                 kind = found.told if rule == "tells" else found.changed
             kind[field] = f"{kind[field]}; {words}" if field in kind else words
-            found.moves = found.moves or rule == "moves"
+            # Another number of held-out sequences leaves others to train on, in another order.
+            found.moves = found.moves or rule in ("moves", "tells")
+        if found.moves:
+            # They are others because something else is, and that is told.
+            found.refused.pop(ROWS, None)
         return found
 
     def refuse(self, checkpoint: Path) -> None:
@@ -61,11 +69,11 @@ class Differences:
         """
         if not self.refused:
             return
-        meant = ""
+        what, meant = "other data" if [*self.refused] == [ROWS] else "another recipe", ""
         if all(rule_of(field) != "fixed" for field in self.refused):
             meant = f" If that is meant, set training.allow_changes to {', '.join(self.refused)}."
         raise InputError(
-            f"Checkpoint {str(checkpoint)!r} is of another recipe: it has {_in_words(self.refused)}. Use the same, or "
+            f"Checkpoint {str(checkpoint)!r} is of {what}: it has {_in_words(self.refused)}. Use the same, or "
             f"start anew in another training.output_dir.{meant}"
         )
 
@@ -79,7 +87,7 @@ class Differences:
                 "trained on before, so that what is measured on them is no measure of what is new."
             )
         if self.moves:
-            say("The data are others than the checkpoint's, and are read from their start.")
+            say("What is to be trained on is not what the checkpoint's run had: it is read from its start.")
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

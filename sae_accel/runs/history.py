@@ -2,6 +2,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,23 @@ class LogHistory:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Adds one log."""
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError:
+            # Of a disk that fills, part of a line may have been written.
+            with suppress(OSError):
+                os.truncate(self.file, size)
+            raise
 
 
 def entries(file: Path) -> Iterator[dict[str, Any]]:
-    """What was logged, in order; of a line that a kill has cut off nothing is left. None if there is no file."""
+    """What was logged, in order, but for a line that a kill has cut off; nothing if there is no file."""
     if not file.is_file():
         return
     with open(file, encoding="utf-8") as lines:
         for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(entry, dict):
-                return
-            yield entry
+            with suppress(ValueError):
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+# Seconds for who has taken it to write down who it is.
+_TO_WRITE = 3.0
 # Folders that this process holds: who asks for one again has it.
 _HELD: set[Path] = set()
 
@@ -87,7 +90,7 @@ def _take(file: Path) -> int:
             supported = _lock(handle, file)
             owner = _owner(handle)
             if not supported and owner and not _is_gone(owner):
-                _refuse(file, owner)
+                _refuse(file, owner, is_alive=False)
             if not _is_still_there(file, handle):
                 # Its owner deleted it while this process waited for it.
                 os.close(handle)
@@ -109,14 +112,19 @@ def _lock(handle: int, file: Path) -> bool:
         # Not `flock`, which processes that are forked from this one would go on to hold.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        _refuse(file, _owner(handle))
+        deadline = time.monotonic() + _TO_WRITE
+        while not (owner := _owner(handle)) and time.monotonic() < deadline:
+            # It has taken the lock, and is about to say who it is.
+            time.sleep(0.1)
+        _refuse(file, owner, is_alive=True)
     except OSError:
         return False
     return True
 
 
-def _refuse(file: Path, owner: dict[str, Any]) -> NoReturn:
-    by_hand = "" if owner.get("host") == socket.gethostname() else f" If it is gone for good, delete {str(file)!r}."
+def _refuse(file: Path, owner: dict[str, Any], is_alive: bool) -> NoReturn:
+    surely = is_alive or owner.get("host") == socket.gethostname()
+    by_hand = "" if surely else f" If it is gone for good, delete {str(file)!r}."
     raise InputError(
         f"training.output_dir: {_in_words(owner)} is at work in {str(file.parent)!r}, and one run at a time can be. "
         f"Wait until it has ended, or set another training.output_dir.{by_hand}"

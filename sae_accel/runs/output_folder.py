@@ -12,13 +12,15 @@ from ..common.run_files import ADAPTER, BEST, MANIFEST, METRICS, RECIPE, RUN_FIL
 from ..hub.files import is_config_of_ours
 from ..processes.agreement import say
 from ..recipe.arguments import LoraArguments, SaeTrainingArguments
-from .checkpoint import checkpoints, newest_complete, put_aside, step_of
+from .checkpoint import checkpoints, delete, newest_complete, put_aside, step_of
 from .differences import Differences
 
 
 LOGS = "logs"
-_HEAD_FILES = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
-_LOG_FILES = re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
+# What a run writes of a head, and what stands for somebody's model where a head would go.
+_HEAD_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_MODEL_FILES = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
+_LOG_FILES = re.compile(r"events\.out\.tfevents\.\d+\..*|hparams\.yml")
 _PLOTS = (FVU_PLOT, FREQUENCY_PLOT)
 
 
@@ -33,6 +35,7 @@ class OutputFolder:
         path (`Path`): The folder, which need not exist.
         places (`Iterable[str]`): Folders below it into which the run will write heads, or a LoRA.
         run_name (`str`, *optional*): The run's name in its trackers, if it is not the folder's.
+        tracks (`bool`, defaults to `True`): Whether it has trackers, which write there.
         writes_recipe (`bool`, defaults to `False`): Whether the run will write `recipe.yaml`.
         identity (`Mapping[str, Any]`, *optional*): What the run is. What was left of the same may be begun anew.
     """
@@ -42,12 +45,13 @@ class OutputFolder:
         path: Path,
         places: Iterable[str] = (),
         run_name: str | None = None,
+        tracks: bool = True,
         writes_recipe: bool = False,
         identity: Mapping[str, Any] | None = None,
     ):
         self.path = path
         self.places = list(places)
-        self.logs = f"{LOGS}/{run_name or path.resolve().name}"
+        self.logs = [f"{LOGS}/{run_name or path.resolve().name}"] if tracks else []
         self.writes_recipe = writes_recipe
         self.identity = dict(identity or {})
 
@@ -75,7 +79,7 @@ class OutputFolder:
                 f"Output folder {str(self.path)!r} holds {str(where)!r}, which no run of sae_accel has left there, "
                 "and this run would write in its place. Move it, or set another training.output_dir."
             )
-        if checkpoint is not None and self._is_inside(checkpoint):
+        if self._goes_on_here(checkpoint):
             return checkpoint
         left = self.leftovers()
         may_begin_anew = self._can_begin_anew() and (bool(resume) or not self._has_saved())
@@ -93,9 +97,9 @@ class OutputFolder:
         checkpoint that this run goes on from, says so, and writes down what the run will own. On the main process
         alone.
         """
-        own = Manifest(self.places, self._files(), [self.logs], identity=self.identity)
+        own = Manifest(self.places, self._files(), self.logs, identity=self.identity)
         self.path.mkdir(parents=True, exist_ok=True)
-        if checkpoint is not None and self._is_inside(checkpoint):
+        if checkpoint is not None and self._goes_on_here(checkpoint):
             earlier = self.manifest
             earlier.claim(own)
             earlier.identity = self.identity
@@ -109,7 +113,16 @@ class OutputFolder:
 
     def to_delete(self, checkpoint: Path | None) -> str:
         """What a run that goes on from `checkpoint`, or starts anew, deletes first: names and sizes, or nothing."""
-        return "" if checkpoint is not None and self._is_inside(checkpoint) else self._in_words(self.leftovers())
+        return "" if self._goes_on_here(checkpoint) else self._in_words(self.leftovers())
+
+    def bytes_freed(self, checkpoint: Path | None) -> int:
+        """What a run that goes on from `checkpoint`, or starts anew, deletes first."""
+        return 0 if self._goes_on_here(checkpoint) else sum(map(size_of, self.leftovers()))
+
+    def bytes_held(self, checkpoint: Path | None) -> int:
+        """What the checkpoints take that a run which goes on from `checkpoint` has already."""
+        own = self.manifest.checkpoints if self._goes_on_here(checkpoint) else ()
+        return sum(size_of(self.path / name) for name in own)
 
     def leftovers(self) -> list[Path]:
         """Checkpoints, and files, that an earlier run left."""
@@ -150,8 +163,9 @@ class OutputFolder:
     def _is_manifest(self, path: Path) -> bool:
         return path == self.path / MANIFEST and Manifest.read(self.path) is not None
 
-    def _is_inside(self, checkpoint: Path) -> bool:
-        return checkpoint.absolute().parent.resolve() == self.path.resolve()
+    def _goes_on_here(self, checkpoint: Path | None) -> bool:
+        """Whether a run goes on from a checkpoint of this folder."""
+        return checkpoint is not None and checkpoint.absolute().parent.resolve() == self.path.resolve()
 
     def _can_begin_anew(self) -> bool:
         """Whether all that was left is of this same run, which had not come to an end."""
@@ -167,7 +181,11 @@ class OutputFolder:
 
     def _delete(self, paths: Iterable[Path]) -> None:
         """Deletes, with folders that are empty then. A link goes, and not what it leads to."""
+        manifest = self.manifest
         for path in paths:
+            if path.name in manifest.checkpoints and path.parent == self.path:
+                delete(path)
+                continue
             remove(path)
             for folder in path.parents:
                 if folder == self.path or folder.is_symlink() or any(folder.iterdir()):
@@ -220,7 +238,7 @@ def _is_taken(place: Path) -> bool:
     if not place.is_dir():
         return _exists(place)
     files = {file.name for file in place.iterdir()}
-    return "adapter_config.json" in files or any(map(_HEAD_FILES.fullmatch, files))
+    return "adapter_config.json" in files or any(map(_MODEL_FILES.fullmatch, files))
 
 
 def _head_files(folder: Path) -> list[Path]:

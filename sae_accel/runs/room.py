@@ -65,7 +65,7 @@ def check_writable(folder: Path, places: Iterable[str]) -> None:
                     file.write(b"0")
 
 
-def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None) -> str:
+def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None, freed: int = 0, held: int = 0) -> str:
     """
     Checks that there is room for a first checkpoint.
 
@@ -74,6 +74,8 @@ def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None) -> s
         checkpoint (`int`): Bytes of a checkpoint.
         heads (`int`): Bytes of the heads as they are saved at the end.
         keep (`int`, *optional*): Checkpoints that are kept; all if None.
+        freed (`int`, defaults to 0): Bytes that the run deletes first.
+        held (`int`, defaults to 0): Bytes of checkpoints that are there, and that it keeps or deletes as its own.
 
     Returns:
         `str`: how much will be needed and how much there is, in words.
@@ -81,13 +83,13 @@ def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None) -> s
     Raises:
         `InputError`: if there is no room for it and the heads.
     """
-    free = free_bytes(folder)
+    free = free_bytes(folder) + freed
     if checkpoint + heads > free:
         raise InputError(
             f"training.output_dir: a checkpoint takes {in_units(checkpoint)} and the heads {in_units(heads)}, but "
             f"{in_units(free)} are free in {str(folder)!r}. Make room, or set another."
         )
-    fits = (free - heads) // checkpoint
+    fits = (free + held - heads) // checkpoint
     takes = f"A checkpoint takes {in_units(checkpoint)}; {in_units(free)} are free in {str(folder)!r}"
     # While one is written those that are kept are there too.
     if keep is None:

@@ -41,6 +41,10 @@ class Writing:
         except (OSError, SafetensorError) as error:
             self.error = one_line(error)
 
+    def failed_anywhere(self) -> str | None:
+        """Why the first process that could not write could not; None if all could. Every process has to ask."""
+        return next((error for error in gather_objects(self.error) if error is not None), None)
+
 
 @contextmanager
 def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
@@ -56,10 +60,11 @@ def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
     """
     write = Writing()
     yield write
-    free = free_bytes(what)
-    if (reason := next((error for error in gather_objects(write.error) if error is not None), None)) is not None:
+    if (reason := write.failed_anywhere()) is not None:
         takes = f"It takes {in_units(needed)}, and " if needed else ""
-        raise NotSaved(f"{str(what)!r} could not be saved: {reason}. {takes}{in_units(free)} are free there.")
+        with suppress(OSError):
+            reason += f". {takes}{in_units(free_bytes(what))} are free there"
+        raise NotSaved(f"{str(what)!r} could not be saved: {reason}.")
 
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
@@ -142,7 +147,12 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     remove(old)
     if folder.exists() or folder.is_symlink():
         os.replace(folder, old)
-    os.replace(staging, folder)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
     _sync(folder.parent)
     remove(old)
 

@@ -4,7 +4,7 @@ from torch.optim import Optimizer
 
 from ..bank.init_from import load_into, match_heads, open_pretrained
 from ..data.batches import Batches, Position
-from ..processes.agreement import raise_together
+from ..processes.agreement import raise_together, say
 from ..processes.trackers import start_trackers
 from ..recipe.checks import check_steps
 from ..runs.output_folder import OutputFolder
@@ -53,6 +53,8 @@ def begin(
             write(lambda: run.begin_history(checkpoint))
     name = args.run_name or folder.path.resolve().name
     raise_together(lambda: start_trackers(run.accelerator, name, args))
+    if checkpoint is not None and run.progress.global_step >= run.progress.max_steps:
+        say(f"{str(checkpoint)!r} is of step {run.progress.global_step}, so that nothing is left to train.")
     return prepared, position
 
 

@@ -73,8 +73,13 @@ class Counters:
             seconds (`float`): How long it took.
         """
         tokens = self.run.progress.num_input_tokens_seen
-        totals = {"train/tokens": tokens, "train/tokens_per_second": (tokens - tokens_before) / seconds}
-        return totals | {f"train/dead/{name}": part for name, part in self.dead_fractions().items()} | self.silent
+        totals: dict[str, float] = {"train/tokens": tokens}
+        if tokens > tokens_before:
+            totals["train/tokens_per_second"] = (tokens - tokens_before) / seconds
+        # A run that goes on from its last step logs nothing of its own.
+        latest = self.run.progress.log_history[-1:]
+        silent = self.silent or {k: v for log in latest for k, v in log.items() if k.startswith("train/silent/")}
+        return totals | {f"train/dead/{name}": part for name, part in self.dead_fractions().items()} | silent
 
     def dead_fractions(self) -> dict[str, float]:
         """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""

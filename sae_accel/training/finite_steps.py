@@ -127,6 +127,11 @@ class FiniteSteps:
         if share <= run.args.max_non_finite and not bad_loss and not bad_gradient:
             run.skips.in_a_row = 0
             return Verdict(True, int(trained), False)
+        scaler = run.accelerator.scaler
+        if share <= run.args.max_non_finite and not bad_loss and scaler is not None and scaler.get_scale() > 1:
+            # Float16 scales losses up until a gradient overflows: it passes such steps over, and scales less.
+            run.skips.steps += 1
+            return Verdict(False, int(trained), True)
         if share > run.args.max_non_finite:
             self._pass_over(self._too_many(share, bad))
         else:

@@ -1,4 +1,6 @@
+import glob
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ def identity_of(
     lora: LoraArguments | None,
     model: PreTrainedModel,
     recipe: Recipe | None = None,
+    rows: str | None = None,
 ) -> dict[str, Any]:
     """
     What a run is, with which a checkpoint of it is compared before another run goes on from it.
@@ -28,13 +31,17 @@ def identity_of(
         lora ([`LoraArguments`], *optional*): A LoRA that it trains.
         model (`PreTrainedModel`): The LM, or its architecture.
         recipe ([`Recipe`], *optional*): The recipe, which tells of the LM and the data more than a trainer knows.
+        rows (`str`, *optional*): What tells the training rows from others, where they are known.
 
     Returns:
         `dict[str, Any]`: the fields of a recipe by section, and those of `heads` by the name of each head, as JSON
         gives them back.
     """
-    told = {} if recipe is None else recipe.to_dict()
-    lm = told.get("model", {}) | {"name_or_path": _name(model)}
+    whole = {} if recipe is None else recipe.to_dict()
+    told = whole.get("data", {})
+    if told:
+        told["path"] = _settled(told["path"])
+    lm = whole.get("model", {}) | {"name_or_path": _name(model)}
     # A branch moves; a commit does not.
     if (commit := getattr(model.config, "_commit_hash", None)) is not None:
         lm["revision"] = commit
@@ -43,7 +50,7 @@ def identity_of(
         "training": asdict(args),
         "lora": None if lora is None else asdict(lora),
         "model": lm,
-        **({"data": told["data"]} if told else {}),
+        "data": told | ({} if rows is None else {"rows": rows}),
     }
     return json.loads(json.dumps(identity, default=str))
 
@@ -56,6 +63,12 @@ def _head(plan: HeadPlan) -> dict[str, Any]:
 
 def _in_words(sites: Iterable[Site]) -> str:
     return ", ".join(f"the {site.side} of {site.module}" for site in sites)
+
+
+def _settled(path: str) -> str:
+    """A path, or a pattern of paths, as it is wherever it was typed; the name of data on the Hub stays as it is."""
+    local = Path(path).expanduser()
+    return os.path.abspath(local) if local.exists() or glob.glob(str(local), recursive=True) else path
 
 
 def _name(model: PreTrainedModel) -> str:

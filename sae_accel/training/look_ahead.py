@@ -73,7 +73,8 @@ def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
         check_writable(output_dir, folder.places)
         shapes = adapter_shapes(architecture, plans, recipe.lora)
         takes = checkpoint_bytes(plans, training, shapes, recipe.lora is None or recipe.lora.train_heads)
-        room = check_room(output_dir, takes, head_bytes(plans), training.save_total_limit)
+        freed, held = folder.bytes_freed(checkpoint), folder.bytes_held(checkpoint)
+        room = check_room(output_dir, takes, head_bytes(plans), training.save_total_limit, freed, held)
     return Prospect(recipe, plans, checkpoint, folder.to_delete(checkpoint), room)
 
 
@@ -95,4 +96,5 @@ def _folder(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrain
     training = recipe.training
     places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
     identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)
-    return OutputFolder(Path(training.output_dir), places, training.run_name, writes_recipe=True, identity=identity)
+    tracks = training.report_to != ["none"]
+    return OutputFolder(Path(training.output_dir), places, training.run_name, tracks, True, identity)

@@ -10,7 +10,7 @@ from ..data.tokens import load_tokens
 from ..hub.publisher import hub_repo
 from ..hub.release import open_repo
 from ..lm.load import load_lm, load_tokenizer
-from ..processes.agreement import first_on_node, raise_together, this_process
+from ..processes.agreement import first_on_node, raise_together, say, this_process
 from ..processes.alike import check_alike
 from ..processes.launched import check_launched
 from ..processes.watch import Watch
@@ -61,6 +61,8 @@ def _trainer(asked: Recipe) -> SaeTrainer:
     process = this_process()
     ahead = raise_together(lambda: look_ahead(asked, process.num_processes, process.is_main_process))
     recipe, plans, checkpoint, training = ahead.recipe, ahead.plans, ahead.checkpoint, ahead.recipe.training
+    if checkpoint is not None and training.init_from is not None:
+        say(f"Goes on from {str(checkpoint)!r}, so that training.init_from is not used.")
     if process.is_main_process and ahead.room:
         print(ahead.room)
     if training.push_to_hub:

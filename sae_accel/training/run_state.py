@@ -243,9 +243,6 @@ class RunState:
                     "random": everyone,
                 }
                 write(lambda: save_state(state, staging / files.STATE_FILE))
-        with written_together(folder) as write:
-            if self.accelerator.is_main_process:
-                write(lambda: files.drop_old(output_dir, self.args.save_total_limit))
         return folder
 
     def _checkpoint_bytes(self) -> int:
@@ -319,7 +316,8 @@ class RunState:
         if not any(field.startswith("model.") for field in saved["differences"].changed):
             # Another tokenizer would cut the documents into others.
             self.counts[len(self.counts) :] = saved["counts"][len(self.counts) :]
-        # What is left of a batch on another number of processes is passed over, so that nothing trains twice.
+        # What is left of a batch on another number of processes is passed over, so that no row trains twice; a stream
+        # is dealt out to another number in another way.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
 
     def begin_history(self, checkpoint: Path | None) -> None:
@@ -329,6 +327,8 @@ class RunState:
         files.drop_old(output_dir, self.args.save_total_limit, but_aside=True)
         source = output_dir if checkpoint is None else checkpoint.parent
         self.progress.log_history = self.history.begin(self.progress.global_step, source)
+        for entry in self.progress.log_history:
+            self.lowest.observe(entry, int(entry["step"]))
 
     def _begun(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
         assert self.optimizer is not None and self.lr_scheduler is not None, "the run has not begun"

@@ -8,6 +8,7 @@ from ..processes.agreement import say
 from ..processes.trackers import with_trackers
 from ..runs import checkpoint as files
 from ..runs.history import KEPT_IN_MEMORY
+from ..runs.writing import Writing
 from .run_state import RunState
 
 
@@ -50,11 +51,13 @@ class Saver:
             folder = self.run.save_checkpoint(position)
         except NotSaved as error:
             self._tell("checkpoint", error)
-            if self.run.accelerator.is_main_process:
-                self._make_room()
+            if self.args.save_total_limit is not None and self.args.save_total_limit > 1:
+                # What was put aside goes only once there is a newer one.
+                self._drop_old(self.args.save_total_limit - 1, but_aside=True)
             return None
         self._missing.pop("checkpoint", None)
         self._newest = self.run.progress.global_step, folder
+        self._drop_old(self.args.save_total_limit)
         return folder
 
     def keep_best(self, metrics: dict[str, float]) -> None:
@@ -102,8 +105,10 @@ class Saver:
         self._missing[what] = str(error)
         say(f"{error} Training goes on, and the next save tries again.")
 
-    def _make_room(self) -> None:
-        """Deletes what the limit would let go once the checkpoint was there, but never the last one that is whole."""
-        limit = self.args.save_total_limit
-        if limit is not None and limit > 1:
-            files.drop_old(Path(self.args.output_dir), limit - 1)
+    def _drop_old(self, keep: int | None, but_aside: bool = False) -> None:
+        """Deletes older checkpoints than the last `keep`."""
+        write = Writing()
+        if self.run.accelerator.is_main_process:
+            write(lambda: files.drop_old(Path(self.args.output_dir), keep, but_aside))
+        if (reason := write.failed_anywhere()) is not None:
+            say(f"An older checkpoint could not be deleted: {reason}. Training goes on.")

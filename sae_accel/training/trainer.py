@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
 from ..common.signals import Stopped, signals
-from ..data.batches import Batches, Position, Window, sequence_length
+from ..data.batches import Batches, Position, Window, fingerprint, sequence_length
 from ..data.collate import Rows
 from ..hub.publisher import Publisher, push_run
 from ..hub.release import Pushed
@@ -110,13 +110,14 @@ class SaeTrainer:
         adapter = None if lora is None else add_lora(model, lora_targets(base_of(model), plans, lora), lora)
         self.assembly = assemble(model, args, self.spread, site_widths(plans), list(exclude_tokens), lora, adapter)
         self.activations, self.objective = self.assembly.activations, self.assembly.objective
-        identity = identity_of(plans, args, lora, model, recipe)
+        identity = identity_of(plans, args, lora, model, recipe, fingerprint(train_dataset))
         by_name = {plan.name: plan for plan in plans}
         self.run_state = RunState(args, by_name, self.assembly.bank, self.spread, adapter, recipe, identity)
         self.run_state.counts = getattr(train_dataset, "counts", [])
         self.saver = Saver(self.run_state)
         places = written_places(self.plans, args, lora)
-        self.folder = OutputFolder(self.output_dir, places, args.run_name, recipe is not None, identity)
+        tracks = args.report_to != ["none"]
+        self.folder = OutputFolder(self.output_dir, places, args.run_name, tracks, recipe is not None, identity)
         # What takes a step, made when the run begins.
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: LRScheduler | None = None
@@ -320,7 +321,7 @@ class SaeTrainer:
 
     def _take_steps(self, windows: Iterator[Window]) -> dict[str, float]:
         """Trains to the end, and evaluates. A signal to any process ends it with `Abandoned` on all."""
-        if self.run_state.owes_evaluation:
+        if self.run_state.owes_evaluation and self.eval_dataset is not None:
             self._evaluate_and_keep_best()
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             self._interruption.check()

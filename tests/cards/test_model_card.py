@@ -285,7 +285,7 @@ def test_what_cannot_be_read_is_named(bare, tmp_path):
         write_card(tmp_path / "missing")
     with pytest.raises(InputError, match="no SAE or transcoder"):
         write_card(tmp_path / "empty")
-    for file, content in (("metrics.json", "{"), ("recipe.yaml", "a: ["), ("log_history.jsonl", "{")):
+    for file, content in (("metrics.json", "{"), ("recipe.yaml", "a: ["), ("log_history.jsonl", "{\n")):
         (bare / file).write_text(content)
         with pytest.raises(InputError, match=rf"{file}' (cannot be read|holds a list)"):
             write_card(bare)

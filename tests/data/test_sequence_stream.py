@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 
 from sae_accel.common.errors import InputError
 from sae_accel.data import sequence_stream
@@ -132,3 +132,25 @@ def test_it_says_how_far_it_is(opened, capsys, monkeypatch):
         list(stream.begun(40, tells))
         said = capsys.readouterr().err
         assert ("Skipping what has trained" in said and "documents/s" in said) == tells
+
+
+def test_a_column_that_nobody_needs_may_hold_anything(opened):
+    def rows():
+        for number in range(12):
+            yield {"number": number, "other": "x" if number % 2 else number}
+
+    documents = IterableDataset.from_generator(rows)
+    made = opened[0]()
+    assert len(ids(SequenceStream(documents, ["number"], made.cut, made.whole))) == 18
+
+
+def test_what_cannot_be_read_in_its_midst_is_one_line(opened):
+    def rows():
+        yield from ({"number": number} for number in range(12))
+        raise ValueError("the file is\ndamaged")
+
+    made = opened[0]()
+    stream = SequenceStream(IterableDataset.from_generator(rows), ["number"], made.cut, made.whole)
+    with pytest.raises(InputError, match="cannot be read to its end: the file is damaged. Check data.path") as raised:
+        list(stream)
+    assert "\n" not in str(raised.value)

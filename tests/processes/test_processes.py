@@ -78,8 +78,12 @@ def runs(place, uneven, tmp_path_factory):
         "too_few_heads": {"heads.hookpoints": "layers.1", "training.distribute_modules": "true"},
         "muon": {"training.distribute_latents": "true", "training.optim": "muon"},
         "missing": {"data.path": folder / "missing-{process}.jsonl"},
+        "bad_row": stream | {"data.path": folder / "*.jsonl"},
     }
     made = {name: {"words": command_words(place, folder / name, **changes)} for name, changes in made.items()}
+    # One process alone comes upon it.
+    for name, ids in (("a", [[1] * 16] * 6), ("b", [[1] * 16, [5000] * 16])):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in ids))
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     made["two_ways"] = {
         "words": command_words(place, folder / "two_ways", **{"training.distribute_modules": "true"}),
@@ -107,6 +111,7 @@ def test_held_out_sequences_that_do_not_fill_a_batch_on_each_process_are_measure
         ("too_few_heads", "there are 1 heads for 2 processes"),
         ("muon", "muon works on whole matrices"),
         ("missing", "missing-0.jsonl"),
+        ("bad_row", "input_ids go from 5000 to 5000, but the LM knows"),
         ("two_ways", "asks for FSDP"),
         ("old_fsdp", "fsdp_version: 2"),
     ],

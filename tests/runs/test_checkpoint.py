@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import assert_equal, tiny_trainer, weights
+from datasets import concatenate_datasets
+from tiny import assert_equal, tiny_tokens, tiny_trainer, weights
 
 from sae_accel.common.errors import InputError
 from sae_accel.loading.auto import AutoSae
@@ -116,3 +117,46 @@ def test_a_checkpoint_holds_no_history(tmp_path):
     ]
     assert abs(sizes[1] - sizes[0]) < 100
     assert len((tmp_path / "12" / "log_history.jsonl").read_text().splitlines()) == 12
+
+
+def test_what_somebody_put_into_a_checkpoint_outlives_it(tmp_path, capsys):
+    _trained(tmp_path, max_steps=2, save_steps=1)
+    (tmp_path / "checkpoint-1" / "notes").mkdir()
+    (tmp_path / "checkpoint-1" / "notes" / "findings.md").write_text("mine")
+    (tmp_path / "checkpoint-2" / "layers.1" / "probe.pt").write_text("mine too")
+    _trained(tmp_path, max_steps=3, save_steps=1, save_total_limit=2, resume_from_checkpoint=True)
+    assert (tmp_path / "kept-from-checkpoint-1" / "notes" / "findings.md").read_text() == "mine"
+    assert f"is kept in '{tmp_path / 'kept-from-checkpoint-1'}'" in capsys.readouterr().err
+    _trained(tmp_path, max_steps=3, save_steps=1, overwrite_output_dir=True)
+    assert (tmp_path / "kept-from-checkpoint-2" / "layers.1" / "probe.pt").read_text() == "mine too"
+    assert _names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_of_a_checkpoint_that_is_a_link_the_data_stay_and_are_named(tmp_path, capsys):
+    _trained(tmp_path / "run", max_steps=2, save_steps=1)
+    shutil.move(tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    _trained(tmp_path / "run", max_steps=3, save_steps=1, save_total_limit=2, resume_from_checkpoint=True)
+    assert f"What it led to, '{tmp_path / 'elsewhere'}', stays" in capsys.readouterr().err
+    assert _names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"] and (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_run_that_has_ended_and_is_started_again_says_so_and_keeps_its_numbers(tmp_path, capsys):
+    _trained(tmp_path, max_steps=3, save_steps=1)
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    trainer = _trained(tmp_path, max_steps=3, save_steps=1, resume_from_checkpoint=True)
+    assert "checkpoint-3' is of step 3, so that nothing is left to train." in capsys.readouterr().err
+    after = json.loads((tmp_path / "metrics.json").read_text())
+    assert before.pop("train/tokens_per_second") > 0 and after == before
+    assert trainer.state.global_step == 3
+
+
+def test_other_rows_under_the_same_name_are_refused(tmp_path):
+    _trained(tmp_path, max_steps=2, save_steps=1)
+    rows = tiny_tokens()
+    grown = concatenate_datasets([rows, rows.select([3])])
+    tiny_trainer(tmp_path, max_steps=3, train=grown).train(resume_from_checkpoint=True)
+    other = concatenate_datasets([rows.select([3]), rows])
+    trainer = tiny_trainer(tmp_path, max_steps=4, train=other)
+    with pytest.raises(InputError, match="is of other data: it has data.rows .*, this run has"):
+        trainer.train(resume_from_checkpoint=True)

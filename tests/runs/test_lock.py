@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from tiny import tiny_trainer
@@ -82,3 +83,20 @@ def test_a_folder_that_was_made_for_nothing_is_taken_away_again(tmp_path):
     with pytest.raises(InputError, match="no checkpoint folder"):
         tiny_trainer(tmp_path / "run", max_steps=1).train(resume_from_checkpoint="nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_holder_that_has_not_said_yet_who_it_is_is_waited_for(tmp_path, holder):
+    owner = (tmp_path / "run" / LOCK).read_text()
+    (tmp_path / "run" / LOCK).write_text("")
+    threading.Timer(0.5, lambda: (tmp_path / "run" / LOCK).write_text(owner)).start()
+    with pytest.raises(InputError, match=rf"process {holder.pid} on ") as raised, locked(tmp_path / "run"):
+        pass
+    assert "delete" not in str(raised.value)
+
+
+def test_who_holds_a_lock_is_alive_whatever_is_written(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "_TO_WRITE", 0.2)
+    (tmp_path / "run" / LOCK).write_text("")
+    with pytest.raises(InputError, match="another run is at work") as raised, locked(tmp_path / "run"):
+        pass
+    assert "delete" not in str(raised.value)

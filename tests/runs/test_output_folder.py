@@ -140,3 +140,18 @@ def test_of_a_link_the_link_goes_and_not_what_it_leads_to(tmp_path):
     tiny_trainer(tmp_path / "run", max_steps=1, overwrite_output_dir=True).train()
     assert _files(tmp_path / "elsewhere") == before
     assert not (tmp_path / "run" / "layers.1").is_symlink()
+
+
+def test_what_only_looks_like_a_runs_own_stays(tmp_path, capsys):
+    tiny_trainer(tmp_path, max_steps=2, save_steps=1).train()
+    for name in (
+        "layers.1/model_finetuned.safetensors",
+        "layers.1/model.best.safetensors",
+        f"logs/{tmp_path.name}/events.out.tfevents.mine",
+        ".README.md.old",
+        ".checkpoint-9.old/weights.pt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    tiny_trainer(tmp_path, max_steps=2, overwrite_output_dir=True).train()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"mine"]) == 5

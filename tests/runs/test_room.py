@@ -85,6 +85,19 @@ def test_a_disk_without_room_for_a_checkpoint_and_the_heads_is_refused(place, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_run_deletes_first_and_what_it_has_already_count_as_room(place, tmp_path, monkeypatch, capsys):
+    words = {"training.save_steps": 1, "training.save_total_limit": 2}
+    assert main(command_words(place, tmp_path, **words)) == 0
+    forbid_loading(monkeypatch)
+    monkeypatch.setattr("sae_accel.runs.room.free_bytes", lambda folder: 200_000)
+    anew = {"training.overwrite_output_dir": "true"}
+    assert main([*command_words(place, tmp_path, **words, **anew), "--dry-run"]) == 0
+    assert "enough for the 2 that are kept" in capsys.readouterr().out
+    go_on = {"training.resume_from_checkpoint": "true", "training.max_steps": 5}
+    assert main([*command_words(place, tmp_path, **words | go_on), "--dry-run"]) == 0
+    assert "enough for the 2 that are kept" in capsys.readouterr().out
+
+
 LORA = LoraArguments(rank=8, target_modules="layers.2.mlp.*_proj", train_heads=True)
 
 

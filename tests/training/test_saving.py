@@ -1,16 +1,21 @@
 """A disk that fills while a run goes on: it costs the run nothing but what did not fit, and is told."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from accelerate import PartialState
 from tiny import assert_equal, command_words, tiny_tokens, tiny_trainer, torchrun, weights
 
 from sae_accel.common.errors import NotSaved
+from sae_accel.common.files import remove
+from sae_accel.common.manifest import Manifest
 from sae_accel.runs import writing
 from sae_accel.runs.checkpoint import missing_part
+from sae_accel.runs.history import LogHistory
 from sae_accel.train import main
 
 
@@ -64,6 +69,81 @@ def test_only_what_the_limit_lets_go_makes_room_and_never_the_last(tmp_path, dis
         trainer.train()
         assert sorted(path.name for path in trainer.output_dir.glob("checkpoint-*")) == kept
         assert trainer.saver.unsaved is not None
+
+
+def test_a_disk_on_which_nothing_can_be_written_any_more_ends_no_run(tmp_path, monkeypatch, capsys):
+    trainer = tiny_trainer(tmp_path, max_steps=6, save_steps=2, save_total_limit=2)
+    write = Manifest.write
+
+    def limited(manifest, folder):
+        if trainer.state.global_step > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(manifest, folder)
+
+    monkeypatch.setattr(Manifest, "write", limited)
+    trainer.train()
+    assert "[Errno 28]" in trainer.saver.unsaved and not missing_part(tmp_path / "checkpoint-2")
+    monkeypatch.undo()
+    assert_equal(weights(trainer), weights(_whole(tmp_path)))
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_costs_nothing(tmp_path, monkeypatch, capsys):
+    def limited(path):
+        if path.name == "checkpoint-1":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        remove(path)
+
+    monkeypatch.setattr("sae_accel.runs.checkpoint.remove", limited)
+    trainer = tiny_trainer(tmp_path, max_steps=3, save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert "An older checkpoint could not be deleted: [Errno 39]" in capsys.readouterr().err
+    assert trainer.saver.unsaved is None and not missing_part(tmp_path / "checkpoint-3")
+
+
+def test_what_was_put_aside_stays_until_the_new_branch_has_a_checkpoint_of_its_own(tmp_path, disk):
+    tiny_trainer(tmp_path, max_steps=4, save_steps=1).train()
+    disk.add(".checkpoint-2.partial")
+    trainer = tiny_trainer(tmp_path, max_steps=2, save_steps=1, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.saver.unsaved is not None
+    names = {path.name.split(".")[0] for path in tmp_path.glob("checkpoint-*.before-*")}
+    assert names == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+def test_what_was_there_is_there_still_if_the_new_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "old.txt").write_text("old")
+    replace = os.replace
+
+    def limited(source, target):
+        if source.name == ".best.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", limited)
+    with pytest.raises(NotSaved, match="Errno 5"):
+        with writing.staged(tmp_path / "best", PartialState()) as (staging, write):
+            write(lambda: (staging / "new.txt").write_text("new"))
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["best", "best/old.txt"]
+
+
+def test_a_log_that_was_written_in_part_leaves_no_trace(tmp_path, monkeypatch):
+    history = LogHistory(tmp_path)
+    history.append({"step": 1})
+
+    class Full(io.StringIO):
+        def write(self, text):
+            with real(tmp_path / "log_history.jsonl", "a") as file:
+                file.write(text[:5])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full())
+    with pytest.raises(OSError, match="Errno 28"):
+        history.append({"step": 2})
+    monkeypatch.undo()
+    history.append({"step": 3})
+    assert (tmp_path / "log_history.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_the_best_are_kept_at_the_next_evaluation(tmp_path, disk):
