@@ -52,9 +52,8 @@ class Manifest:
     def unfinished(self, folder: Path) -> list[Path]:
         """What a kill left, in a run's folder, of what was being written."""
         found = {path for path in folder.glob(".checkpoint-*") if _UNFINISHED.fullmatch(path.name)}
-        endings = dict.fromkeys(self.places, ("partial", "old", "saving-*")) | dict.fromkeys(
-            self.checkpoints, ("old",)
-        )
+        endings: dict[str, tuple[str, ...]] = dict.fromkeys(self.places, ("partial", "old", "saving-*"))
+        endings |= dict.fromkeys(self.checkpoints, ("old",))
         endings |= dict.fromkeys([*self.files, MANIFEST], ("partial",))
         for path, ending in ((PurePosixPath(name), ending) for name in endings for ending in endings[name]):
             found.update((folder / path.parent).glob(f".{escape(path.name)}.{ending}"))

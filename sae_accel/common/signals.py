@@ -77,7 +77,8 @@ class Signals:
             owns_process (`bool`): Whether the process is there for this command alone, and ends with it. Only then are
                 its signals answered: elsewhere they belong to who calls.
         """
-        if not owns_process or self.is_active:
+        if not owns_process or self.is_active or threading.current_thread() is not threading.main_thread():
+            # A thread receives no signals.
             return self._status(work)
         self._begin()
         numbers = self._answer()
@@ -105,9 +106,8 @@ class Signals:
         self._sender.setblocking(False)
         # nohup has SIGHUP ignored, and means it.
         numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-        sys.stdout, sys.stderr = (
-            _guarded(stream, partial(self._received, CLOSED_PIPE)) for stream in (sys.stdout, sys.stderr)
-        )
+        gone = partial(self._received, CLOSED_PIPE)
+        sys.stdout, sys.stderr = _guarded(sys.stdout, gone), _guarded(sys.stderr, gone)
         self.is_active = True
         _reset_children()
         threading.Thread(target=self._read, args=(receiver, _launcher()), daemon=True).start()

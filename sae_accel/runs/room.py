@@ -90,7 +90,8 @@ def check_room(folder: Path, checkpoint: int, heads: int, keep: int | None, free
             f"{in_units(free)} are free in {str(folder)!r}. Make room, or set another."
         )
     fits = (free + held - heads) // checkpoint
-    takes = f"A checkpoint takes {in_units(checkpoint)}; {in_units(free)} are free in {str(folder)!r}"
+    once = " once what is there is deleted" if freed else ""
+    takes = f"A checkpoint takes {in_units(checkpoint)}; {in_units(free)} are free in {str(folder)!r}{once}"
     # While one is written those that are kept are there too.
     if keep is None:
         few = f", enough for {fits}. All are kept: training.save_total_limit keeps fewer" if fits < 1000 else ""
