@@ -20,6 +20,8 @@ from ..processes.agreement import say
 
 GO_ON = "Go on with --training.resume_from_checkpoint true."
 STATE_FILE = "training_state.pt"
+# Of what is in it; raised whenever that changes, so that no run goes on from what it would misread.
+FORMAT = 2
 # The second of them is one that a run has put aside, as it went on from an older one.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ANY_CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.before-.*)?")
@@ -158,7 +160,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     The run's state in a checkpoint, without that of heads.
 
     Raises:
-        `InputError`: if the checkpoint does not exist or is not whole.
+        `InputError`: if the checkpoint does not exist, is not whole, or is of another version of this package.
     """
     if not checkpoint.is_dir():
         raise InputError(f"There is no checkpoint folder {str(checkpoint)!r}. Name a folder such as checkpoint-1000.")
@@ -167,7 +169,13 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"Checkpoint {str(checkpoint)!r} is not whole: {wrong}. Resume from another one, or set "
             "training.resume_from_checkpoint: true for the newest that is whole."
         )
-    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+    state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"Checkpoint {str(checkpoint)!r} was written by another version of sae_accel. Go on with that version, or "
+            "start anew in another training.output_dir; its heads load as ever, and training.init_from takes them."
+        )
+    return state
 
 
 def random_state() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from .run_state import RunState
 from .step import StepResult
-from .sums import FiringCounts, RunningMeans
 
 
 class Counters:
@@ -25,7 +24,6 @@ class Counters:
         self.run = run
         self.frequencies: dict[str, Tensor] = {}
         self.silent: dict[str, float] = {}
-        self._means, self._firing = RunningMeans(), FiringCounts()
         self._k: dict[str, int] = {}
 
     def add(self, result: StepResult, k: dict[str, int], num_tokens: int) -> None:
@@ -39,8 +37,8 @@ class Counters:
         """
         for name, uses in result.uses.items():
             self.run.tokens_since_fired[name].add_(result.head_tokens[name].long()).masked_fill_(uses > 0, 0)
-        self._means.add(result.values)
-        self._firing.add(result.uses, result.head_tokens)
+        self.run.means.add(result.values)
+        self.run.firing.add(result.uses, result.head_tokens)
         self.run.progress.global_step += 1
         self.run.progress.num_input_tokens_seen += num_tokens
         self._k = k
@@ -51,8 +49,8 @@ class Counters:
 
     def flush(self) -> dict[str, float]:
         """The values to log, which are means over the steps since the last log; what comes after is counted anew."""
-        values = self._means.flush()
-        self.frequencies = self._firing.flush()
+        values = self.run.means.flush()
+        self.frequencies = self.run.firing.flush()
         values |= {f"train/k/{name}": float(value) for name, value in self._k.items()}
         values |= {f"learning_rate/{group['role'].head}": float(group["lr"]) for group in self._groups()}
         self.silent = self.run.spread.merged(self._silent_fractions())

@@ -33,6 +33,7 @@ from .lowest_losses import LowestLosses
 from .optim import Signum
 from .sizes import checkpoint_bytes
 from .skips import Skips
+from .sums import FiringCounts, RunningMeans
 
 
 class RunState:
@@ -63,6 +64,7 @@ class RunState:
         skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
         owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged; `progress` holds the latest of it.
+        means ([`RunningMeans`]), firing ([`FiringCounts`]): What was measured, and fired, since the last log.
         counts (`list[int]`): Of a [`SequenceStream`], by which a run that goes on passes what has trained.
     """
 
@@ -97,6 +99,7 @@ class RunState:
         self.skips, self.lowest = Skips(), LowestLosses(args.loss, plans)
         self.owes_evaluation = False
         self.counts: list[int] = []
+        self.means, self.firing = RunningMeans(), FiringCounts()
 
     @property
     def bank(self) -> SaeBank:
@@ -222,6 +225,7 @@ class RunState:
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{self.progress.global_step}"
         everyone = gather_object([files.random_state()])
+        sums = self.spread.merged({key: value.item() for key, value in self.means.sums.items()})
         with written_together(folder) as write:
             if self.accelerator.is_main_process:
                 write(lambda: files.claim(output_dir, folder))
@@ -231,10 +235,12 @@ class RunState:
             if self.accelerator.is_main_process:
                 write(lambda: self._save_progress(staging))
                 state = {
+                    "format": files.FORMAT,
                     "identity": self.identity,
                     "sequences": position.batches * self._sequences(),
                     "epoch": position.epoch,
                     "counts": self.counts,
+                    "since_log": {"sums": sums, "steps": self.means.steps},
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
                     "skips": asdict(self.skips),
@@ -303,6 +309,10 @@ class RunState:
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
             self.tokens_since_fired[name] = count.to(self.accelerator.device)
+            if (uses := saved["parts"][name]["uses"]) is not None:
+                tokens = saved["parts"][name]["uses_tokens"].to(self.accelerator.device)
+                self.firing.load(name, head.own_rows(uses).to(self.accelerator.device), tokens)
+        self.means.load(**saved["since_log"], heads=self.heads, device=self.accelerator.device)
         self.initial_metrics.update(saved["initial_metrics"])
         self.best.update(saved["best"])
         self.skips = Skips(**saved["skips"])
@@ -350,7 +360,11 @@ class RunState:
                 "weights": self.spread.weights(head) if self.args.optim == "signum" else None,
                 "optimizer": self.spread.states(name, head, optimizer),
                 "tokens_since_fired": self.spread.whole(head, "encoder.bias", self.tokens_since_fired[name]),
+                "uses": None,
             }
+            if name in self.firing.uses:
+                part["uses"] = self.spread.whole(head, "encoder.bias", self.firing.uses[name])
+                part["uses_tokens"] = self.firing.tokens[name]
             if self.spread.writes(name):
                 write(partial(save_state, part, staging / name / files.STATE_FILE))
         if self.adapter is not None and self.accelerator.is_main_process:

@@ -1,5 +1,5 @@
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class FiringCounts:
             self.uses[name] = self.uses[name] + value if name in self.uses else value
             self.tokens[name] = self.tokens[name] + tokens[name] if name in self.tokens else tokens[name]
 
+    def load(self, head: str, uses: Tensor, tokens: Tensor) -> None:
+        """Goes on with what was counted of a head."""
+        self.uses[head], self.tokens[head] = uses, tokens
+
     def flush(self) -> dict[str, Tensor]:
         """The fractions, and starts anew."""
         fractions = {name: uses / self.tokens[name].clamp_min(1) for name, uses in self.uses.items()}
@@ -58,6 +62,14 @@ class RunningMeans:
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.steps += 1
+
+    def load(self, sums: Mapping[str, float], steps: int, heads: Container[str], device: torch.device) -> None:
+        """Goes on with what was summed over so many steps, of the heads of this process and of the LM."""
+        for key, value in sums.items():
+            _, _, *head = key.split("/", 2)
+            if not head or head[0] in heads:
+                self.sums[key] = torch.tensor(value, device=device)
+        self.steps = steps
 
     def flush(self) -> dict[str, float]:
         """The means, and starts anew."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import concatenate_datasets
 from tiny import assert_equal, tiny_tokens, tiny_trainer, weights
 
@@ -160,3 +161,16 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=4, train=other)
     with pytest.raises(InputError, match="is of other data: it has data.rows .*, this run has"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
+    _trained(tmp_path, max_steps=1, save_steps=1)
+    path = tmp_path / "checkpoint-1" / "training_state.pt"
+    torch.save({"sequences": 4}, path)
+    manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
+    manifest["files"]["training_state.pt"] = path.stat().st_size
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="written by another version of sae_accel. Go on with that version"):
+        tiny_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    heads = str(tmp_path / "checkpoint-1")
+    tiny_trainer(tmp_path / "other", max_steps=1, init_from=heads).train()

@@ -55,12 +55,21 @@ class _Logs(TrainerCallback):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_killed_run_that_resumes_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, optim, accumulate):
     options = dict(
-        heads=HEADS, optim=optim, max_steps=20, gradient_accumulation_steps=accumulate, save_steps=5, micro_batches=2
+        heads=HEADS,
+        optim=optim,
+        max_steps=20,
+        gradient_accumulation_steps=accumulate,
+        save_steps=5,
+        logging_steps=4,
+        micro_batches=2,
     )
     whole, resumed = whole_and_resumed(tmp_path, lambda folder, **more: tiny_trainer(folder, **options, **more), 13)
     assert_equal(weights(whole), weights(resumed))
     assert all(torch.equal(whole.tokens_since_fired[n], resumed.tokens_since_fired[n]) for n in whole.heads)
     assert whole.state.num_input_tokens_seen == resumed.state.num_input_tokens_seen
+    # A log covers what came before the kill as well.
+    assert whole.state.log_history == resumed.state.log_history
+    assert all(torch.equal(whole.counters.frequencies[n], resumed.counters.frequencies[n]) for n in whole.heads)
 
 
 def test_a_streamed_run_resumes_bit_for_bit_and_into_a_second_pass(tmp_path):
