@@ -36,6 +36,8 @@ NAMES = [*SAES, "layers.1.mlp"]
 COMPARED = {"adam": SAES, "signum": NAMES}
 HELD_OUT = 12
 BIT_EXACT = ("ddp", "modules")
+# Three processes are there for sizes that they do not divide, which is nothing to an optimizer.
+OPTIMIZERS = {2: list(COMPARED), 3: ["adam"]}
 
 
 def _words(place, folder, processes, **changes):
@@ -85,7 +87,7 @@ def together(request, place, alone, tmp_path_factory):
     processes, folder = request.param, tmp_path_factory.mktemp("together")
     runs = {}
     for way, (_, changes, environment) in WAYS.items():
-        for optim in COMPARED:
+        for optim in OPTIMIZERS[processes]:
             one = {"training.output_dir": folder / f"{way}-{optim}"} | _optim(alone, optim) | changes
             runs[f"{way}-{optim}"] = {"words": _words(place, folder, processes, **one), "environment": environment}
         more = {
@@ -97,7 +99,7 @@ def together(request, place, alone, tmp_path_factory):
             "words": _words(place, folder, processes, **more, **changes),
             "environment": environment,
         }
-        if way in BIT_EXACT:
+        if way in BIT_EXACT and "signum" in OPTIMIZERS[processes]:
             again = {
                 "training.output_dir": folder / f"{way}-again",
                 "training.resume_from_checkpoint": folder / f"{way}-signum" / "checkpoint-2",
@@ -120,7 +122,9 @@ def _assert_same_heads(one, other, names=NAMES):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("optim", COMPARED)
+@pytest.mark.parametrize(
+    ("together", "optim"), [(n, optim) for n, optims in OPTIMIZERS.items() for optim in optims], indirect=["together"]
+)
 def test_weights_metrics_and_state_are_those_of_one_process(alone, together, way, optim):
     name = f"{way}-{optim}"
     assert {one["spread"] for one in together.found[name]} == {WAYS[way][0]}
@@ -156,6 +160,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_one_process(alone, together, way):
 
 
 @pytest.mark.parametrize("way", BIT_EXACT)
+@pytest.mark.parametrize("together", [2], indirect=True)
 def test_a_run_that_goes_on_on_as_many_processes_ends_bit_for_bit_like_one_that_never_stopped(together, way):
     assert (together.folder / f"{way}-again" / "checkpoint-4").is_dir()
     for name in NAMES:
