@@ -1,6 +1,7 @@
 """The same run on one process and on several, in every way in which heads can be spread over them."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,12 +100,13 @@ def together(request, place, alone, tmp_path_factory):
             "words": _words(place, folder, processes, **more, **changes),
             "environment": environment,
         }
-        if way in BIT_EXACT and "signum" in OPTIMIZERS[processes]:
+        if way in BIT_EXACT:
             again = {
                 "training.output_dir": folder / f"{way}-again",
-                "training.resume_from_checkpoint": folder / f"{way}-signum" / "checkpoint-2",
+                **_optim(alone, optim),
+                "training.resume_from_checkpoint": folder / f"{way}-{optim}" / "checkpoint-2",
             }
-            runs[f"{way}-again"] = {"words": _words(place, folder, processes, **more | again, **changes)}
+            runs[f"{way}-again"] = {"words": _words(place, folder, processes, **again, **changes)}
     return SimpleNamespace(processes=processes, folder=folder, found=run_together(processes, runs, folder)[0])
 
 
@@ -122,10 +124,12 @@ def _assert_same_heads(one, other, names=NAMES):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("together", "optim"), [(n, optim) for n, optims in OPTIMIZERS.items() for optim in optims], indirect=["together"]
-)
-def test_weights_metrics_and_state_are_those_of_one_process(alone, together, way, optim):
+def test_weights_metrics_and_state_are_those_of_one_process(alone, together, way):
+    for optim in OPTIMIZERS[together.processes]:
+        _compare(alone, together, way, optim)
+
+
+def _compare(alone, together, way: str, optim: str) -> None:
     name = f"{way}-{optim}"
     assert {one["spread"] for one in together.found[name]} == {WAYS[way][0]}
     _assert_same_heads(alone / optim, together.folder / name, COMPARED[optim])
@@ -160,12 +164,19 @@ def test_a_run_goes_on_from_the_checkpoint_of_one_process(alone, together, way):
 
 
 @pytest.mark.parametrize("way", BIT_EXACT)
-@pytest.mark.parametrize("together", [2], indirect=True)
 def test_a_run_that_goes_on_on_as_many_processes_ends_bit_for_bit_like_one_that_never_stopped(together, way):
     assert (together.folder / f"{way}-again" / "checkpoint-4").is_dir()
+    last = OPTIMIZERS[together.processes][-1]
+    # Three processes add gradients in no fixed order, so that two runs of the same differ in the last bits.
+    same = torch.equal if together.processes == 2 else partial(torch.allclose, rtol=1e-4, atol=1e-6)
     for name in NAMES:
-        whole, again = (_state(together.folder / f"{way}-{run}", name) for run in ("signum", "again"))
-        assert all(torch.equal(value, again["weights"][key]) for key, value in whole["weights"].items())
+        whole, again = (_state(together.folder / f"{way}-{run}", name) for run in (last, "again"))
+        if last == "signum":
+            assert all(same(value, again["weights"][key]) for key, value in whole["weights"].items())
+        one, other = (
+            load_file(together.folder / f"{way}-{run}" / name / "model.safetensors") for run in (last, "again")
+        )
+        assert all(same(value, other[key]) for key, value in one.items())
         assert torch.equal(whole["tokens_since_fired"], again["tokens_since_fired"])
 
 
