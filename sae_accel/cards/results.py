@@ -76,18 +76,13 @@ def losses_table(run: Run) -> str:
     return table(["", "before", "after"], rows) if rows else ""
 
 
-def title(name: str, config: HeadConfig) -> str:
-    """What a head is called."""
-    return name or config.hookpoint or "head"
-
-
 def _heads_table(run: Run) -> str:
     rows = []
     for name, config in run.configs.items():
         size = f"{config.d_in:,} → {config.num_latents:,} → {config.d_out:,}"
         k = "" if config.k is None else str(config.k)
         metrics = [run.shown(f"{key}/{name}", form) for key, (_, form) in _MEASURED.items()]
-        rows.append([code(title(name, config)), config.title, size, config.activation, k, *metrics])
+        rows.append([code(_title(name, config)), config.title, size, config.activation, k, *metrics])
     measured = [words for words, _ in _MEASURED.values()]
     return table(["name", "type", "d_in → latents → d_out", "activation", "k", *measured], rows)
 
@@ -113,3 +108,8 @@ def _columns(run: Run) -> str:
         "Silent in training: part that were active on none of the latest tokens of training.": in_training,
     }
     return " ".join(sentence for sentence, applies in sentences.items() if applies)
+
+
+def _title(name: str, config: HeadConfig) -> str:
+    """What a head is called."""
+    return name or config.hookpoint or "head"

@@ -107,22 +107,16 @@ def log_history(run: Run) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with open(path, encoding="utf-8") as lines:
-        return [_logged(path, i, line, shown) for i, line in enumerate(lines, 1) if not _is_cut_off(line)]
-
-
-def _is_cut_off(line: str) -> bool:
-    """Whether a kill came while it was written."""
-    try:
-        json.loads(line)
-    except ValueError:
-        return not line.endswith("\n")
-    return False
+        return [_logged(path, i, line, shown) for i, line in enumerate(lines, 1)]
 
 
 def _logged(path: Path, number: int, line: str, shown: set[str]) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError as error:
+        if not line.endswith("\n"):
+            # A kill came while it was written.
+            return {}
         raise InputError(f"{str(path)!r} cannot be read: line {number}: {one_line(error)}") from error
     _expect(path, f"line {number}", entry, dict)
     for key in shown & entry.keys():

@@ -87,28 +87,20 @@ class SequenceStream(TorchIterableDataset):
         return other
 
     def _sequences(self) -> Iterator[Row]:
-        buffer, passed, ready, number, places = self._passed()
-        wanted = {*buffer.places, *ready}
+        buffer, passed, ready, number = self._passed()
         blocks = self._blocks()
-        found = self._wanted(blocks, number, wanted)
+        found = self._wanted(blocks, number, {*buffer.places, *ready})
 
         def in_order() -> Iterator[int]:
-            nonlocal places
             yield from ready
             for i, documents in enumerate(blocks, number):
-                rows = self._cut(i, documents)
-                found.update(enumerate(rows, places))
-                new = range(places, places + len(rows))
-                places += len(rows)
-                for place in new[max(0, self._first - new.start) :]:
+                start = sum(self.counts[:i])
+                found.update(enumerate(self._cut(i, documents), start))
+                for place in range(max(start, self._first), start + self.counts[i]):
                     yield from buffer.put(place)
             yield from buffer.rest()
 
-        for place in in_order():
-            row = found.pop(place)
-            passed += 1
-            if passed > self._begin:
-                yield row
+        return islice(map(found.pop, in_order()), self._begin - passed, None)
 
     def _blocks(self) -> Iterator[pyarrow.Table]:
         documents = self.documents.select_columns(self.columns).with_format("arrow")
@@ -125,13 +117,13 @@ class SequenceStream(TorchIterableDataset):
                 return
             yield block
 
-    def _passed(self) -> tuple["_Buffer", int, list[int], int, int]:
+    def _passed(self) -> tuple["_Buffer", int, list[int], int]:
         """
         Goes past the sequences before `_begin` by their numbers alone, as far as it is known how many each block has.
 
         Returns:
             `tuple`: the shuffle buffer, how many were passed, the numbers of those that come next, and how many blocks
-            and sequences have been seen.
+            that took.
         """
         buffer = _Buffer(0 if self._seed is None else SHUFFLE_BUFFER, (self._seed or 0, self._epoch))
         out: list[int] = []
@@ -144,7 +136,7 @@ class SequenceStream(TorchIterableDataset):
             gone = min(len(out), self._begin - passed)
             passed += gone
             del out[:gone]
-        return buffer, passed, out, number, places
+        return buffer, passed, out, number
 
     def _wanted(self, blocks: Iterator[pyarrow.Table], count: int, wanted: set[int]) -> dict[int, Row]:
         """Reads the first `count` blocks, and cuts those that hold a sequence that is wanted."""

@@ -76,6 +76,7 @@ class Publisher(TrainerCallback):
         name = f"checkpoint-{step}"
         place = self.output_dir / f".{name}.pushing"
         shutil.rmtree(place, ignore_errors=True)
+        self._left_out = step
         try:
             # Links, since the checkpoint may be deleted before it has arrived.
             shutil.copytree(self.output_dir / name, place, copy_function=_link)

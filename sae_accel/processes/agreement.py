@@ -16,6 +16,7 @@ from ..common.errors import InputError
 
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 def this_process() -> PartialState:
@@ -36,19 +37,31 @@ def raise_together(work: Callable[[], T]) -> T:
     Raises:
         `InputError`: on all processes if it was raised on one, with the message of the first of those.
     """
+    result, _ = gather_together(work, lambda _: None)
+    return result
+
+
+def gather_together(work: Callable[[], T], told: Callable[[T], S]) -> tuple[T, list[S]]:
+    """
+    What `work` gives on this process, and what `told` makes of it on each.
+
+    Raises:
+        `InputError`: on all processes if `work` raised it on one, with the message of the first of those.
+    """
     if this_process().num_processes == 1:
-        return work()
-    result: T | None = None
+        result = work()
+        return result, [told(result)]
+    own: T | None = None
     refusal: InputError | None = None
     try:
-        result = work()
+        own = work()
     except InputError as error:
         refusal = error
-    refusals = gather_objects(refusal and str(refusal))
-    first = next((message for message in refusals if message is not None), None)
+    everyone = gather_objects((refusal and str(refusal), None if refusal else told(cast(T, own))))
+    first = next((message for message, _ in everyone if message is not None), None)
     if first is not None:
         raise refusal if refusal is not None and str(refusal) == first else InputError(first)
-    return cast(T, result)
+    return cast(T, own), [cast(S, one) for _, one in everyone]
 
 
 def gather_objects(value: T) -> list[T]:

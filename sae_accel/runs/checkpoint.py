@@ -120,6 +120,8 @@ def delete(checkpoint: Path) -> None:
     own = {checkpoint / name for name in (*own, MANIFEST)} if isinstance(own, dict) else set(files)
     if others := [path for path in files if path not in own]:
         kept = checkpoint.with_name(f"kept-from-{checkpoint.name}")
+        while kept.exists():
+            kept = kept.with_name(f"{kept.name}-again")
         for path in others:
             place = kept / path.relative_to(checkpoint)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from ..recipe.checks import check_steps
 from ..runs.output_folder import OutputFolder
 from ..runs.writing import written_together
 from .assembly import Assembly
+from .initialization import start_heads
 from .optim import build_scheduler
 from .run_state import RunState
-from .start import start_heads
 
 
 def begin(
@@ -39,7 +39,7 @@ def begin(
     run.progress.max_steps = batches.max_steps()
     entries = {f"head {name!r}: heads": plan.arguments for name, plan in run.plans.items()}
     check_steps(args, entries, run.progress.max_steps)
-    saved = None if checkpoint is None else raise_together(lambda: run.load_weights(checkpoint))
+    saved = {} if checkpoint is None else raise_together(lambda: run.load_weights(checkpoint))
     if checkpoint is None:
         _new_heads(run, assembly, batches)
     with written_together(folder.path) as write:
@@ -47,7 +47,7 @@ def begin(
             write(lambda: folder.begin(checkpoint))
     optimizer = assembly.optimizer()
     prepared = run.prepare(optimizer, build_scheduler(optimizer, args, run.progress.max_steps))
-    position = Position() if checkpoint is None or saved is None else run.restore(checkpoint, saved)
+    position = Position() if checkpoint is None else run.restore(checkpoint, saved)
     with written_together(folder.path) as write:
         if main:
             write(lambda: run.begin_history(checkpoint))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_accel.common.signals import ORPHAN_SECONDS, Signals
+
 
 ROOT = Path(__file__).parents[2]
 # What a command imports in torch's stead: the signal comes in the midst of it.
@@ -56,3 +58,19 @@ def test_what_nohup_has_ignored_stays_ignored(tmp_path):
         timeout=50,
     )
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_process_whose_launcher_has_died_has_a_bounded_time_to_save(monkeypatch, signalled):
+    now, left = [100.0], []
+    monkeypatch.setattr("sae_accel.common.signals.time.monotonic", lambda: now[0])
+    found = Signals()
+    found.is_deferred, found.leave = True, left.append
+    if signalled:
+        # The launcher sends one, and is killed then.
+        found._received(signal.SIGTERM)
+    for seconds in (0.0, ORPHAN_SECONDS - 1, 2.0):
+        assert not left
+        now[0] += seconds
+        found._orphaned()
+    assert left == [signal.SIGTERM]

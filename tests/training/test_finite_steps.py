@@ -1,6 +1,7 @@
 """Tokens that are not finite train nothing, and steps that are not finite are not taken."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,3 +231,17 @@ def test_numbers_are_looked_at_one_by_one_only_around_a_step_that_has_bad_ones(t
     trainer.train()
     # Row 9 is of the third batch; the fourth is made with care at once, as its numbers might have been bad too.
     assert calls == [(0, False), (1, False), (2, False), (2, True), (3, True), (4, False), (5, False)]
+
+
+@pytest.mark.parametrize(("scale", "in_a_row"), [(65_536.0, 0), (1.0, 1)])
+def test_an_overflow_that_float16s_scaler_makes_is_no_failure(tmp_path, scale, in_a_row):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    window = [{"input_ids": torch.tensor(tiny_tokens(4)["input_ids"]), "attention_mask": torch.ones(4, 16).long()}]
+    k = {name: head.config.k for name, head in trainer.heads.items()}
+    result = trainer.objective.gradients(trainer.bank, window, k, {})
+    next(trainer.bank.parameters()).grad.fill_(math.inf)
+    trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
+    verdict = trainer.finite_steps.judge(result, trainer.optimizer)
+    assert not verdict.taken and verdict.overflows and verdict.is_sure
+    assert (trainer.run_state.skips.in_a_row, trainer.run_state.skips.steps) == (in_a_row, 1)
