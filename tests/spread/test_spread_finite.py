@@ -14,7 +14,8 @@ from sae_accel.train import main
 
 
 # ZeRO 1 does what ZeRO 2 does.
-SEVERAL = [way for way in WAYS if way != "zero1"]
+# The three stages of ZeRO look at gradients alike; the last has the most in pieces.
+SEVERAL = [way for way in WAYS if way not in ("zero1", "zero2")]
 BAD, STEPS, BATCH = 100, 6, 4
 HEADS = ["layers.1", "layers.2"]
 
