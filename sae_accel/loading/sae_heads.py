@@ -56,6 +56,16 @@ class SaeHeads(Mapping[str, HeadModel]):
         """The folder or repo."""
         return self._repository.name
 
+    @property
+    def commit(self) -> str | None:
+        """The commit of a repo on the Hub, of which all heads are; None for a folder, or if the Hub was not asked."""
+        return self._repository.commit
+
+    @property
+    def from_cache(self) -> str:
+        """Why there may be heads that are not known here, since the Hub was not asked; empty where all are known."""
+        return self._repository.from_cache
+
     def select(self, *patterns: str) -> "SaeHeads":
         """
         The heads whose names match, still to be loaded, in natural order.

@@ -352,6 +352,12 @@ class SaeTrainingArguments:
         "What is pushed when: heads at the end; at each save as well, while training goes on; with the newest "
         "checkpoint, in last-checkpoint; or with every checkpoint.",
     )
+    hub_timeout: float = _option(
+        3600.0,
+        "Seconds that training waits for pushes when it has ended; what has not arrived by then is told, with how to "
+        "push it by hand.",
+        above=0.0,
+    )
     report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 
     def __post_init__(self) -> None:

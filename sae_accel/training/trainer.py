@@ -362,7 +362,7 @@ class SaeTrainer:
             self.finite_steps.check_weights()
             self._save_checkpoint()
         if self.publisher is not None:
-            self.publisher.finish(interrupted=True)
+            self.publisher.finish(number)
         folder = self.saver.newest
         saved = f"{self.saver.unsaved} {signals.words()}" if folder is None else f"Saved {folder}. {GO_ON}"
         return Stopped(number, f"Stopped after step {self.state.global_step}. {saved}")
