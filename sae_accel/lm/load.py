@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, is_out_of_memory, one_line
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
@@ -132,7 +132,7 @@ class lm_errors:
         transformers_logging.set_verbosity(self.verbosity)
         # A device that this build of torch does not know ends in an AssertionError.
         expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
-        if isinstance(error, expected) and not isinstance(error, InputError):
+        if isinstance(error, expected) and not isinstance(error, InputError) and not is_out_of_memory(error):
             reason = one_line(error)
             raise InputError(
                 f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
