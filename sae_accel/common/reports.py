@@ -163,9 +163,7 @@ class Reports:
             "Command": self._command,
             "Versions": "\n".join(_versions()),
             "Devices": "\n".join(_devices()),
-            "Environment": "\n".join(
-                f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_told(name)
-            ),
+            "Environment": "\n".join(_environment()),
             "Recipe": self._recipe(),
             "Error": "".join(traceback.format_exception(error)).rstrip(),
         }
@@ -205,8 +203,10 @@ def _devices() -> Iterator[str]:
             yield f"cuda:{index} {torch.cuda.get_device_name(index)}"
 
 
-def _is_told(name: str) -> bool:
-    return name.startswith(_VARIABLES)
+def _environment() -> Iterator[str]:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_VARIABLES):
+            yield f"{name}={value}"
 
 
 def _rank() -> str:
