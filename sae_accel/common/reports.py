@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Reports:
 
     def _write(self, error: BaseException) -> Path | None:
         """Where the report is; None if it cannot be written anywhere."""
-        name = f"sae_accel-error-{time.strftime('%Y%m%d-%H%M%S')}-{_launch()}-process-{_rank()}.txt"
+        name = f"sae_accel-error-{datetime.now():%Y%m%d-%H%M%S-%f}-{_launch()}-process-{_rank()}.txt"
         for folder in self._folders():
             with suppress(OSError):
                 # Not over what is there, nor through a link that somebody laid.
