@@ -17,7 +17,7 @@ from huggingface_hub.utils import _http as client
 from huggingface_hub.utils import logging as client_logging
 
 from .errors import InputError, one_line
-from .tell import tell
+from .signals import tell
 
 
 # The Hub client's own HTTP library has changed its name, so it is taken from where the client has it.

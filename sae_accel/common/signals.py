@@ -95,8 +95,7 @@ class Signals:
         except KeyboardInterrupt as interrupt:
             # From Python's own handler, or from whom the command calls.
             message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
-            if is_first():
-                print(line(message), file=sys.stderr)
+            tell(message)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
     def _answer(self) -> list[signal.Signals]:
@@ -135,7 +134,7 @@ class Signals:
                 launch does.
         """
         try:
-            if is_first() if speaks is None else speaks:
+            if _is_first() if speaks is None else speaks:
                 _say(f"{self.reason(number)} {self.words()}")
             _end_children()
             for undo in reversed(self._undo):
@@ -231,18 +230,30 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """The thread answers."""
 
 
-def is_first() -> bool:
+def _is_first() -> bool:
     """Whether this is the first process of a launch, as long as no more is known than what the launcher said."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tell(message: object, by_any: bool = False) -> None:
+    """
+    Prints one line on standard error, below a progress bar that is open.
+
+    Args:
+        message (`object`): The line.
+        by_any (`bool`, defaults to `False`): Whether every process says it, or the first of a launch alone.
+    """
+    if by_any or _is_first():
+        print(_line(message), file=sys.stderr)
 
 
 def _say(message: str) -> None:
     # Not by way of sys.stderr, which the main thread may be about to write to.
     with suppress(OSError):
-        os.write(2, f"{line(message)}\n".encode())
+        os.write(2, f"{_line(message)}\n".encode())
 
 
-def line(message: object) -> str:
+def _line(message: object) -> str:
     """On a line of its own, where a progress bar has left one open."""
     is_open = isinstance(sys.stderr, _Guarded) and sys.stderr.is_line_open
     return f"{chr(10) if is_open else ''}sae_accel: {message}"

@@ -16,11 +16,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, is_out_of_memory, one_line
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
+from .modality import check_reads_text
 from .sharding import modules_to_shard, shard_in_turn
 
 
@@ -55,6 +56,7 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
             model = _auto_class(config, adapter, with_lm_head).from_config(
                 config, trust_remote_code=arguments.trust_remote_code, **_attention(arguments), **experts
             )
+    check_reads_text(model, arguments.name_or_path)
     if adapter is not None:
         adapter.check(model)
     if arguments.shard:
@@ -118,6 +120,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
 
 
+# A device that this build of torch does not know ends in an AssertionError.
+_FORESEEN = (OSError, ValueError, ImportError, RuntimeError, AssertionError)
+
+
 class lm_errors:
     """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
 
@@ -130,10 +136,11 @@ class lm_errors:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         transformers_logging.set_verbosity(self.verbosity)
-        # A device that this build of torch does not know ends in an AssertionError.
-        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
-        if isinstance(error, expected) and not isinstance(error, InputError):
+        if isinstance(error, Exception) and not isinstance(error, InputError) and not is_out_of_memory(error):
             reason = one_line(error)
+            if not isinstance(error, _FORESEEN):
+                # Damaged files make readers run into errors of any kind, the words of which tell little.
+                reason = f"{type(error).__name__}: {reason}. Its files may be damaged"
             raise InputError(
                 f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
             ) from error

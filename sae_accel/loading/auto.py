@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..common.errors import InputError, near
-from ..common.tell import tell
+from ..common.signals import tell
 from ..formats import Place
 from ..models.modeling_head import HeadModel
 from .find import find_heads, newest_checkpoint

@@ -10,7 +10,7 @@ from ..common.globs import glob_to_regex
 from ..common.quiet import quiet_files
 from ..common.staging import staging_folder
 from ..formats import Place
-from ..formats.hook_names import lens_name
+from ..formats.hook_names import inner_names, lens_name
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
 from ..models.releasing import push_saved
@@ -222,7 +222,9 @@ class SaeHeads(Mapping[str, HeadModel]):
     def _near(self, name: str) -> str:
         if list(self._places) == [""]:
             return "Its only head lies at the top: leave hookpoint out."
-        near = difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
+        near = [ours for inner in inner_names(name) for ours in self if inner in self._names(ours)]
+        near += [ours for ours in self if ours.split("/")[0].endswith(f".{name}")]
+        near = near[:4] or difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
         cached = " The Hub could not be asked, so only what is in the cache was looked at."
         return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 
