@@ -134,7 +134,7 @@ class Signals:
                 launch does.
         """
         try:
-            if _is_first() if speaks is None else speaks:
+            if is_first() if speaks is None else speaks:
                 _say(f"{self.reason(number)} {self.words()}")
             _end_children()
             for undo in reversed(self._undo):
@@ -230,7 +230,7 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """The thread answers."""
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the first process of a launch, as long as no more is known than what the launcher said."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -243,7 +243,7 @@ def tell(message: object, by_any: bool = False) -> None:
         message (`object`): The line.
         by_any (`bool`, defaults to `False`): Whether every process says it, or the first of a launch alone.
     """
-    if by_any or _is_first():
+    if by_any or is_first():
         print(_line(message), file=sys.stderr)
 
 

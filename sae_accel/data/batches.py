@@ -1,9 +1,9 @@
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from ..common.errors import InputError
 from ..processes.agreement import gather_objects, gather_together, raise_together
 from ..recipe.arguments import SaeTrainingArguments
+from .bad_rows import Tally
 from .collate import IndexedRows, Row, Rows, collate
 from .sequence_stream import SequenceStream, skipping
+
+
+T = TypeVar("T")
 
 
 class Position(NamedTuple):
@@ -63,7 +67,7 @@ class Batches:
         """The batches of each optimizer step, without end, with the position that comes after them."""
         epoch, done = position
         while True:
-            batches = self.one_pass(epoch, skip=done)
+            batches = self._one_pass(epoch, skip=done, drop_last=True, counts=not epoch)
             while window := list(islice(batches, self.args.gradient_accumulation_steps)):
                 done += len(window)
                 yield window, Position(epoch, done)
@@ -78,8 +82,15 @@ class Batches:
         One pass over the data, from the batch after `skip`: the first keeps the dataset's order, each later one has an
         order of its own. What fills no batch is left out with `drop_last`.
         """
-        read = self._from_rows if self.has_length else self._from_stream
-        for batch in read(epoch, skip, drop_last):
+        return self._one_pass(epoch, skip, drop_last, counts=False)
+
+    def _one_pass(self, epoch: int, skip: int, drop_last: bool, counts: bool) -> Iterator[dict[str, Tensor]]:
+        """As `one_pass`; with `counts` it is the pass of which it is counted what is left out of a stream."""
+        if self.has_length:
+            batches = self._from_rows(epoch, skip, drop_last)
+        else:
+            batches = self._from_stream(epoch, skip, drop_last, counts)
+        for batch in batches:
             yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
     def max_steps(self) -> int:
@@ -129,13 +140,17 @@ class Batches:
         for _ in places[len(own) :]:
             yield _without_rows(self.collate([self._indexed()[0]]))
 
-    def _from_stream(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
-        own = raise_together(lambda: self._own_part(epoch, skip, drop_last))
+    def _from_stream(self, epoch: int, skip: int, drop_last: bool, counts: bool) -> Iterator[dict[str, Tensor]]:
+        reader = _Reader(self.dataset, self.accelerator, counts)
+        own = raise_together(lambda: reader.read(lambda: self._own_part(epoch, skip, drop_last)))
         nothing = torch.zeros(0, 1, dtype=torch.long)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
-            found, everyone = gather_together(lambda: next(own, None), lambda batch: batch is not None)
-            if not any(everyone):
+            found, everyone = gather_together(
+                lambda: reader.read(lambda: next(own, None)), lambda batch: (batch is not None, reader.tally)
+            )
+            reader.settle([tally for _, tally in everyone])
+            if not any(has_more for has_more, _ in everyone):
                 return
             batch = _without_rows(batch) if found is None else found
             yield batch
@@ -178,6 +193,54 @@ class Batches:
                 "process(es). Lower training.per_device_train_batch_size, data.eval_examples or data.ctx_len, or use "
                 "more data."
             )
+
+
+class _Reader:
+    """
+    Reads this process's part of a stream, and keeps count of the rows that all processes leave out.
+
+    Args:
+        dataset (`Rows`, *optional*): The stream.
+        accelerator (`Accelerator`): Which process this is.
+        counts (`bool`): Whether what is left out is counted as the run's.
+
+    Attributes:
+        tally ([`Tally`]): What this process has left out.
+    """
+
+    def __init__(self, dataset: Rows | None, accelerator: Accelerator, counts: bool):
+        # One process counts as it cuts.
+        is_dealt = isinstance(dataset, SequenceStream) and accelerator.num_processes > 1
+        self.stream = cast(SequenceStream, dataset) if is_dealt else None
+        self.processes, self.index, self.counts = accelerator.num_processes, accelerator.process_index, counts
+        self.tally = Tally()
+
+    def read(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which reads the stream."""
+        if self.stream is None:
+            return work()
+        with self.stream.counted(self.tally) as found:
+            result = work()
+        self.tally = found[0]
+        return result
+
+    def settle(self, everyone: list[Tally]) -> None:
+        """
+        Makes of each process's count that of the run.
+
+        Raises:
+            `InputError`: on every process, if there are too many.
+        """
+        if self.stream is None or not self.counts:
+            return
+        # Files that cannot be dealt out evenly are read by every process, and each keeps a part of their sequences.
+        apart = self.stream.whole.num_shards % self.processes == 0
+        total = reduce(Tally.plus, everyone) if apart else max(everyone)
+        bad_rows = self.stream.bad_rows
+        # A pass that begins anew, to find where a run goes on, comes to what it had counted.
+        if total.seen >= bad_rows.tally.seen:
+            bad_rows.tally = total
+            bad_rows.check()
 
 
 def sequence_length(dataset: Rows | None) -> int:

@@ -1,16 +1,19 @@
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError
+from .bad_rows import LEFT_OUT, BadRows, Tally, left_out
 from .collate import Row
+from .reading import reading
 
 
 # Documents that are cut into sequences at once, as `map` does it to those that are not streamed: what is left over
@@ -19,6 +22,15 @@ from .collate import Row
 DOCUMENTS_AT_ONCE = 1000
 # Sequences among which streamed data is shuffled.
 SHUFFLE_BUFFER = 1000
+# What a line says where a stream cannot be read.
+UNREADABLE = "The data cannot be read to its end", "Check data.path, and what is there."
+
+
+class Counts(Protocol):
+    """What counts the rows that it leaves out."""
+
+    tally: Tally
+    whose: str
 
 
 class SequenceStream(TorchIterableDataset):
@@ -32,6 +44,8 @@ class SequenceStream(TorchIterableDataset):
         cut (`Callable[[dict[str, list]], dict[str, list]]`): Makes sequences of a block of documents, by column.
         whole (`datasets.IterableDataset`): The same sequences as `datasets` gives them, which knows how to deal out a
             stream's files to processes.
+        bad_rows ([`BadRows`], *optional*): What may be left out. A checkpoint keeps what was.
+        dealt ([`Counts`], *optional*): What is left out of `whole`.
 
     Attributes:
         counts (`list[int]`): How many sequences each block that was cut has given. A checkpoint keeps them.
@@ -43,8 +57,11 @@ class SequenceStream(TorchIterableDataset):
         columns: list[str],
         cut: Callable[[dict[str, list]], dict[str, list]],
         whole: IterableDataset,
+        bad_rows: BadRows | None = None,
+        dealt: Counts | None = None,
     ):
         self.documents, self.columns, self.cut, self.whole = documents, columns, cut, whole
+        self.bad_rows, self.dealt = bad_rows or BadRows(), dealt
         self.counts: list[int] = []
         self._first, self._limit, self._begin, self._epoch = 0, None, 0, 0
         self._seed: int | None = None
@@ -81,6 +98,15 @@ class SequenceStream(TorchIterableDataset):
         self._epoch = epoch
         self.whole.set_epoch(epoch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of what has been read."""
+        return {"counts": self.counts, "bad_rows": self.bad_rows.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what a checkpoint has kept. The first blocks may have been read anew already."""
+        self.counts[len(self.counts) :] = state["counts"][len(self.counts) :]
+        self.bad_rows.load_state_dict(state["bad_rows"])
+
     def _with(self, **changes: object) -> "SequenceStream":
         other = copy(self)
         other.__dict__.update(changes)
@@ -102,20 +128,31 @@ class SequenceStream(TorchIterableDataset):
 
         return islice(map(found.pop, in_order()), self._begin - passed, None)
 
-    def _blocks(self) -> Iterator[pyarrow.Table]:
-        documents = self.documents.select_columns(self.columns).with_format("arrow")
-        blocks = iter(documents.iter(batch_size=DOCUMENTS_AT_ONCE))
+    def _blocks(self) -> Iterator[dict[str, list]]:
+        """The documents, by column."""
+        documents = self.documents.select_columns(self.columns)
+        # Arrow knows nothing of rows that differ in kind, nor of what `datasets` makes of them.
+        types = "json" if documents.features is None else str(documents.features.arrow_schema)
+        by_arrow = "json" not in types.lower()
+        blocks = iter((documents.with_format("arrow") if by_arrow else documents).iter(batch_size=DOCUMENTS_AT_ONCE))
         while True:
-            try:
+            with reading(*UNREADABLE):
                 block = next(blocks, None)
-            # A stream passes on whatever its builder raises.
-            except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-                raise InputError(
-                    f"The data cannot be read to its end: {one_line(error)}. Check data.path, and what is there."
-                ) from error
             if block is None:
                 return
-            yield block
+            yield block.to_pydict() if by_arrow else block
+
+    @contextmanager
+    def counted(self, tally: Tally) -> Iterator[list[Tally]]:
+        """While open, what is read of `whole` adds what it leaves out to `tally`; a list of one that is then there."""
+        found = [tally]
+        if self.dealt is None:
+            yield found
+            return
+        self.dealt.tally = tally
+        with reading(*UNREADABLE):
+            yield found
+        found[0] = self.dealt.tally
 
     def _passed(self) -> tuple["_Buffer", int, list[int], int]:
         """
@@ -138,7 +175,7 @@ class SequenceStream(TorchIterableDataset):
             del out[:gone]
         return buffer, passed, out, number
 
-    def _wanted(self, blocks: Iterator[pyarrow.Table], count: int, wanted: set[int]) -> dict[int, Row]:
+    def _wanted(self, blocks: Iterator[dict[str, list]], count: int, wanted: set[int]) -> dict[int, Row]:
         """Reads the first `count` blocks, and cuts those that hold a sequence that is wanted."""
         found: dict[int, Row] = {}
         start = 0
@@ -149,15 +186,17 @@ class SequenceStream(TorchIterableDataset):
                     rows = enumerate(self._cut(i, documents), start)
                     found.update((place, row) for place, row in rows if place in wanted)
                 start = end
-                bar.update(documents.num_rows)
+                bar.update(len(documents[self.columns[0]]))
         return found
 
-    def _cut(self, number: int, documents: pyarrow.Table) -> list[Row]:
-        by_column = self.cut(documents.to_pydict())
+    def _cut(self, number: int, documents: dict[str, list]) -> list[Row]:
+        by_column = self.cut(documents)
+        found = by_column.pop(LEFT_OUT, [])
         columns = [[np.asarray(ids, dtype=np.int32) for ids in sequences] for sequences in by_column.values()]
         rows = [dict(zip(by_column, values, strict=True)) for values in zip(*columns, strict=True)]
         if number == len(self.counts):
             self.counts.append(len(rows))
+            self.bad_rows.add(left_out(found, number * DOCUMENTS_AT_ONCE, len(documents[self.columns[0]])))
         elif len(rows) != self.counts[number]:
             raise InputError(
                 f"The data is no longer what it was: documents from {number * DOCUMENTS_AT_ONCE:,} on gave "

@@ -1,18 +1,20 @@
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError
 from ..recipe.arguments import DataArguments
+from .file_kinds import ARROW, CSV, JSON, PARQUET, TEXT, TSV
+from .json_lines import JsonLines
+from .local_files import LocalFiles, find_files, what_is_near
+from .reading import reading
 
 
-# Local files by their ending; any other ending is plain text, and each file is one document.
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-
-COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
+BUILDERS = {JSON: "json", CSV: "csv", TSV: "csv", PARQUET: "parquet", ARROW: "arrow", TEXT: "text"}
+DOCUMENT = "document"
 
 
 def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
@@ -26,19 +28,16 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         `InputError`: with the reason, if they cannot be read.
     """
     path = arguments.path
-    try:
+    ends = "" if os.path.exists(path) else what_is_near(path).strip()
+    with reading(f"data.path: {path!r} cannot be loaded", ends):
         if _is_saved(Path(path)):
             return _saved(arguments)
-        if files := sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file()):
-            return _local_files(files, arguments)
-        options = {"split": arguments.split, "streaming": arguments.streaming, **arguments.load_args}
-        return load_dataset(path, arguments.name, **options)
-    except InputError:
-        raise
-    # load_dataset passes on whatever its builders raise; these are what wrong arguments cause.
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetGenerationError) as error:
-        reason = one_line(error.__cause__ or error)
-        raise InputError(f"data.path: {path!r} cannot be loaded: {reason}") from error
+        if (files := find_files(arguments)) is not None:
+            return _local(files, arguments)
+        if glob.has_magic(path) and not os.path.exists(path):
+            raise FileNotFoundError("no file matches it")
+        options = {"split": arguments.split, "streaming": arguments.streaming, **_sampling(arguments)}
+        return load_dataset(path, arguments.name, **(options | arguments.load_args))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -58,11 +57,48 @@ def _saved(arguments: DataArguments) -> Dataset | IterableDataset:
     return rows.to_iterable_dataset() if arguments.streaming else rows
 
 
-def _local_files(files: list[str], arguments: DataArguments) -> Dataset | IterableDataset:
-    # The ending before that of a compression, which datasets undoes itself.
-    endings = [ending for ending in Path(files[0]).suffixes if ending not in COMPRESSIONS]
-    builder = BUILDERS.get(endings[-1] if endings else "")
-    options: dict[str, Any] = {"split": arguments.split, "streaming": arguments.streaming, "data_files": files}
-    if builder is None:
-        builder, options["sample_by"] = "text", "document"
-    return load_dataset(builder, **(options | arguments.load_args))
+def _local(files: LocalFiles, arguments: DataArguments) -> Dataset | IterableDataset:
+    if files.kind != TEXT and arguments.sample_by != DOCUMENT:
+        raise InputError(
+            f"data.sample_by: it cuts texts, and {arguments.path!r} holds {files.kind}, of which each row is a "
+            "document. Remove it."
+        )
+    if arguments.streaming and (hidden := next((file for file in files.files if file.hides_compression), None)):
+        if files.kind != JSON or arguments.load_args:
+            raise InputError(
+                f"data.path: {hidden.path!r} is compressed by {hidden.compression}, which a stream sees by the ending "
+                "alone. Rename it, or set data.streaming to false."
+            )
+    # Names are no patterns, whatever is in them.
+    paths = {split: [glob.escape(os.path.abspath(f.path)) for f in found] for split, found in files.splits.items()}
+    if files.kind == JSON and not arguments.load_args and all(file.columns for file in files.files):
+        return _json_lines(files, paths, arguments)
+    options: dict[str, Any] = {"split": arguments.split, "streaming": arguments.streaming, "data_files": paths}
+    if files.kind == TEXT:
+        options |= {"sample_by": arguments.sample_by, "encoding": "utf-8-sig"}
+    elif files.kind in (CSV, TSV):
+        # An empty cell, or one that says "null", is a text.
+        options |= {"keep_default_na": False, "sep": "\t" if files.kind == TSV else ","}
+    elif files.kind == JSON:
+        # Else it takes texts for JSON where others near them are none.
+        options["on_mixed_types"] = None
+    return load_dataset(BUILDERS[files.kind], **(options | arguments.load_args))
+
+
+def _json_lines(files: LocalFiles, paths: dict[str, list[str]], arguments: DataArguments) -> Dataset | IterableDataset:
+    columns = {column: None for file in files.files for column in file.columns}
+    text_column = None if "input_ids" in columns else arguments.text_column
+    if text_column is not None and text_column not in columns:
+        raise InputError(
+            f"data.text_column: the data has no column {text_column!r}; it has {', '.join(columns)}. Name one of them."
+        )
+    builder = JsonLines(data_files=paths, text_column=text_column, masks="attention_mask" in columns)
+    if arguments.streaming:
+        return builder.as_streaming_dataset(arguments.split)
+    builder.download_and_prepare()
+    return builder.as_dataset(arguments.split)
+
+
+def _sampling(arguments: DataArguments) -> dict[str, str]:
+    """What is not the default is for `datasets` to take, or to refuse."""
+    return {} if arguments.sample_by == DOCUMENT else {"sample_by": arguments.sample_by}

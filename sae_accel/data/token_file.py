@@ -4,12 +4,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from ..common.errors import InputError
+from .bad_rows import BadRows, left_out
 
 
 # Ids that are looked at, spread over the file, to find a wrong width before training does.
 SAMPLED_IDS = 2**20
+# Ids that are read at once to look at all of them.
+PIECE = 2**24
 # No vocabulary is as large: a larger id is two narrower ones, read as one.
 LARGEST_ID = 2**20
 
@@ -24,13 +28,21 @@ class TokenFile(Dataset):
         vocab_size (`int`): Ids that the LM knows.
         token_dtype (`str`, *optional*): `"uint16"` or `"uint32"`; uint16 if not given and the vocabulary fits in it,
             else uint32.
+        bad_rows ([`BadRows`], *optional*): How many sequences may hold ids that the LM does not know. They are left
+            out.
 
     Raises:
-        `InputError`: if the file is missing, too short, or does not hold ids of that width that the LM knows. Ids that
-            are not among those looked at are checked when a sequence is read.
+        `InputError`: if the file is missing, too short, or does not hold ids of that width that the LM knows.
     """
 
-    def __init__(self, path: str, ctx_len: int, vocab_size: int, token_dtype: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        ctx_len: int,
+        vocab_size: int,
+        token_dtype: str | None = None,
+        bad_rows: BadRows | None = None,
+    ):
         self.path, self.ctx_len, self.vocab_size = path, ctx_len, vocab_size
         self.dtype = np.dtype(token_dtype or ("uint16" if vocab_size <= 2**16 else "uint32"))
         num_ids = self._count_ids()
@@ -39,17 +51,17 @@ class TokenFile(Dataset):
                 f"data.path: {path!r} holds {num_ids} tokens of {self.dtype}, less than one sequence of "
                 f"data.ctx_len = {ctx_len}. Lower it, or use more data."
             )
-        self.order = np.arange(num_ids // ctx_len)
-        sample = self._sample(num_ids)
-        self._check_width(sample)
-        self._check_known(sample)
+        self._check_width(self._sample(num_ids))
+        known = self._are_known(num_ids // ctx_len)
+        self.order = np.flatnonzero(known)
+        if len(self.order) < len(known):
+            self._leave_out(known, bad_rows or BadRows(whole=True))
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self._read(int(self.order[index]) * self.ctx_len, self.ctx_len)
-        self._check_known(ids)
+        ids = self._sequences(int(self.order[index]), 1)[0]
         return {"input_ids": torch.from_numpy(ids.astype(np.int64))}
 
     def select(self, indices: Sequence[int]) -> "TokenFile":
@@ -101,10 +113,34 @@ class TokenFile(Dataset):
                 "of uint32. Set data.token_dtype: uint32."
             )
 
-    def _check_known(self, ids: np.ndarray) -> None:
-        if ids.max() >= self.vocab_size:
+    def _are_known(self, count: int) -> np.ndarray:
+        """By sequence, whether the LM knows all of its ids, `(count,)`."""
+        known = np.ones(count, bool)
+        if self.vocab_size > np.iinfo(self.dtype).max:
+            return known
+        rows = max(1, PIECE // self.ctx_len)
+        with tqdm(total=count, desc="Looking at every id", unit=" sequences", unit_scale=True, delay=2.0) as bar:
+            for start in range(0, count, rows):
+                piece = self._sequences(start, min(rows, count - start))
+                known[start : start + rows] = piece.max(1) < self.vocab_size
+                bar.update(len(piece))
+        return known
+
+    def _leave_out(self, known: np.ndarray, bad_rows: BadRows) -> None:
+        unknown = np.flatnonzero(~known)
+        if 2 * len(unknown) > len(known):
             raise InputError(
-                f"data.path: {self.path!r}, read as {self.dtype}, holds id {ids.max()}, but the LM knows "
-                f"{self.vocab_size} ids. Use a file that was made with its tokenizer, or set data.token_dtype to the "
-                "width it was written with."
+                f"data.path: {self.path!r}, read as {self.dtype}, {self._what_is_unknown(unknown[:1000])}. Use a file "
+                "that was made with its tokenizer, or set data.token_dtype to the width it was written with."
             )
+        why = f"which {self._what_is_unknown(unknown[:1])}"
+        bad_rows.add(left_out([(int(place), why) for place in unknown], 0, len(known)))
+        bad_rows.tell()
+
+    def _what_is_unknown(self, places: np.ndarray) -> str:
+        largest = max(self._sequences(int(place), 1).max() for place in places)
+        return f"holds id {largest}, but the LM knows {self.vocab_size} ids"
+
+    def _sequences(self, start: int, count: int) -> np.ndarray:
+        """Sequences of the file, `(count, ctx_len)`."""
+        return self._read(start * self.ctx_len, count * self.ctx_len).reshape(count, self.ctx_len)

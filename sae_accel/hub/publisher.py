@@ -63,20 +63,23 @@ class Publisher(TrainerCallback):
         else:
             self._begin(state.global_step)
 
-    def finish(self, signal_number: int | None = None, deadline: float | None = None) -> None:
+    def finish(
+        self, release_follows: bool = True, signal_number: int | None = None, deadline: float | None = None
+    ) -> None:
         """
         Waits for pushes that are at work, for at most `hub_timeout`.
 
         Args:
-            signal_number (`int`, *optional*): What has ended the run. No release follows then, so that the newest
-                checkpoint has to be pushed even if it was left out. After Ctrl-C a Hub that does not answer is left.
+            release_follows (`bool`, defaults to `True`): If not, the newest checkpoint has to be pushed even if it was
+                left out.
+            signal_number (`int`, *optional*): What has ended the run. After Ctrl-C a Hub that does not answer is left.
             deadline (`float`, *optional*): By when, of `time.monotonic`.
         """
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
-        if signal_number is not None and not all(push.done() for push in self._pushes):
+        if not release_follows and not all(push.done() for push in self._pushes):
             logger.warning("Waiting until the last checkpoint has been pushed. Once more to stop at once.")
         self._wait(deadline, signal_number)
-        if signal_number is not None and self._left_out is not None:
+        if not release_follows and self._left_out is not None:
             self._begin(self._left_out)
             self._wait(deadline, signal_number)
         for push in self._pushes:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, is_out_of_memory, one_line
@@ -27,6 +28,10 @@ from .sharding import modules_to_shard, shard_in_turn
 
 if TYPE_CHECKING:
     from .adapter import Adapter, AutoClass
+
+
+# Files by which tokenizers are loaded, of one kind or another.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) -> PreTrainedModel:
@@ -109,15 +114,30 @@ def load_lm(
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
     """
-    The LM's tokenizer.
+    The LM's tokenizer; None if it has none, which only text needs.
 
     Raises:
-        `InputError`: if there is none.
+        `InputError`: if it cannot be loaded.
     """
+    try:
+        with lm_errors(arguments):
+            return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
+    except InputError:
+        if arguments.gguf_file is not None or _has_file_of_tokenizer(arguments):
+            raise
+        return None
+
+
+def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
+    source = {name: value for name, value in _source(arguments).items() if name in ("revision", "token")}
     with lm_errors(arguments):
-        return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
+        # Asked for one by one: a file that is not there is no error, and one that cannot be asked for is.
+        return any(
+            cached_file(arguments.name_or_path, name, _raise_exceptions_for_missing_entries=False, **source)
+            for name in _TOKENIZERS
+        )
 
 
 # A device that this build of torch does not know ends in an AssertionError.

@@ -1,5 +1,6 @@
-"""How long a sequence an LM can read."""
+"""How long a sequence an LM can read, and which positions its tokens have."""
 
+import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -100,6 +101,32 @@ def _runs(base_model: PreTrainedModel, tokens: int) -> bool:
     except ProbeFailed:
         return False
     return True
+
+
+def with_positions(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """
+    A batch with `position_ids` of its own, `(batch, ctx_len)`, if some row is filled up on the left: its first token
+    has position 0, as it has without the filling.
+
+    Args:
+        module (`nn.Module`): What reads the tokens. One that takes no positions, or finds them by its padding token as
+            RoBERTa does, is given none.
+        batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`; or
+            `pixel_values`.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or not mask.numel() or bool(mask[:, 0].all()) or not _takes_positions(module):
+        return batch
+    filling = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    positions = torch.arange(mask.shape[1], device=mask.device) - filling
+    return {**batch, "position_ids": positions.clamp(min=0)}
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        return False
+    tables = (part for name, part in module.named_modules() if "position" in name and isinstance(part, nn.Embedding))
+    return all(table.padding_idx is None for table in tables)
 
 
 class _Lookups(TorchDispatchMode):

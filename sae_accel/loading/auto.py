@@ -119,8 +119,8 @@ class AutoSae:
 def _tell_of_cache(heads: SaeHeads) -> None:
     if heads.from_cache:
         tell(
-            f"{heads.origin!r}: {heads.from_cache}, so these are the {len(heads)} heads that are in the cache. The repo "
-            "may have more."
+            f"{heads.origin!r}: {heads.from_cache}, so these are the {len(heads)} heads that are in the cache. There "
+            "may be more."
         )
 
 

@@ -1,9 +1,10 @@
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..common.errors import InputError
+from .option import Help as Help
+from .option import option as _option
 
 
 # Kinds of heads, with the fields of an entry that each refuses, and why. `sae_accel.models.register` adds to them.
@@ -17,53 +18,6 @@ KINDS: dict[str, dict[str, str]] = {
 
 
 DEFAULT_CTX_LEN = 2048
-
-
-class Help(str):
-    """
-    What a field means, with what else is known of it. `HfArgumentParser` gives a field's metadata to `argparse` as
-    they are, so all of it goes under the one key `help`.
-
-    Args:
-        text (`str`): What `--help` prints.
-        minimum (`float`, *optional*): The least value that is allowed.
-        maximum (`float`, *optional*): The largest value that is allowed.
-        above (`float`, *optional*): Values must be larger than this.
-        secret (`bool`, defaults to `False`): Whether the value must never reach a file or a tracker.
-        device_keys (`bool`, defaults to `False`): Whether it is a mapping by devices or modules, with their own names.
-        choices (`Iterable[str]`, *optional*): The values that are allowed, looked up when they are needed.
-    """
-
-    minimum: float | None
-    maximum: float | None
-    above: float | None
-    secret: bool
-    device_keys: bool
-    choices: Iterable[str] | None
-
-    def __new__(
-        cls,
-        text: str,
-        minimum: float | None = None,
-        above: float | None = None,
-        secret: bool = False,
-        device_keys: bool = False,
-        choices: Iterable[str] | None = None,
-        maximum: float | None = None,
-    ) -> "Help":
-        self = super().__new__(cls, text)
-        self.minimum, self.above, self.secret, self.device_keys = minimum, above, secret, device_keys
-        self.choices, self.maximum = choices, maximum
-        return self
-
-
-def _option(default: Any, help: str, **known: Any) -> Any:
-    """A dataclass field with a [`Help`]; mutable defaults are copied for each instance."""
-    metadata = {"help": Help(help, **known)}
-    shown = not metadata["help"].secret
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=shown)
-    return field(default=default, metadata=metadata, repr=shown)
 
 
 @dataclass(kw_only=True)
@@ -115,8 +69,8 @@ class DataArguments:
 
     path: str = _option(
         "EleutherAI/SmolLM2-135M-10B",
-        "What `datasets.load_dataset` takes, a folder saved by `save_to_disk`, text files (a glob is allowed), or a "
-        "`.bin` file of token ids.",
+        "What `datasets.load_dataset` takes, a folder saved by `save_to_disk`, local files of one kind (a file, a "
+        "folder or a glob), or a `.bin` file of token ids.",
     )
     name: str | None = _option(None, "Configuration of the dataset, the second argument of `load_dataset`.")
     split: str = _option("train", "Split to read; slices such as `train[:1000]` are allowed.")
@@ -124,6 +78,25 @@ class DataArguments:
     streaming: bool = _option(False, "Read the dataset as it arrives instead of downloading it first.")
     text_column: str = _option(
         "text", "Column with the text; a dataset with a column `input_ids` is not tokenised again."
+    )
+    sample_by: Literal["document", "line", "paragraph"] = _option(
+        "document", "What of a local text file is a document: all of it, each line, or what empty lines part."
+    )
+    separator: str | int | None = _option(
+        None,
+        "What stands after each document: a token of the tokenizer, or its id; EOS if not set, or SEP if there is no "
+        "EOS.",
+    )
+    bad_rows: Literal["skip", "stop"] = _option(
+        "skip",
+        "What is done with rows of which no sequence can be made, such as a text that is null: they are left out and "
+        "counted, or the run ends at the first.",
+    )
+    max_bad_rows: float = _option(
+        0.01,
+        "With bad_rows: skip, how many rows may be left out; below 1 a part of those read so far. With more of them "
+        "the run ends.",
+        minimum=0.0,
     )
     token_dtype: Literal["uint16", "uint32"] | None = _option(
         None, "Width of the ids in a `.bin` file; uint16 if not set and the vocabulary fits in it, else uint32."
@@ -146,6 +119,9 @@ class DataArguments:
     num_proc: int | None = _option(
         None, "Processes for tokenisation; one if not set. Not used when streaming.", minimum=1
     )
+
+    def __post_init__(self) -> None:
+        self.path = os.path.expanduser(self.path)
 
     @property
     def sequence_length(self) -> int:

@@ -16,7 +16,9 @@ _ASKS = {
     "training": "loss seed",
 }
 # As that; and a place in the data of the one is no place in that of the other.
-_MOVES = {"data": "path name split load_args streaming text_column token_dtype ctx_len shuffle_seed"}
+_MOVES = {
+    "data": "path name split load_args streaming text_column sample_by separator token_dtype ctx_len shuffle_seed"
+}
 # What the weights or the optimizer's state would not fit.
 _FIXED = {
     "heads": "type source activation num_latents skip_connection normalize_decoder",

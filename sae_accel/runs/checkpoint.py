@@ -21,7 +21,7 @@ from ..processes.agreement import say
 GO_ON = "Go on with --training.resume_from_checkpoint true."
 STATE_FILE = "training_state.pt"
 # Of what is in it; raised whenever that changes, so that no run goes on from what it would misread.
-FORMAT = 2
+FORMAT = 3
 # The second of them is one that a run has put aside, as it went on from an older one.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ANY_CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.before-.*)?")

@@ -20,6 +20,7 @@ from ..common.errors import InputError
 from ..common.files import write_json
 from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from ..data.batches import Position
+from ..data.sequence_stream import SequenceStream
 from ..models import HeadModel
 from ..recipe.arguments import SaeTrainingArguments
 from ..recipe.recipe import Recipe
@@ -65,7 +66,7 @@ class RunState:
         owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
         history ([`LogHistory`]): What was logged; `progress` holds the latest of it.
         means ([`RunningMeans`]), firing ([`FiringCounts`]): What was measured, and fired, since the last log.
-        counts (`list[int]`): Of a [`SequenceStream`], by which a run that goes on passes what has trained.
+        stream ([`SequenceStream`], *optional*): What is trained on, if it is that: it knows what it has passed.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class RunState:
         self.best: dict[str, float] = {}
         self.skips, self.lowest = Skips(), LowestLosses(args.loss, plans)
         self.owes_evaluation = False
-        self.counts: list[int] = []
+        self.stream: SequenceStream | None = None
         self.means, self.firing = RunningMeans(), FiringCounts()
 
     @property
@@ -239,7 +240,7 @@ class RunState:
                     "identity": self.identity,
                     "sequences": position.batches * self._sequences(),
                     "epoch": position.epoch,
-                    "counts": self.counts,
+                    "stream": None if self.stream is None else self.stream.state_dict(),
                     "since_log": {"sums": sums, "steps": self.means.steps},
                     "initial_metrics": self.initial_metrics,
                     "best": self.best,
@@ -323,12 +324,18 @@ class RunState:
         saved["differences"].tell(checkpoint)
         if saved["differences"].moves:
             return Position()
-        if not any(field.startswith("model.") for field in saved["differences"].changed):
-            # Another tokenizer would cut the documents into others.
-            self.counts[len(self.counts) :] = saved["counts"][len(self.counts) :]
+        # Another tokenizer would cut the documents into others.
+        is_same = not any(field.startswith("model.") for field in saved["differences"].changed)
+        if is_same and self.stream is not None and saved["stream"] is not None:
+            self.stream.load_state_dict(saved["stream"])
         # What is left of a batch on another number of processes is passed over, so that no row trains twice; a stream
         # is dealt out to another number in another way.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
+
+    def tell_left_out(self) -> None:
+        """Says which rows of a stream were left out; of other data that was told as it was read."""
+        if self.stream is not None:
+            self.stream.bad_rows.tell()
 
     def begin_history(self, checkpoint: Path | None) -> None:
         """Goes on with what was logged until a checkpoint, which may be another run's, or begins anew."""

@@ -1,9 +1,10 @@
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..common.errors import NotSaved, one_line
+from ..common.errors import InputError, NotSaved, one_line
 from ..common.run_files import BEST, HISTORY
-from ..data.batches import Position
+from ..data.batches import Position, Window
 from ..processes.agreement import say
 from ..processes.trackers import with_trackers
 from ..runs import checkpoint as files
@@ -59,6 +60,30 @@ class Saver:
         self._newest = self.run.progress.global_step, folder
         self._drop_old(self.args.save_total_limit)
         return folder
+
+    def where(self, what_is_left: Callable[[], str]) -> str:
+        """Where the present step is saved, in words; if it could not be, why, and `what_is_left`."""
+        folder = self.newest
+        return f"{self.unsaved} {what_is_left()}" if folder is None else f"Saved {folder}. {files.GO_ON}"
+
+    def saved_before_errors(self, windows: Iterator[Window], save: Callable[[], str]) -> Iterator[Window]:
+        """
+        Windows of the data. Where it cannot be read on, what has trained is saved first.
+
+        Args:
+            windows (`Iterator[Window]`): As many on every process.
+            save (`Callable[[], str]`): Saves, and says where.
+
+        Raises:
+            `InputError`: on every process, with the reason and what is saved.
+        """
+        while True:
+            try:
+                window = next(windows)
+            except InputError as error:
+                # Before the first step there is nothing to save.
+                raise InputError(f"{error} {save()}" if self.run.progress.global_step else str(error)) from error
+            yield window
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,7 @@ from ..bank.bank import SaeBank, measured
 from ..data.collate import text_mask
 from ..lm.hooks import Site, base_of, record
 from ..lm.logit_loss import IGNORED, LogitLoss
+from ..lm.positions import with_positions
 from ..lm.splice import Replacement, replaced
 from ..ops.finite import finite_rows, surely_finite
 
@@ -35,7 +37,8 @@ class SplicedLM:
         self.model = model
         self.exclude_tokens = exclude_tokens
         self.adapter = adapter
-        self.options = without_cache(base_of(model))
+        self.base_model = base_of(model)
+        self.options = without_cache(self.base_model)
 
     def counts(self, batch: dict[str, Tensor], loss: str) -> Tensor:
         """Tokens of a batch whose loss is counted: for `ce` those with a next token, for `kl` all."""
@@ -55,7 +58,7 @@ class SplicedLM:
         if not len(batch["input_ids"]):
             return torch.zeros(*batch["input_ids"].shape, 1, device=batch["input_ids"].device)
         with self.adapter.disable_adapter() if self.adapter is not None else nullcontext(), _full_precision(batch):
-            return self.losses.hidden_states(**batch, **self.options).to(batch["input_ids"].device)
+            return self.losses.hidden_states(**self._inputs(batch)).to(batch["input_ids"].device)
 
     @torch.no_grad()
     def finite_sequences(self, batch: dict[str, Tensor], sites: list[Site]) -> tuple[Tensor, NonFiniteAt | None]:
@@ -105,9 +108,12 @@ class SplicedLM:
                 return self.losses(nothing, batch["input_ids"].flatten(), None if clean is None else nothing.detach())
             with replaced(base_of(self.model), heads.replacements()):
                 # An LM may be spread over devices; its hidden states come back to where the tokens are.
-                hidden = self.losses.hidden_states(**batch, **self.options).to(mask.device)
+                hidden = self.losses.hidden_states(**self._inputs(batch)).to(mask.device)
             heads.finite.append(surely_finite(hidden[mask]).all())
             return self.losses(hidden[mask], self.labels(batch)[mask], None if clean is None else clean[mask])
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {**with_positions(self.base_model, batch), **self.options}
 
 
 class SplicedHeads:

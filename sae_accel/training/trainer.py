@@ -19,6 +19,7 @@ from ..common.errors import InputError
 from ..common.signals import Stopped, signals
 from ..data.batches import Batches, Position, Window, fingerprint, sequence_length
 from ..data.collate import Rows
+from ..data.sequence_stream import SequenceStream
 from ..hub.publisher import Publisher, push_run
 from ..hub.release import Pushed
 from ..lm.adapter import unwrapped
@@ -113,7 +114,7 @@ class SaeTrainer:
         identity = identity_of(plans, args, lora, model, recipe, fingerprint(train_dataset))
         by_name = {plan.name: plan for plan in plans}
         self.run_state = RunState(args, by_name, self.assembly.bank, self.spread, adapter, recipe, identity)
-        self.run_state.counts = getattr(train_dataset, "counts", [])
+        self.run_state.stream = train_dataset if isinstance(train_dataset, SequenceStream) else None
         self.saver = Saver(self.run_state)
         places = written_places(self.plans, args, lora)
         tracks = args.report_to != ["none"]
@@ -209,7 +210,9 @@ class SaeTrainer:
             try:
                 metrics = self._take_steps(windows)
             except Abandoned as signal:
-                raise self._stopped(signal.number) from None
+                words = f"Stopped after step {self.state.global_step}. {self._saved(signal.number)}"
+                raise Stopped(signal.number, words) from None
+        self.run_state.tell_left_out()
         metrics |= self.run_state.initial_metrics | self.counters.totals(tokens_before, time.monotonic() - started)
         self.save_model()
         signals.words = lambda: f"The heads are saved in {self.output_dir}, their card is not. {GO_ON}"
@@ -224,10 +227,8 @@ class SaeTrainer:
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
         """One optimizer step on the batches of an accumulation window, from tokens to new weights."""
-        heads = self.heads
-        k = {
-            name: k_at(self.state.global_step, head.config, self.plans[name].arguments) for name, head in heads.items()
-        }
+        heads, step = self.heads, self.state.global_step
+        k = {name: k_at(step, head.config, self.plans[name].arguments) for name, head in heads.items()}
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
         gradients = partial(self.objective.gradients, self.bank, window, k, self.counters.dead_masks())
         with self._interruption.whole_step(self.optimizer):
@@ -315,7 +316,7 @@ class SaeTrainer:
 
     def _windows(self, batches: Batches) -> Iterator[Window]:
         """The batches of each step. The first is read now: to find it in a stream is not training."""
-        windows = batches.windows(self._position)
+        windows = self.saver.saved_before_errors(batches.windows(self._position), partial(self._saved, anew=True))
         first = islice(windows, 1) if self.state.global_step < self.state.max_steps else ()
         return chain(list(first), windows)
 
@@ -356,16 +357,14 @@ class SaeTrainer:
         if folder is not None:
             self._tell("on_save")
 
-    def _stopped(self, number: int) -> Stopped:
-        """Saves what is not saved yet, and says so."""
-        if self.saver.newest is None:
+    def _saved(self, signal_number: int | None = None, anew: bool = False) -> str:
+        """Saves what is not saved yet, or all `anew`, and says so."""
+        if anew or self.saver.newest is None:
             self.finite_steps.check_weights()
             self._save_checkpoint()
-        if self.publisher is not None:
-            self.publisher.finish(number)
-        folder = self.saver.newest
-        saved = f"{self.saver.unsaved} {signals.words()}" if folder is None else f"Saved {folder}. {GO_ON}"
-        return Stopped(number, f"Stopped after step {self.state.global_step}. {saved}")
+        if self.publisher:
+            self.publisher.finish(release_follows=False, signal_number=signal_number)
+        return self.saver.where(signals.words)
 
     def _write_log(self) -> None:
         values = self.counters.flush()

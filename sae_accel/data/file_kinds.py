@@ -1,0 +1,184 @@
+"""What a local file holds: told by its first bytes, and only then by its ending."""
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from datasets.utils.file_utils import COMPRESSION_EXTENSION_TO_PROTOCOL
+
+from ..common.errors import InputError, one_line
+
+
+JSON, CSV, TSV, PARQUET, ARROW = "JSON", "CSV", "TSV", "Parquet", "Arrow"
+TEXT, IDS, OTHER = "text", "token ids", "something else"
+# By ending, without regard to case. Any other ending says nothing.
+ENDINGS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), JSON),
+    ".csv": CSV,
+    ".tsv": TSV,
+    ".parquet": PARQUET,
+    ".arrow": ARROW,
+    **dict.fromkeys((".txt", ".text", ".md", ".rst"), TEXT),
+    ".bin": IDS,
+}
+# By the first bytes. The last is that of a stream of Arrow, which has no name in it.
+MAGIC = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+# Packages that others are read with than those that Python has itself.
+_READERS = {"zstd": "zstandard", "lz4": "lz4"}
+_ARCHIVES = {b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"Rar!": "rar", b"7z\xbc\xaf\x27\x1c": "7z"}
+_LOOKED_AT = 2**16
+# A first line that is longer is looked at no further.
+_LONGEST_LINE = 2**26
+_BEGINS_AN_OBJECT = re.compile(r'\{\s*("(?:[^"\\]|\\.)*"\s*:|\})')
+_BEGINS_A_LIST = re.compile(r'\[\s*(\{\s*"|")')
+
+
+class FileKind(NamedTuple):
+    """
+    What a file holds.
+
+    Args:
+        path (`str`): The file.
+        kind (`str`): One of `JSON`, `CSV`, `TSV`, `PARQUET`, `ARROW`, `TEXT`, `IDS` and `OTHER`.
+        compression (`str`, *optional*): What is around it, by its name in fsspec.
+        columns (`tuple[str, ...]`): Of JSON lines, or a list of objects in JSON, the keys of the first rows; empty for
+            all else.
+        why (`str`): What was found, where it is of no kind that can be read, or not of the kind that its name says.
+    """
+
+    path: str
+    kind: str
+    compression: str | None = None
+    columns: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def hides_compression(self) -> bool:
+        """Whether it is compressed, but has an ending that says something else, which a stream goes by."""
+        ending = Path(self.path).suffix.lower().lstrip(".")
+        return self.compression is not None and COMPRESSION_EXTENSION_TO_PROTOCOL.get(ending) != self.compression
+
+
+def kind_of(path: str) -> FileKind:
+    """
+    Looks at a file.
+
+    Raises:
+        `InputError`: if it cannot be read, or only with a package that is not installed.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+        compression = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
+        if compression in _READERS and find_spec(_READERS[compression]) is None:
+            raise InputError(
+                f"data.path: {path!r} is compressed by {compression}, which needs the package "
+                f"{_READERS[compression]}. Install it, or unpack the file."
+            )
+        with fsspec.open(path, "rb", compression=compression) as file:
+            head = file.read(_LOOKED_AT)
+            if b"\n" not in head and _is_json(_text_of(head) or ""):
+                head += file.readline(_LONGEST_LINE)
+    # Of a file that is cut off, or not what it begins like, each library raises something of its own.
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"data.path: {path!r} cannot be read: {one_line(error)}.") from error
+    return _kind(path, head, compression)
+
+
+def ending_of(path: str) -> str:
+    """The ending that says what a file holds: in small letters, and before that of a compression."""
+    name = Path(path)
+    if name.suffix.lower().lstrip(".") in COMPRESSION_EXTENSION_TO_PROTOCOL:
+        name = name.with_suffix("")
+    return name.suffix.lower()
+
+
+def _kind(path: str, head: bytes, compression: str | None) -> FileKind:
+    stated = ENDINGS.get(ending_of(path))
+    if stated == IDS:
+        return FileKind(path, IDS, compression)
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            return FileKind(path, kind, compression)
+    for magic, name in _ARCHIVES.items():
+        if head.startswith(magic):
+            return FileKind(path, OTHER, compression, why=f"is a {name} archive, which is to be unpacked")
+    if head[257:262] == b"ustar":
+        return FileKind(path, OTHER, compression, why="is a tar archive, which is to be unpacked")
+    if stated in (PARQUET, ARROW) and not _is_json(_text_of(head) or ""):
+        return FileKind(path, OTHER, compression, why=f"does not hold {stated}, as its name says")
+    text = _text_of(head)
+    if text is None:
+        what = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "bytes that are no UTF-8"
+        return FileKind(path, OTHER, compression, why=f"holds {what}")
+    if (columns := _columns(text)) is not None:
+        return FileKind(path, JSON, compression, columns)
+    if stated == JSON and not text.lstrip().startswith(("{", "[")):
+        return FileKind(path, OTHER, compression, why="does not hold JSON, as its name says")
+    return FileKind(path, stated or TEXT, compression)
+
+
+def _text_of(head: bytes) -> str | None:
+    """The first bytes as text, without what a cut has left of a last character; None if they are none."""
+    if b"\0" in head:
+        return None
+    for end in range(len(head), max(-1, len(head) - 4), -1):
+        try:
+            return head[:end].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            if error.start < end - 3:
+                # One row of many in another encoding is a bad row, not another kind of file.
+                return head.decode("utf-8-sig", "replace") if _is_json(head[:512].decode("utf-8", "replace")) else None
+    return None
+
+
+def _is_json(text: str) -> bool:
+    text = text.lstrip("\ufeff \t\r\n")
+    return bool(_BEGINS_AN_OBJECT.match(text) or _BEGINS_A_LIST.match(text))
+
+
+def _columns(text: str) -> tuple[str, ...] | None:
+    """Keys of the first rows, if these are JSON; empty for a list of strings, None if they are something else."""
+    if not _is_json(text):
+        return None
+    text = text.lstrip()
+    if text.startswith("["):
+        rows = _rows_of_list(text)
+        return tuple(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)) if rows else None
+    lines = [line for line in text.split("\n") if line.strip()]
+    found: dict[str, None] = {}
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # Of several lines the first tells; the last may be cut off.
+            if i == 0:
+                return None
+            continue
+        if isinstance(row, dict):
+            found.update(dict.fromkeys(row))
+    return tuple(found)
+
+
+def _rows_of_list(text: str) -> list:
+    """The first rows of a list, as far as they are whole."""
+    decoder, rows, place = json.JSONDecoder(), list[Any](), 1
+    while True:
+        place = len(text) - len(text[place:].lstrip(" \t\r\n,"))
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except ValueError:
+            return rows
+        rows.append(row)

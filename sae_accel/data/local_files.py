@@ -1,0 +1,189 @@
+"""Which local files a `data.path` names, and what they hold."""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from huggingface_hub.repocard import metadata_load
+
+from ..common.errors import InputError, near
+from ..processes.agreement import say
+from ..recipe.arguments import DataArguments
+from .file_kinds import ENDINGS, IDS, OTHER, TEXT, FileKind, ending_of, kind_of
+
+
+# What stands beside data and is none: of Spark, Hive, Hadoop and datasets, checksums, locks and cut-off downloads.
+_NO_DATA = re.compile(
+    r"[._].*|.*\.(crc|lock|md5|sha1|sha256|sha512|tmp|part|incomplete)|(md5|sha\d+)sums?(\.txt)?|dataset_infos?\.json"
+    r"|dataset_dict\.json|state\.json|manifest\.json|thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
+)
+# What tells of tables that it stands beside. Among texts it is one of them.
+_ABOUT_TABLES = re.compile(r"(readme|licen[cs]e|notice|changelog|citation|dataset_?card)\b.*", re.IGNORECASE)
+_NAMED = 4
+
+
+class LocalFiles(NamedTuple):
+    """
+    Files of one kind.
+
+    Args:
+        kind (`str`): What they hold, one of those of `file_kinds`.
+        splits (`dict[str, list[FileKind]]`): By split, in the order of their paths.
+    """
+
+    kind: str
+    splits: dict[str, list[FileKind]]
+
+    @property
+    def files(self) -> list[FileKind]:
+        """The files of all splits."""
+        return [file for files in self.splits.values() for file in files]
+
+
+def find_files(arguments: DataArguments) -> LocalFiles | None:
+    """
+    The files that `data.path` names: one, those that match a pattern, or all in a folder. What is no data is left out,
+    and named in a line. None where it is for `datasets` to say: a folder that says itself how it is to be loaded, one
+    that holds nothing that is read here, and what is not on this machine.
+
+    Args:
+        arguments ([`DataArguments`]): The recipe's `data`.
+
+    Raises:
+        `InputError`: if the files are of several kinds.
+        `ValueError`: if one is of none that can be read.
+    """
+    path, options = arguments.path, arguments.load_args
+    if os.path.isfile(path):
+        return _of_one_kind(path, {"train": [kind_of(path)]})
+    if os.path.isdir(path):
+        if arguments.name is not None or {"data_files", "data_dir"} & set(options) or _is_configured(Path(path)):
+            return None
+        return _of_folder(path)
+    matching = glob.glob(path, recursive=True) if glob.has_magic(path) else []
+    found = _data_among(path, sorted(one for one in matching if os.path.isfile(one)))
+    return _of_one_kind(path, {"train": found}) if found else None
+
+
+def what_is_near(path: str) -> str:
+    """What there is in the place of a path that names nothing, as a sentence after a blank; empty if nothing is."""
+    parent, name = os.path.split(path)
+    if glob.has_magic(parent) or not os.path.isdir(parent or "."):
+        return ""
+    # Names of other files are no business of who means a dataset on the Hub, unless one is like it.
+    names = sorted(entry for entry in os.listdir(parent or ".") if not entry.startswith("."))
+    if not parent or not names:
+        return near(name, names)
+    return f"{near(name, names)} In {parent!r} there is {_named(names)}."
+
+
+def _of_folder(folder: str) -> LocalFiles | None:
+    inside = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = _data_among(folder, sorted(inside))
+    if not any(file.kind != OTHER for file in found):
+        return None
+    by_split = _splits(folder)
+    if by_split is None:
+        return _of_one_kind(folder, {"train": found})
+    splits = {split: [file for file in found if os.path.abspath(file.path) in by_split[split]] for split in by_split}
+    if others := [file.path for file in found if not any(file in files for files in splits.values())]:
+        _say_left_out(folder, others, f"since others are named for the splits {', '.join(by_split)}")
+    return _of_one_kind(folder, {split: files for split, files in splits.items() if files})
+
+
+def _data_among(where: str, paths: list[str]) -> list[FileKind]:
+    """What the files are that are data, by their names and by what is in them."""
+    # Who writes out a dot or a dash at the start of a name means it.
+    asked = os.path.basename(where)[:1] in ("_", ".")
+    base = "" if glob.has_magic(where) and not os.path.isdir(where) else where
+    kept, left_out = list[str](), list[str]()
+    for path in paths:
+        parts = Path(os.path.relpath(path, base)).parts if base else (os.path.basename(path),)
+        is_data = asked or not (_NO_DATA.fullmatch(parts[-1]) or any(part[0] in "._" for part in parts))
+        (kept if is_data and os.path.getsize(path) else left_out).append(path)
+    found = [kind_of(path) for path in kept]
+    tables = {file.kind for file in found} - {TEXT, OTHER}
+    about = [f for f in found if tables and f.kind == TEXT and _ABOUT_TABLES.fullmatch(os.path.basename(f.path))]
+    # What claims to be data, but is none, is refused; a picture beside texts claims nothing.
+    strange = [f for f in found if f.kind == OTHER and not _claims_data(f)]
+    if len(strange) + len(about) == len(found):
+        strange = []
+    left_out += [file.path for file in (*about, *strange)]
+    if left_out and len(left_out) < len(paths):
+        _say_left_out(where, sorted(left_out), "as no data")
+    dropped = set(left_out)
+    return [file for file in found if file.path not in dropped]
+
+
+def _claims_data(file: FileKind) -> bool:
+    return ending_of(file.path) in ENDINGS or file.compression is not None
+
+
+def _of_one_kind(path: str, splits: dict[str, list[FileKind]]) -> LocalFiles:
+    files = [file for found in splits.values() for file in found]
+    if wrong := next((file for file in files if file.kind == OTHER), None):
+        which = "it" if wrong.path == path else repr(wrong.path)
+        raise ValueError(
+            f"{which} cannot be read as data, since it {wrong.why}. Allowed are text in UTF-8, JSON lines, CSV, TSV, "
+            "Parquet, Arrow, and a .bin of token ids"
+        )
+    if ids := next((file for file in files if file.kind == IDS), None):
+        raise InputError(
+            f"data.path: {ids.path!r} holds token ids. Such a file is named by itself, and one at a time."
+        )
+    kinds = Counter(file.kind for file in files)
+    if len(kinds) > 1:
+        examples = {kind: os.path.basename(next(f.path for f in files if f.kind == kind)) for kind in kinds}
+        words = ", ".join(f"{count} of {kind} ({examples[kind]})" for kind, count in kinds.most_common())
+        raise InputError(
+            f"data.path: {path!r} holds files of several kinds: {words}. Name those of one kind by a pattern, such as "
+            f"{_pattern(path, examples[kinds.most_common(1)[0][0]])!r}."
+        )
+    if not files:
+        raise InputError(f"data.path: {path!r} holds no data. Name a file, a folder or a pattern of files.")
+    return LocalFiles(next(iter(kinds)), splits)
+
+
+def _pattern(path: str, example: str) -> str:
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    return os.path.join(folder, f"*{''.join(Path(example).suffixes[-2:]) or example}")
+
+
+def _is_configured(folder: Path) -> bool:
+    """Whether a folder says itself what is to be loaded of it, as copies of datasets on the Hub do."""
+    if (folder / REPOYAML_FILENAME).is_file() or (folder / f"{folder.name}.py").is_file():
+        return True
+    card = folder / REPOCARD_FILENAME
+    about = (metadata_load(card) or {}) if card.is_file() else {}
+    return bool({"configs", "dataset_info"} & set(about))
+
+
+def _splits(folder: str) -> dict[str, set[str]] | None:
+    """The files of each split, if names in the folder are those of splits, as `datasets` reads them."""
+    base = glob.escape(os.path.abspath(folder))
+    try:
+        patterns = get_data_patterns(base)
+    except (EmptyDatasetError, FileNotFoundError):
+        return None
+    if [list(found) for found in patterns.values()] == [["**"]]:
+        return None
+    found = DataFilesDict.from_patterns(patterns, base_path=base)
+    return {str(split): {os.path.abspath(path) for path in paths} for split, paths in found.items()}
+
+
+def _say_left_out(where: str, paths: Iterable[str], why: str) -> None:
+    base = where if os.path.isdir(where) else os.path.dirname(where)
+    names = [os.path.relpath(path, base) if base and not glob.has_magic(base) else path for path in paths]
+    say(f"data.path: {where!r} is read without {_named(names)}, left out {why}.")
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
