@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from .errors import InputError, one_line
-from .hub_requests import HubFailed, http
+from .hub_requests import HubFailed, NoConnection
 
 
 HOW_TO_LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
@@ -85,9 +85,16 @@ def cause_of(error: BaseException) -> BaseException:
     return error.__cause__ if wraps and error.__cause__ is not None else error
 
 
+def answer_behind(error: BaseException | None) -> BaseException | None:
+    """The refusal of the Hub, or the connection that failed, for which others raise errors of their own."""
+    while error is not None and not isinstance(error, (HTTPError, OfflineModeIsEnabled, FileMetadataError, HubFailed)):
+        error = error.__cause__
+    return error
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether the Hub was not there to be asked."""
-    return isinstance(error, (OfflineModeIsEnabled, http.ConnectError, http.ConnectTimeout, http.ProxyError))
+    return isinstance(error, OfflineModeIsEnabled)
 
 
 def needs_token(error: BaseException) -> bool:
@@ -113,6 +120,8 @@ def clause(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return f"{_BY_STATUS.get(status, 'the Hub refuses')} (status {status}){_said(error)}"
+    if isinstance(error, NoConnection):
+        return f"there is {error}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, FileMetadataError):

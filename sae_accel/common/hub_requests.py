@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http as client
 from huggingface_hub.utils import logging as client_logging
 
@@ -38,13 +38,19 @@ class HubFailed(InputError):
     """The Hub was asked as often as is sensible, and gave no answer that can be used. It says a clause."""
 
 
+class NoConnection(OfflineModeIsEnabled):
+    """The Hub is not there to be asked. The client takes it as if it had been told so, and does not try again."""
+
+
 @contextmanager
-def hub_requests(task: str) -> Iterator[None]:
+def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
     """
     While open, requests to the Hub have time limits and are made again where that helps.
 
     Args:
         task (`str`): What is done, in words that follow "Still ", such as "reading 'gpt2'".
+        shows_progress (`bool`, defaults to `False`): Whether it is seen to go on, so that only silence of the Hub is
+            told.
 
     Raises:
         `HubFailed`: where the Hub fails for longer, even if whoever asked makes do with what is in the cache.
@@ -53,7 +59,7 @@ def hub_requests(task: str) -> Iterator[None]:
     said = client_logging.get_verbosity()
     client_logging.set_verbosity_error()
     _patience.open()
-    told = _Telling(task)
+    told = _Telling(task, shows_progress)
     try:
         yield
         _patience.check(task)
@@ -86,6 +92,7 @@ class _Patience:
         self._open = 0
         self._failed: dict[str, Exception] = {}
         self._asked: dict[int, float] = {}
+        self._told: set[str] = set()
 
     def open(self) -> None:
         with self._lock:
@@ -108,7 +115,10 @@ class _Patience:
         for failure in self._failed.values():
             if isinstance(failure, HubFailed):
                 raise failure
-            tell(f"The Hub cannot be reached ({one_line(failure)}), so only what is in the cache was used in {task}.")
+            line = f"There is {failure}. What is in the cache was used for {task}."
+            if line not in self._told:
+                self._told.add(line)
+                tell(line)
 
     def seconds_unanswered(self) -> float:
         with self._lock:
@@ -133,13 +143,10 @@ class _Patience:
                 raise failure
             try:
                 response = send(request, **options)
-            except http.ConnectTimeout as error:
-                self._failed[host] = error
-                raise
-            except http.ConnectError as error:
-                if tries >= STALLED_TRIES:
-                    self._failed[host] = error
-                    raise
+            except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
+                if tries >= STALLED_TRIES or isinstance(error, http.ConnectTimeout):
+                    self._failed[host] = NoConnection(f"no connection to {host}: {one_line(error)}")
+                    raise self._failed[host] from error
                 wait = 1.0
             except http.TimeoutException as error:
                 if tries >= STALLED_TRIES or not again:
@@ -171,8 +178,8 @@ class _Patience:
 class _Telling:
     """Tells of a wait on standard error, in a thread."""
 
-    def __init__(self, task: str):
-        self._task, self._ended = task, threading.Event()
+    def __init__(self, task: str, shows_progress: bool):
+        self._task, self._shows_progress, self._ended = task, shows_progress, threading.Event()
         threading.Thread(target=self._tell, daemon=True).start()
 
     def end(self) -> None:
@@ -183,8 +190,10 @@ class _Telling:
         while not self._ended.wait(until - waited):
             waited, until = until, 3 * until
             silent = seconds_unanswered()
-            asked = f"; the Hub has not answered for {silent:.0f} s" if silent > TOLD_AFTER / 2 else ""
-            tell(f"Still {self._task} ({waited:.0f} s so far{asked}).")
+            is_silent = silent > TOLD_AFTER / 2
+            asked = f"; the Hub has not answered for {silent:.0f} s" if is_silent else ""
+            if is_silent or not self._shows_progress:
+                tell(f"Still {self._task} ({waited:.0f} s so far{asked}).")
 
 
 # What made clients before.

@@ -5,7 +5,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ..common.errors import AGAIN, InputError, one_line
 from ..common.hub_answers import EXPECTED, HOW_TO_LOG_IN, cause_of, clause, needs_token, status_of
-from ..common.hub_requests import HubFailed, hub_requests
+from ..common.hub_requests import HubFailed, NoConnection, hub_requests
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def push_errors(repo_id: str) -> Iterator[None]:
 
 def _advice(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
-        return "Unset HF_HUB_OFFLINE."
+        return AGAIN if isinstance(error, NoConnection) else "Unset HF_HUB_OFFLINE."
     if needs_token(error):
         return HOW_TO_LOG_IN
     # With 412 the Hub says that somebody else's commit came first.

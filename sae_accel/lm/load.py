@@ -1,3 +1,6 @@
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +21,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, is_out_of_memory, one_line
+from ..common.hub_answers import answer_behind, clause, is_unreachable, needs_token
+from ..common.hub_requests import HubFailed, hub_requests
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
@@ -144,26 +149,41 @@ def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
 _FORESEEN = (OSError, ValueError, ImportError, RuntimeError, AssertionError)
 
 
-class lm_errors:
-    """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
+@contextmanager
+def lm_errors(arguments: ModelArguments) -> Iterator[None]:
+    """
+    Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen.
 
-    def __init__(self, arguments: ModelArguments):
-        self.arguments = arguments
+    Args:
+        arguments ([`ModelArguments`]): Which LM.
 
-    def __enter__(self) -> None:
-        self.verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
+    Raises:
+        `InputError`: in the place of what transformers raises.
+    """
+    name, verbosity = arguments.name_or_path, transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with nullcontext() if os.path.isdir(name) else hub_requests(f"loading {name!r}"):
+            yield
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, InputError) and not isinstance(error, HubFailed)):
+            raise
+        raise InputError(f"model.name_or_path: {name!r} cannot be loaded: {_reason(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        transformers_logging.set_verbosity(self.verbosity)
-        if isinstance(error, Exception) and not isinstance(error, InputError) and not is_out_of_memory(error):
-            reason = one_line(error)
-            if not isinstance(error, _FORESEEN):
-                # Damaged files make readers run into errors of any kind, the words of which tell little.
-                reason = f"{type(error).__name__}: {reason}. Its files may be damaged"
-            raise InputError(
-                f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
-            ) from error
+
+def _reason(error: BaseException) -> str:
+    if (answer := answer_behind(error)) is not None:
+        # transformers tells of it in many lines, and by addresses.
+        with_cache = ", and it is not in the cache" if is_unreachable(answer) else ""
+        advice = " Try again later." if isinstance(answer, HubFailed) else ""
+        advice = " Set model.token, or run `hf auth login`." if needs_token(answer) else advice
+        return f"{clause(answer)}{with_cache}.{advice}"
+    if isinstance(error, _FORESEEN):
+        return one_line(error)
+    # Damaged files make readers run into errors of any kind, the words of which tell little.
+    return f"{type(error).__name__}: {one_line(error)}. Its files may be damaged"
 
 
 def _adapter(arguments: ModelArguments) -> "Adapter | None":

@@ -256,7 +256,9 @@ class SaeTrainingArguments:
         "With several processes: each holds a part of the latents of every head, for heads larger than a device.",
     )
     init_from: str | None = _option(
-        None, "Folder or Hub repo from which each head starts, from the head of the same name; new heads if not set."
+        None,
+        "Folder or Hub repo (`name@revision` if not the main branch) from which each head starts, from the head of "
+        "the same name; new heads if not set.",
     )
     optim: Literal["signum", "adam", "adam8bit", "muon"] = _option(
         "signum", "Optimizer: schedule-free sign descent, Adam, bitsandbytes' 8-bit Adam, or Muon."
