@@ -15,6 +15,7 @@ from hub_server import HubServer
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load, save
 from tiny import command_words, tiny_trainer
+from transformers import TrainerCallback
 
 from sae_accel import AutoSae, push, train
 from sae_accel.bank.init_from import open_pretrained
@@ -311,3 +312,18 @@ def test_ctrl_c_ends_a_wait_for_the_hub(hub, trained, place, tmp_path, what):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
     assert process.returncode == 130 and err.splitlines()[-1].startswith("sae_accel: Stopped by SIGINT.")
+
+
+def test_ctrl_c_does_not_wait_for_a_push_that_the_hub_does_not_answer(hub, tmp_path, caplog):
+    class Interrupts(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = tiny_trainer(tmp_path / "saes", max_steps=20, save_steps=1, push_to_hub=True)
+    trainer.add_callback(Interrupts())
+    hub.stall("/commit/", times=100)
+    with pytest.raises(KeyboardInterrupt, match="Saved .*checkpoint-"):
+        trainer.train()
+    (warned,) = [record.getMessage() for record in caplog.records if "did not arrive" in record.getMessage()]
+    assert "the Hub has not answered" in warned and f"python -m sae_accel.push CHECKPOINT_FOLDER {NAME}" in warned
