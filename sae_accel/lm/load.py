@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, is_out_of_memory, one_line
+from ..loading.head_files import check_devices
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
@@ -45,6 +46,7 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
         require_bitsandbytes("model.quantization", arguments.quantization)
     if arguments.shard:
         check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
+    _check_device_map(arguments.device_map)
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         if with_lm_head:
@@ -209,6 +211,13 @@ def _placement(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return options
+
+
+def _check_device_map(device_map: str | dict | None) -> None:
+    try:
+        check_devices(device_map)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from error
 
 
 def _attention(arguments: ModelArguments) -> dict[str, str]:

@@ -159,7 +159,7 @@ def check_devices(device_map: Any) -> None:
             continue
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ValueError(f"device_map is {device_map!r}, but there is no such device here ({reason}).") from error
 

@@ -80,6 +80,8 @@ class Recipe:
                 raise InputError(
                     f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of them."
                 )
+        if not self.data.path:
+            raise InputError("data.path: it is empty. Name a dataset, a folder or files.")
         check_model(self.model)
         check_objective(self.training, self.heads, self.lora)
         if self.lora is not None and self.model.adapter is not None:

@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
@@ -21,6 +22,7 @@ def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
     options = get_args(hint) if is_union(hint) else (hint,)
     if value is None and NoneType in options:
         return None
+    _check_characters(value, path)
     for option in options:
         if get_origin(option) is list:
             (item_hint,) = get_args(option)
@@ -71,6 +73,17 @@ def field_hints(section: type) -> dict[str, Any]:
 def default_of(option: Any) -> Any:
     """The default of a dataclass field."""
     return option.default if option.default is not MISSING else option.default_factory()
+
+
+def _check_characters(value: Any, path: str) -> None:
+    """Neither a file's name nor a recipe that is saved can hold these."""
+    if isinstance(value, str) and (wrong := re.search("[\0\ud800-\udfff]", value)):
+        raise InputError(f"{path}: it holds the character {wrong[0]!r}, which no name or text can.")
+    for item in value if isinstance(value, list) else ():
+        _check_characters(item, path)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        _check_characters(key, path)
+        _check_characters(item, f"{path}.{key}")
 
 
 def _in_range(value: Any, help: Help, path: str) -> Any:
