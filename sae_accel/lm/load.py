@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, is_out_of_memory, one_line
 from ..loading.head_files import check_devices
-from ..processes.agreement import this_process
+from ..processes.agreement import say, this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
@@ -47,6 +47,8 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
     if arguments.shard:
         check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
     _check_device_map(arguments.device_map)
+    if arguments.trust_remote_code:
+        say(f"Runs code of {arguments.name_or_path!r}, where it has any, as model.trust_remote_code is true.")
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         if with_lm_head:
@@ -138,6 +140,12 @@ class lm_errors:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         transformers_logging.set_verbosity(self.verbosity)
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise InputError(
+                f"model.name_or_path: {self.arguments.name_or_path!r} needs code of its own, and code that comes with "
+                "a model runs with model.trust_remote_code: true alone. Read that code before you set it, or use "
+                "another LM."
+            ) from error
         if isinstance(error, Exception) and not isinstance(error, InputError) and not is_out_of_memory(error):
             reason = one_line(error)
             if not isinstance(error, _FORESEEN):

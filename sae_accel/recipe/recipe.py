@@ -64,6 +64,8 @@ class Recipe:
             return cls(**_sections(content))
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
+        except RecursionError as error:
+            raise InputError(f"{origin}: it is nested too deeply, or holds itself by an alias.") from error
 
     def validate(self) -> None:
         """

@@ -9,6 +9,8 @@ from ..common.errors import InputError, near
 from .arguments import Help
 
 
+# What 64 bits hold, and a float exactly; products of two may be counted in Python alone.
+_LARGEST = 2**53
 _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
@@ -89,6 +91,8 @@ def _check_characters(value: Any, path: str) -> None:
 def _in_range(value: Any, help: Help, path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{path}: found {value}, it must be finite.")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise InputError(f"{path}: found an integer of {len(str(value))} characters, at most {_LARGEST} is allowed.")
     if help.minimum is not None and value < help.minimum:
         raise InputError(f"{path}: found {value}, the least allowed is {help.minimum}.")
     if help.maximum is not None and value > help.maximum:
