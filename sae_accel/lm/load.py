@@ -1,7 +1,9 @@
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -16,14 +18,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, is_out_of_memory, one_line
-from ..loading.head_files import check_devices
+from ..common.errors import InputError, is_out_of_memory
+from ..loading.head_files import check_devices, reason_of
 from ..processes.agreement import say, this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
 from .modality import check_reads_text
 from .sharding import modules_to_shard, shard_in_turn
+from .source import check_runs_no_code, check_source, check_weights_fit
 
 
 if TYPE_CHECKING:
@@ -46,11 +49,13 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
         require_bitsandbytes("model.quantization", arguments.quantization)
     if arguments.shard:
         check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
-    _check_device_map(arguments.device_map)
+    check_source(arguments)
+    _check_placement(arguments)
     if arguments.trust_remote_code:
         say(f"Runs code of {arguments.name_or_path!r}, where it has any, as model.trust_remote_code is true.")
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        check_runs_no_code(config, arguments)
         if with_lm_head:
             _check_predicts(config, arguments)
         adapter = _adapter(arguments)
@@ -91,16 +96,20 @@ def load_lm(
         require_bitsandbytes("model.quantization", arguments.quantization)
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        check_runs_no_code(config, arguments)
         adapter = _adapter(arguments)
         # With the report that is asked for it gives a pair, which its types do not know.
         model, report = cast(Any, _auto_class(config, adapter, with_lm_head)).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
+            # Told below, where transformers would raise without saying which.
+            ignore_mismatched_sizes=True,
             **_source(arguments),
             **_attention(arguments),
             **_placement(arguments, config, device),
         )
+    check_weights_fit(report, arguments.name_or_path)
     if with_lm_head and (missing := sorted(report["missing_keys"])):
         raise InputError(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
@@ -124,10 +133,6 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
 
 
-# A device that this build of torch does not know ends in an AssertionError.
-_FORESEEN = (OSError, ValueError, ImportError, RuntimeError, AssertionError)
-
-
 class lm_errors:
     """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
 
@@ -135,24 +140,32 @@ class lm_errors:
         self.arguments = arguments
 
     def __enter__(self) -> None:
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        # Of a config that makes no sense torch warns as well, before it is refused.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
         self.verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         transformers_logging.set_verbosity(self.verbosity)
+        self.warnings.__exit__(None, None, None)
+        if isinstance(error, InputError):
+            return
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise InputError(
                 f"model.name_or_path: {self.arguments.name_or_path!r} needs code of its own, and code that comes with "
                 "a model runs with model.trust_remote_code: true alone. Read that code before you set it, or use "
                 "another LM."
             ) from error
-        if isinstance(error, Exception) and not isinstance(error, InputError) and not is_out_of_memory(error):
-            reason = one_line(error)
-            if not isinstance(error, _FORESEEN):
-                # Damaged files make readers run into errors of any kind, the words of which tell little.
-                reason = f"{type(error).__name__}: {reason}. Its files may be damaged"
+        if isinstance(error, Exception) and "backend tokenizer" in str(error):
             raise InputError(
-                f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
+                f"model.name_or_path: {self.arguments.name_or_path!r} has no tokenizer: neither tokenizer.json nor "
+                "files that one can be made of."
+            ) from error
+        if isinstance(error, Exception) and not is_out_of_memory(error):
+            raise InputError(
+                f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason_of(error)}"
             ) from error
 
 
@@ -221,11 +234,21 @@ def _placement(
     return options
 
 
-def _check_device_map(device_map: str | dict | None) -> None:
+def _check_placement(arguments: ModelArguments) -> None:
     try:
-        check_devices(device_map)
+        check_devices(arguments.device_map)
     except ValueError as error:
         raise InputError(f"model.{error}") from error
+    for device, memory in (arguments.max_memory or {}).items():
+        if device not in ("cpu", "disk", "mps", *map(str, range(torch.cuda.device_count()))):
+            raise InputError(
+                f"model.max_memory: there is no device {device!r} here, with {torch.cuda.device_count()} GPUs. Others "
+                "are cpu, disk and mps."
+            )
+        try:
+            convert_file_size_to_int(memory)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"model.max_memory: {memory!r} is no size. Use one such as 20GiB.") from error
 
 
 def _attention(arguments: ModelArguments) -> dict[str, str]:
