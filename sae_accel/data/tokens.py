@@ -28,8 +28,9 @@ def chunk_and_tokenize(
     Tokenises documents, joins them with a separator after each, and cuts the result into sequences.
 
     No token but the separator is added: a BOS would stand in the middle of sequences. Of every 1,000 documents (of a
-    process's share, if that is less) what does not fill a last sequence is dropped. Rows without a text are left out, up
-    to a hundredth of them. How many is told, but of a stream, of which nobody knows when it has been read to its end.
+    process's share, if that is less) what does not fill a last sequence is dropped. Rows without a text are left out,
+    up to a hundredth of them. How many is told, but of a stream, of which nobody knows when it has been read to its
+    end.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of them): Rows of text.
