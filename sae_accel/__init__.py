@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 # Libraries that import bitsandbytes do so wherever it is installed, and on some CPUs it says then that a kernel could
 # be had.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Accelerate imports DeepSpeed wherever it is installed, which says then that there is no GPU. What else DeepSpeed says
+# is for who uses it.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 if TYPE_CHECKING:
     from .activations.running_lm import Activations, RunningLM

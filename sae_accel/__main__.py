@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 
+from .common.reports import DEBUG, DEBUG_HELP
 from .common.signals import signals
 
 
@@ -15,11 +16,16 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command that the first word names, and lists all of them where there is none."""
-    command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    # It may stand before the command as well.
+    debug = [DEBUG] if DEBUG in given else []
+    command, *words = [word for word in given if word != DEBUG] or ["--help"]
     if command in COMMANDS:
+        words += debug
         return signals.command(lambda: import_module(f"sae_accel.{command}").main(words), owns_process=argv is None)
     lines = [f"  {name:<8} {meaning}" for name, meaning in COMMANDS.items()]
-    listing = "\n".join(["Usage: sae-accel COMMAND ...", "", *lines, "", "Each has a --help of its own."])
+    closing = f"Each has a --help of its own, and takes {DEBUG}, to\n{DEBUG_HELP}."
+    listing = "\n".join(["Usage: sae-accel COMMAND ...", "", *lines, "", closing])
     if command in ("-h", "--help"):
         print(listing)
         return 0

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -6,6 +7,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ..common.errors import InputError
+from ..common.hub_answers import AccessRefused
 from ..common.tables import aligned
 from ..loading.auto import AutoSae
 from ..loading.sae_heads import SaeHeads
@@ -13,6 +15,7 @@ from ..models import HeadConfig, HeadModel
 from ..models.latent_selection import SELECTIONS
 from ..ops.finite import first_non_finite
 from ..ops.rows import normalize_rows_
+from ..processes.agreement import gather_objects, raise_together
 from .bank import SaeBank
 from .plans import HeadPlan
 
@@ -176,20 +179,41 @@ def _check_same(match: Match, heads: SaeHeads) -> None:
             raise InputError(f"{where} has {field} {found}, but the recipe's {plan.name!r} has {wanted}. {advice}")
 
 
-def open_pretrained(init_from: str) -> SaeHeads:
+def open_pretrained(init_from: str, token: str | None = None) -> SaeHeads:
     """
-    The heads of a folder or repo, in float32 as they are trained.
+    The heads of a folder or repo, in float32 as they are trained: on every process of the same commit. Every process
+    must call this.
+
+    Args:
+        init_from (`str`): A folder, or a repo, with `@` and a branch, tag or commit behind it if not the main branch.
+        token (`str`, *optional*): For a private repo.
 
     Raises:
-        `InputError`: if there is no such folder or repo, or no head in it.
+        `InputError`: on every process, if there is no such folder or repo, or no head in it.
     """
+    heads = raise_together(lambda: _open(init_from, token))
+    commits = gather_objects(heads.commit)
+    if len(set(commits)) == 1:
+        return heads
+    return raise_together(lambda: _open(f"{heads.origin}@{commits[0]}", token))
+
+
+def at_its_commit(heads: SaeHeads) -> str:
+    """The folder or repo of heads as `init_from` names it, with the commit that was opened."""
+    return heads.origin if heads.commit is None else f"{heads.origin}@{heads.commit}"
+
+
+def _open(init_from: str, token: str | None) -> SaeHeads:
+    name, _, revision = (init_from, "", "") if os.path.exists(init_from) else init_from.partition("@")
     with _of_init_from():
-        return AutoSae.open(init_from, dtype=torch.float32)
+        return AutoSae.open(name, dtype=torch.float32, revision=revision or None, token=token)
 
 
 @contextmanager
 def _of_init_from() -> Iterator[None]:
     try:
         yield
+    except AccessRefused as error:
+        raise InputError(f"training.init_from: {error.reason} Set model.token, or run `hf auth login`.") from error
     except InputError as error:
         raise InputError(f"training.init_from: {error}") from error

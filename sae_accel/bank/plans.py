@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from ..common.errors import InputError
 from ..lm.hooks import Site, base_of
-from ..lm.modules import closest, hookpoint_names, layer_list, match_modules, no_match
+from ..lm.modules import hookpoint_names, layer_list, match_modules
+from ..lm.other_names import near_names, no_match
 from ..lm.probe import probe
 from ..models import HeadConfig
 from ..models.registry import config_of_kind
@@ -147,7 +148,7 @@ def _wanted(entry: HeadArguments, index: int, base_model: PreTrainedModel, names
             if hookpoint in seen:
                 continue
             seen.add(hookpoint)
-            source = None if entry.source is None else _source(entry.source, wildcards, index, names)
+            source = None if entry.source is None else _source(entry.source, wildcards, index, base_model, names)
             reads = tuple(Site(*place) for place in kind.reads_at(hookpoint, source))
             predicts = tuple(Site(*place) for place in kind.predicts_at(hookpoint))
             yield _Wanted(f"heads[{index}]", entry, hookpoint, source, reads, predicts)
@@ -171,7 +172,7 @@ def _matches(
         yield [(f"{layers}.{layer}", [str(layer)]) for layer in entry.layers or range(count)]
 
 
-def _source(source: str, wildcards: list[str], index: int, names: list[str]) -> str:
+def _source(source: str, wildcards: list[str], index: int, base_model: PreTrainedModel, names: list[str]) -> str:
     try:
         name = source.format(*wildcards)
     except (IndexError, KeyError, ValueError) as error:
@@ -180,5 +181,7 @@ def _source(source: str, wildcards: list[str], index: int, names: list[str]) -> 
             f"{len(wildcards)}, counted from {{0}}."
         ) from error
     if name not in names:
-        raise InputError(f"heads[{index}].source: the LM has no module {name!r}. {closest(name, names)}")
+        raise InputError(
+            f"heads[{index}].source: the LM has no module {name!r}. {near_names(name, base_model, names)}"
+        )
     return name

@@ -95,8 +95,7 @@ class Signals:
         except KeyboardInterrupt as interrupt:
             # From Python's own handler, or from whom the command calls.
             message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
-            if _is_first():
-                print(_line(message), file=sys.stderr)
+            tell(message)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
     def _answer(self) -> list[signal.Signals]:
@@ -135,7 +134,7 @@ class Signals:
                 launch does.
         """
         try:
-            if _is_first() if speaks is None else speaks:
+            if is_first() if speaks is None else speaks:
                 _say(f"{self.reason(number)} {self.words()}")
             _end_children()
             for undo in reversed(self._undo):
@@ -231,9 +230,21 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """The thread answers."""
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the first process of a launch, as long as no more is known than what the launcher said."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tell(message: object, by_any: bool = False) -> None:
+    """
+    Prints one line on standard error, below a progress bar that is open.
+
+    Args:
+        message (`object`): The line.
+        by_any (`bool`, defaults to `False`): Whether every process says it, or the first of a launch alone.
+    """
+    if by_any or is_first():
+        print(_line(message), file=sys.stderr)
 
 
 def _say(message: str) -> None:

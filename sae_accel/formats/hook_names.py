@@ -1,6 +1,7 @@
 """Names of other libraries for places in an LM, and ours."""
 
 import re
+from collections.abc import Iterator
 
 
 # By what an LM's name has in it: its layers, attention and MLP, as modules of the base model.
@@ -41,6 +42,18 @@ def module_of(hook: str | None, lm: str | None) -> str | None:
     if _NORMED_OUTPUTS.search((lm or "").lower()):
         mlp, attention = "post_feedforward_layernorm", "post_attention_layernorm"
     return f"{layer.format(index)}.{mlp if place == 'mlp_out' else attention}"
+
+
+def inner_names(name: str) -> Iterator[str]:
+    """
+    What a name is without the first modules in it, outermost first.
+
+    Args:
+        name (`str`): A name or glob, such as `model.layers.3`, which gives `layers.3`.
+    """
+    parts = name.split(".")
+    # A layer's number is none without the list that it counts in.
+    yield from (".".join(parts[i:]) for i in range(1, len(parts)) if re.match("[A-Za-z_]", parts[i]))
 
 
 def lens_name(hookpoint: str, output: bool = True) -> str | None:

@@ -1,8 +1,13 @@
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from accelerate.logging import get_logger
 from huggingface_hub.errors import HFValidationError
@@ -10,12 +15,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..common.errors import AGAIN, InputError, one_line
+from ..common.hub_requests import seconds_unanswered
 from ..common.signals import signals
 from ..recipe.arguments import SaeTrainingArguments
 from .release import Pushed, Release, open_repo
 
 
+T = TypeVar("T")
 logger = get_logger(__name__)
+# Seconds.
+ANSWER_AFTER_CTRL_C = 1.5
 
 
 class Publisher(TrainerCallback):
@@ -32,7 +41,8 @@ class Publisher(TrainerCallback):
     def __init__(self, args: SaeTrainingArguments):
         self.repo_id = open_repo(hub_repo(args), private=args.hub_private_repo)
         self.strategy, self.output_dir = args.hub_strategy, Path(args.output_dir)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self.timeout = args.hub_timeout
+        self._line = _Line()
         self._pushes: list[Future] = []
         # The step of the newest checkpoint, if that was left out.
         self._left_out: int | None = None
@@ -53,24 +63,45 @@ class Publisher(TrainerCallback):
         else:
             self._begin(state.global_step)
 
-    def finish(self, interrupted: bool = False) -> None:
+    def finish(
+        self, release_follows: bool = True, signal_number: int | None = None, deadline: float | None = None
+    ) -> None:
         """
-        Waits for pushes that are at work.
+        Waits for pushes that are at work, for at most `hub_timeout`.
 
         Args:
-            interrupted (`bool`): Whether no release follows, so that the newest checkpoint has to be pushed even if it
-                was left out.
+            release_follows (`bool`, defaults to `True`): If not, the newest checkpoint has to be pushed even if it was
+                left out.
+            signal_number (`int`, *optional*): What has ended the run. After Ctrl-C a Hub that does not answer is left.
+            deadline (`float`, *optional*): By when, of `time.monotonic`.
         """
-        if interrupted and not all(push.done() for push in self._pushes):
+        deadline = time.monotonic() + self.timeout if deadline is None else deadline
+        if not release_follows and not all(push.done() for push in self._pushes):
             logger.warning("Waiting until the last checkpoint has been pushed. Once more to stop at once.")
-        wait(self._pushes)
-        if interrupted and self._left_out is not None:
+        self._wait(deadline, signal_number)
+        if not release_follows and self._left_out is not None:
             self._begin(self._left_out)
-            wait(self._pushes)
+            self._wait(deadline, signal_number)
         for push in self._pushes:
-            if (error := push.exception()) is not None:
+            if push.done() and (error := push.exception()) is not None:
                 logger.warning(f"A push ended with {type(error).__name__}: {error}")
         self._pushes = []
+
+    def _wait(self, deadline: float, signal_number: int | None) -> None:
+        while pending := wait(self._pushes, timeout=0.2).not_done:
+            silent = seconds_unanswered()
+            gives_up = signal_number == signal.SIGINT and silent > ANSWER_AFTER_CTRL_C
+            if gives_up or time.monotonic() > deadline:
+                reason = f"the Hub has not answered for {silent:.0f} s" if gives_up else f"{self._limit} have passed"
+                logger.warning(
+                    f"{len(pending)} of the pushes of checkpoints did not arrive: {reason}. "
+                    f"`python -m sae_accel.push CHECKPOINT_FOLDER {self.repo_id}` pushes one by hand."
+                )
+                return
+
+    @property
+    def _limit(self) -> str:
+        return f"the {self.timeout:g} s of training.hub_timeout"
 
     def _begin(self, step: int) -> None:
         name = f"checkpoint-{step}"
@@ -85,7 +116,7 @@ class Publisher(TrainerCallback):
             logger.warning(f"Step {step} was not pushed: {one_line(error)}. Training goes on.")
             return
         self._left_out = None
-        self._pushes.append(self._worker.submit(self._push, place, name, step))
+        self._pushes.append(self._line.submit(lambda: self._push(place, name, step)))
 
     @property
     def _pushes_checkpoints(self) -> bool:
@@ -96,7 +127,9 @@ class Publisher(TrainerCallback):
         files = sorted(path for path in place.rglob("*") if path.is_file()) if self._pushes_checkpoints else []
         extra = {f"{folder}/{path.relative_to(place)}": path for path in files}
         try:
-            Release(place, self.repo_id).push(message=f"Training in progress, step {step}", extra=extra)
+            Release(place, self.repo_id).push(
+                message=f"Training in progress, step {step}", extra=extra, was_opened=True
+            )
         except InputError as error:
             # Nobody need push again: the next save does.
             reason = str(error).removesuffix(AGAIN).rstrip()
@@ -109,7 +142,7 @@ def push_run(
     args: SaeTrainingArguments, publisher: Publisher | None, heads: list[str], message: str, **kwargs: Any
 ) -> Pushed:
     """
-    Releases what a run has saved in its folder, after the pushes that are at work.
+    Releases what a run has saved in its folder, after the pushes that are at work, within `hub_timeout`.
 
     Args:
         args (`SaeTrainingArguments`): The run's.
@@ -119,18 +152,48 @@ def push_run(
         kwargs (*optional*): `revision` and `token`, as of [`Release.push`].
 
     Raises:
-        `InputError`: if the Hub refuses or cannot be reached.
+        `InputError`: if the Hub refuses, fails, cannot be reached or takes too long.
     """
     repo_id = hub_repo(args) if publisher is None else publisher.repo_id
     by_hand = f"python -m sae_accel.push {args.output_dir} {repo_id}"
     signals.words = lambda: f"All is saved in {args.output_dir}, but the push was stopped: {by_hand} goes on."
+    deadline = time.monotonic() + args.hub_timeout
     if publisher is not None:
-        publisher.finish()
+        publisher.finish(deadline=deadline)
     try:
         release = Release(Path(args.output_dir), repo_id, include=heads)
-        return release.push(private=args.hub_private_repo, message=message, **kwargs)
+        options = {"private": args.hub_private_repo, "message": message, "was_opened": publisher is not None}
+        push = _Line().submit(lambda: release.push(**options, **kwargs))
+        if wait([push], timeout=max(0.0, deadline - time.monotonic())).not_done:
+            raise InputError(f"{repo_id!r}: the push was left after training.hub_timeout = {args.hub_timeout:g} s.")
+        return push.result()
     except InputError as error:
         raise InputError(f"{error} The heads are in {args.output_dir}: {by_hand} pushes them.") from error
+
+
+class _Line:
+    """Does one thing after the other in a thread that a process which ends does not wait for."""
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[tuple[Callable[[], Any], Future]] = SimpleQueue()
+        self._is_at_work = False
+
+    def submit(self, work: Callable[[], T]) -> "Future[T]":
+        """What is done once all before it has been, as in `concurrent.futures`, whose threads hold up the end."""
+        future: Future[T] = Future()
+        self._waiting.put((work, future))
+        if not self._is_at_work:
+            self._is_at_work = True
+            threading.Thread(target=self._do, name="push", daemon=True).start()
+        return future
+
+    def _do(self) -> None:
+        while True:
+            work, future = self._waiting.get()
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
 
 
 def _link(source: str, target: str) -> None:

@@ -3,12 +3,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, RepoFile, RepoUrl
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..cards.model_card import CARD, is_ours, is_somebodys, write_card
 from ..cards.run import check_run
 from ..common.errors import InputError
+from ..common.hub_requests import HubFailed, ask_again
 from ..common.quiet import quiet_files
 from ..common.tables import aligned
 from ..loading.find import find_heads
@@ -16,6 +18,7 @@ from .files import is_config_of_ours, outdated_files, released_files, whole_head
 from .refusals import push_errors
 
 
+CommitOperation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 # What every repo has that was just made, or that says nothing of what is in it.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
 
@@ -97,6 +100,7 @@ class Release:
         token: str | bool | None = None,
         message: str = "Upload heads",
         extra: dict[str, Path] | None = None,
+        was_opened: bool = False,
     ) -> Pushed:
         """
         Sends all of it in one commit, and of that only what the repo does not have. Until the commit the repo stays as
@@ -110,12 +114,13 @@ class Release:
             token (`str`, *optional*): Hub token; the stored login if not given.
             message (`str`, *optional*): Of the commit.
             extra (`dict[str, Path]`, *optional*): Further files, by their path in the repo.
+            was_opened (`bool`, defaults to `False`): Whether `open_repo` has found the repo fit for this run before.
 
         Raises:
             `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
         """
         api = HfApi(token=token)
-        repo_id = open_repo(self.repo_id, private=private, token=token)
+        repo_id = open_repo(self.repo_id, private=private, token=token, was_opened=was_opened)
         with tempfile.TemporaryDirectory() as place, push_errors(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -127,18 +132,18 @@ class Release:
             if left_card:
                 del files[CARD]
             old = outdated_files(there, self.heads, files, replaces_all=not left)
-            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+            operations: list[CommitOperation] = [
                 *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
                 *(CommitOperationDelete(name, is_folder=False) for name in old),
             ]
-            # What was decided by the repo's files holds for that commit alone.
-            commit = api.create_commit(
-                repo_id, operations, commit_message=message, revision=revision, parent_commit=before
-            )
-        return Pushed(str(commit.repo_url), commit.oid, commit.oid != before, left, left_card)
+            url = str(RepoUrl(f"{api.endpoint}/{repo_id}"))
+            commit = _commit(api, repo_id, operations, message, revision, before)
+        return Pushed(url, commit, commit != before, left, left_card)
 
 
-def open_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+def open_repo(
+    repo_id: str, private: bool | None = None, token: str | bool | None = None, was_opened: bool = False
+) -> str:
     """
     Makes a repo for heads if there is none, and gives its name with its namespace.
 
@@ -153,14 +158,16 @@ def open_repo(repo_id: str, private: bool | None = None, token: str | bool | Non
         there = api.list_repo_files(repo_id)
         is_public = private and api.model_info(repo_id).private is False
         other = sorted(set(there) - _EMPTY_REPO)
-        is_taken = bool(other) and not _has_head(api, repo_id, there)
+        newest = api.list_repo_commits(repo_id)[0] if other and not _has_head(api, repo_id, there) else None
     if is_public:
         raise InputError(
             f"{repo_id!r} is there and public, but private was asked for. Make it private on the Hub, or name another."
         )
-    if is_taken:
+    if newest is not None:
+        taken = "was free when this run began, but somebody else has committed to it" if was_opened else "is taken"
         raise InputError(
-            f"{repo_id!r} is taken: it holds {', '.join(other[:3])} and no head of ours. Name another repo."
+            f"{repo_id!r} {taken}: it holds {', '.join(other[:3])} and no head of ours, by the commit "
+            f"{newest.title!r} of {newest.created_at:%Y-%m-%d %H:%M}. Name another repo."
         )
     return repo_id
 
@@ -174,6 +181,34 @@ def _card(
     )
     plots = {str(path.relative_to(place)): path for path in sorted(place.glob("plots/*.png"))}
     return plots | {CARD: card}
+
+
+def _commit(
+    api: HfApi, repo_id: str, operations: Sequence[CommitOperation], message: str, revision: str | None, before: str
+) -> str:
+    """
+    The id of a commit on top of `before`, for which what it changes was decided. A commit that is there although its
+    answer was lost counts.
+    """
+    try:
+        return api.create_commit(
+            repo_id, operations, commit_message=message, revision=revision, parent_commit=before
+        ).oid
+    except (HTTPError, HubFailed):
+        ask_again()
+        newest, *older = api.list_repo_commits(repo_id, revision=revision)
+        if older and older[0].commit_id == before and _holds(api, repo_id, newest.commit_id, operations):
+            return newest.commit_id
+        raise
+
+
+def _holds(api: HfApi, repo_id: str, commit: str, operations: Sequence[CommitOperation]) -> bool:
+    """Whether a commit has the large files that were to be added, which are the weights."""
+    added = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+    there = api.get_paths_info(repo_id, [operation.path_in_repo for operation in added], revision=commit)
+    large = {item.path: item.lfs.sha256 for item in there if isinstance(item, RepoFile) and item.lfs}
+    ours = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in added}
+    return bool(large) and large.items() <= ours.items() and len(there) == len(added)
 
 
 def _has_head(api: HfApi, repo_id: str, there: list[str]) -> bool:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, is_out_of_memory, one_line
 from ..loading.repository import Repository
 from ..recipe.arguments import ModelArguments
 
@@ -101,6 +101,8 @@ class Adapter:
             with quiet_peft():
                 yield
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = one_line(error)
             raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
 

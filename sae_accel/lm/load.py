@@ -1,3 +1,6 @@
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,11 +20,14 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, is_out_of_memory, one_line
+from ..common.hub_answers import answer_behind, clause, is_unreachable, needs_token
+from ..common.hub_requests import HubFailed, hub_requests
 from ..processes.agreement import this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
+from .modality import check_reads_text
 from .sharding import modules_to_shard, shard_in_turn
 
 
@@ -60,6 +66,7 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
             model = _auto_class(config, adapter, with_lm_head).from_config(
                 config, trust_remote_code=arguments.trust_remote_code, **_attention(arguments), **experts
             )
+    check_reads_text(model, arguments.name_or_path)
     if adapter is not None:
         adapter.check(model)
     if arguments.shard:
@@ -138,25 +145,45 @@ def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
         )
 
 
-class lm_errors:
-    """Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen."""
+# A device that this build of torch does not know ends in an AssertionError.
+_FORESEEN = (OSError, ValueError, ImportError, RuntimeError, AssertionError)
 
-    def __init__(self, arguments: ModelArguments):
-        self.arguments = arguments
 
-    def __enter__(self) -> None:
-        self.verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
+@contextmanager
+def lm_errors(arguments: ModelArguments) -> Iterator[None]:
+    """
+    Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen.
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        transformers_logging.set_verbosity(self.verbosity)
-        # A device that this build of torch does not know ends in an AssertionError.
-        expected = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError)
-        if isinstance(error, expected) and not isinstance(error, InputError):
-            reason = one_line(error)
-            raise InputError(
-                f"model.name_or_path: {self.arguments.name_or_path!r} cannot be loaded: {reason}"
-            ) from error
+    Args:
+        arguments ([`ModelArguments`]): Which LM.
+
+    Raises:
+        `InputError`: in the place of what transformers raises.
+    """
+    name, verbosity = arguments.name_or_path, transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with nullcontext() if os.path.isdir(name) else hub_requests(f"loading {name!r}"):
+            yield
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, InputError) and not isinstance(error, HubFailed)):
+            raise
+        raise InputError(f"model.name_or_path: {name!r} cannot be loaded: {_reason(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _reason(error: BaseException) -> str:
+    if (answer := answer_behind(error)) is not None:
+        # transformers tells of it in many lines, and by addresses.
+        with_cache = ", and it is not in the cache" if is_unreachable(answer) else ""
+        advice = " Try again later." if isinstance(answer, HubFailed) else ""
+        advice = " Set model.token, or run `hf auth login`." if needs_token(answer) else advice
+        return f"{clause(answer)}{with_cache}.{advice}"
+    if isinstance(error, _FORESEEN):
+        return one_line(error)
+    # Damaged files make readers run into errors of any kind, the words of which tell little.
+    return f"{type(error).__name__}: {one_line(error)}. Its files may be damaged"
 
 
 def _adapter(arguments: ModelArguments) -> "Adapter | None":

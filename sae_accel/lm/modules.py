@@ -66,14 +66,7 @@ def layer_list(base_model: PreTrainedModel) -> str:
     return outermost[0]
 
 
-def no_match(where: str, pattern: str, what: str, base_model: PreTrainedModel, names: list[str]) -> str:
-    """The error for a glob that matches none of `names`."""
-    return (
-        f"{where}: {pattern!r} matches no {what} of {type(base_model).__name__}. {closest(pattern, names)} "
-        "Names are those of the base model; '*' stays within one component, '**' crosses dots."
-    )
-
-
 def closest(name: str, names: list[str]) -> str:
+    """A sentence with the names that are spelt most alike."""
     closest = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
     return f"Near names: {', '.join(closest)}."

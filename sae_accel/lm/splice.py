@@ -11,6 +11,8 @@ from transformers import Cache, PreTrainedModel
 from ..common.errors import InputError
 from ..models import HeadModel, Latents
 from .hooks import Site, base_of, first_tensor
+from .modules import hookpoint_names
+from .other_names import near_names
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,8 @@ def source_site(head: HeadModel, hookpoint: str) -> Site:
 @contextmanager
 def _replaced_one(base_model: PreTrainedModel, replacement: Replacement) -> Iterator[None]:
     target = Site(replacement.hookpoint, "output")
-    try:
-        module = base_model.get_submodule(replacement.hookpoint)
-        source = base_model.get_submodule(replacement.reads.module)
-    except AttributeError as error:
-        raise InputError(f"Head {replacement.name!r} does not fit {type(base_model).__name__}: {error}.") from error
+    module = _submodule(base_model, replacement, replacement.hookpoint)
+    source = _submodule(base_model, replacement, replacement.reads.module)
     if replacement.reads == target:
         handle = module.register_forward_hook(lambda _, args, output: _exchange(replacement, output))
         try:
@@ -142,6 +141,16 @@ def _replaced_one(base_model: PreTrainedModel, replacement: Replacement) -> Iter
             stack.callback(watch.remove)
         stack.enter_context(_bypassed(module, replacement, read))
         yield
+
+
+def _submodule(base_model: PreTrainedModel, replacement: Replacement, name: str) -> nn.Module:
+    try:
+        return base_model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(
+            f"Head {replacement.name!r} does not fit {type(base_model).__name__}, which has no module {name!r}. "
+            f"{near_names(name, base_model, hookpoint_names(base_model))}"
+        ) from error
 
 
 @contextmanager

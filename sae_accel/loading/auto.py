@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..common.errors import InputError, near
+from ..common.signals import tell
 from ..formats import Place
 from ..models.modeling_head import HeadModel
 from .find import find_heads, newest_checkpoint
@@ -91,6 +92,7 @@ class AutoSae:
         if (named := subfolder if hookpoint is None else hookpoint) is not None:
             return heads[named]
         if len(heads) > 1:
+            _tell_of_cache(heads)
             return heads
         (name, place), *_ = places.items()
         if repository.from_cache and place.name:
@@ -109,7 +111,17 @@ class AutoSae:
             `InputError`: if there is no such folder or repo, or no head in it.
         """
         _check_names("open", kwargs)
-        return SaeHeads(*_find(str(pretrained_model_name_or_path), kwargs), kwargs)
+        heads = SaeHeads(*_find(str(pretrained_model_name_or_path), kwargs), kwargs)
+        _tell_of_cache(heads)
+        return heads
+
+
+def _tell_of_cache(heads: SaeHeads) -> None:
+    if heads.from_cache:
+        tell(
+            f"{heads.origin!r}: {heads.from_cache}, so these are the {len(heads)} heads that are in the cache. There "
+            "may be more."
+        )
 
 
 def _check_names(method: str, given: dict[str, Any], own: tuple[str, ...] = ()) -> None:

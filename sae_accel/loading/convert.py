@@ -40,6 +40,11 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
     heads = AutoSae.open(source, **told)
+    if heads.from_cache and not (include and all(name in heads for name in include)):
+        raise InputError(
+            f"{source!r} may have heads that are not in the cache: {heads.from_cache}. Try again when it can be, or "
+            f"name heads by --include: {', '.join(heads)}."
+        )
     heads = heads.select(*include) if include else heads
     check, write = WRITERS[to]
     configs = {name: heads.config(name) for name in heads}

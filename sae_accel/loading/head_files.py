@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError, is_out_of_memory, one_line
 from ..formats import Place
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
@@ -36,7 +36,7 @@ def head_errors(repository: Repository, name: str) -> Iterator[None]:
             f"{where} cannot be loaded, because its weights are damaged ({error}). Fetch them again."
         ) from error
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        if isinstance(error, InputError) and repository.name in str(error):
+        if is_out_of_memory(error) or (isinstance(error, InputError) and repository.name in str(error)):
             raise
         raise InputError(f"{where} cannot be loaded: {_reason(error)}") from error
     except _BROKEN as error:

@@ -1,51 +1,118 @@
+import hashlib
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
-# The Hub client's own HTTP library has changed its name, so its base error is taken from where the client has it.
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-from ..common.errors import InputError, one_line
+from ..common.errors import InputError
+from ..common.hub_answers import Unreachable, hub_errors
+from ..common.hub_requests import hub_requests
 from ..common.manifest import Manifest
 from ..common.run_files import NOT_HEADS
 
 
 # Arguments of from_pretrained that say where and how files are found, rather than what becomes of them.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Repository:
     """
-    The files of a local folder or of a repo on the Hub, listed at once and fetched one by one.
+    The files of a local folder or of a repo on the Hub, listed at once and fetched one by one. What is fetched is of
+    the commit that was listed, however the repo changes meanwhile, and has the size and the checksum that the Hub
+    told of it.
 
     Args:
         name (`str`): A folder, a file in one, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
         options (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in
             transformers.
 
+    Attributes:
+        files (`list[str]`): All that there is, by paths.
+        commit (`str`, *optional*): That of a repo, where the Hub was asked.
+        from_cache (`str`): Why what an earlier call fetched is all that is known; empty where the Hub was asked.
+
     Raises:
-        `InputError`: if there is no such folder or repo, with the Hub's own reason.
+        `InputError`: if there is no such folder or repo, or the Hub refuses or fails, with the reason.
     """
 
     def __init__(self, name: str, **options: Any):
         self.name = name
         self.options = {key: value for key, value in options.items() if value is not None}
         self.folder = Path(name).expanduser() if _is_local(name) else None
-        # Whether the Hub was asked, or what an earlier call fetched is all that is known.
-        self.from_cache = False
+        self.commit: str | None = None
+        self.from_cache = ""
+        self._told: dict[str, RepoFile] = {}
         self.files = self._list()
 
     def fetch(self, file: str) -> str:
-        """Path of a file on this machine, after downloading it if need be."""
+        """
+        Path of a file on this machine, after downloading it if need be.
+
+        Raises:
+            `InputError`: if it does not arrive, or twice not as the Hub told of it.
+        """
         if self.folder is not None:
             return str(self.folder / file)
         try:
-            with hub_errors(self.name):
-                return hf_hub_download(self.name, file, **self.options)
-        except _Unreachable as error:
+            with hub_errors(self.name), hub_requests(f"fetching {file} of {self.name!r}"):
+                return self._fetch(file)
+        except Unreachable as error:
             raise InputError(f"{self.name!r} cannot be read: {file} did not arrive: {error}. Try again.") from error
+
+    def _fetch(self, file: str) -> str:
+        options = self.options | ({"revision": self.commit} if self.commit else {})
+        at_hand = self._at_hand(file)
+        if at_hand is not None:
+            return at_hand
+        path = hf_hub_download(self.name, file, **options)
+        if wrong := self._differs(file, path):
+            path = hf_hub_download(self.name, file, **options | {"force_download": True})
+            wrong = self._differs(file, path)
+        if wrong:
+            # Else the next call would find it in the cache.
+            os.remove(os.path.realpath(path))
+            Path(path).unlink(missing_ok=True)
+            raise InputError(f"{self.name!r} cannot be read: {file} arrived twice {wrong}. Try again later.")
+        self._remember_commit()
+        return path
+
+    def _at_hand(self, file: str) -> str | None:
+        """Path of a file that an earlier call has fetched, and checked, if it is of this commit."""
+        if self.commit is None or self.options.get("force_download"):
+            return None
+        path = try_to_load_from_cache(self.name, file, self.options.get("cache_dir"), self.commit)
+        told = self._told.get(file)
+        if not isinstance(path, str) or (told is not None and os.path.getsize(path) != told.size):
+            return None
+        return path
+
+    def _differs(self, file: str, path: str) -> str | None:
+        """In which way a file is not what the Hub told of it."""
+        told = self._told.get(file)
+        if told is None:
+            return None
+        if (size := os.path.getsize(path)) != told.size:
+            return f"with {size:,} bytes, where the Hub has {told.size:,}"
+        expected, found = (told.lfs.sha256, hashlib.sha256()) if told.lfs else (told.blob_id, _as_of_git(size))
+        with open(path, "rb") as content:
+            while block := content.read(2**20):
+                found.update(block)
+        return None if found.hexdigest() == expected else "with another content than the Hub's checksum is of"
+
+    def _remember_commit(self) -> None:
+        """Tells the cache which commit a branch is at, as the client does of files that it fetches by a branch."""
+        revision = self.options.get("revision", "main")
+        if self.commit is None or _COMMIT.fullmatch(revision):
+            return
+        folder = repo_folder_name(repo_id=self.name, repo_type="model")
+        ref = Path(self.options.get("cache_dir") or constants.HF_HUB_CACHE) / folder / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(self.commit)
 
     def _list(self) -> list[str]:
         if self.folder is not None:
@@ -56,21 +123,24 @@ class Repository:
             if not self.folder.is_dir():
                 raise InputError(f"There is no folder {self.name!r}.")
             return _of_the_run(self.folder, _list_folder(self.folder))
-        if not self.options.get("local_files_only"):
-            try:
-                with hub_errors(self.name):
-                    api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
-                    # Asked first, because a tree is asked for again and again while there is no answer.
-                    api.model_info(self.name, revision=revision)
-                    tree = api.list_repo_tree(self.name, recursive=True, revision=revision)
-                    return [item.path for item in tree if isinstance(item, RepoFile)]
-            except _Unreachable as error:
-                return self._list_cache(f"the Hub cannot be reached to look for it: {error}")
-        return self._list_cache("the Hub was not to be asked")
+        if self.options.get("local_files_only"):
+            return self._list_cache("the Hub was not to be asked")
+        try:
+            with hub_errors(self.name), hub_requests(f"listing {self.name!r}"):
+                return self._list_hub()
+        except Unreachable as error:
+            return self._list_cache(f"the Hub cannot be reached to look for it: {error}")
+
+    def _list_hub(self) -> list[str]:
+        api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
+        self.commit = api.model_info(self.name, revision=revision).sha
+        tree = api.list_repo_tree(self.name, recursive=True, revision=self.commit)
+        self._told = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        return list(self._told)
 
     def _list_cache(self, reason: str) -> list[str]:
         """Without the Hub, what an earlier call fetched."""
-        self.from_cache = True
+        self.from_cache = reason
         options = {key: value for key, value in self.options.items() if key in ("revision", "cache_dir")}
         try:
             return _list_folder(Path(snapshot_download(self.name, local_files_only=True, **options)))
@@ -78,35 +148,8 @@ class Repository:
             raise InputError(f"{self.name!r} is no local folder, is not in the cache, and {reason}.") from error
 
 
-class _Unreachable(Exception):
-    """The Hub gave no answer."""
-
-
-class hub_errors:
-    """Turns the Hub's refusal into one line with its reason, and no answer into `_Unreachable`."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        refused = isinstance(error, HfHubHTTPError) and not _is_down(error)
-        if isinstance(error, (OfflineModeIsEnabled, HTTPError)) and not refused:
-            raise _Unreachable(_in_a_line(error)) from error
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
-            # Of a file that was not found the client gives the reason apart.
-            cause = f" {_in_a_line(error.__cause__)}" if isinstance(error, LocalEntryNotFoundError) else ""
-            raise InputError(f"{self.name!r} cannot be read: {_in_a_line(error)}{cause}") from error
-
-
-def _is_down(error: HfHubHTTPError) -> bool:
-    return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
-
-
-def _in_a_line(error: BaseException | None) -> str:
-    return one_line(error or "").rstrip(".")
+def _as_of_git(size: int) -> "hashlib._Hash":
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def _is_local(name: str) -> bool:

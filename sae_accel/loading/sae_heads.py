@@ -10,7 +10,7 @@ from ..common.globs import glob_to_regex
 from ..common.quiet import quiet_files
 from ..common.staging import staging_folder
 from ..formats import Place
-from ..formats.hook_names import lens_name
+from ..formats.hook_names import inner_names, lens_name
 from ..models.configuration_head import HeadConfig
 from ..models.modeling_head import HeadModel
 from ..models.releasing import push_saved
@@ -55,6 +55,16 @@ class SaeHeads(Mapping[str, HeadModel]):
     def origin(self) -> str:
         """The folder or repo."""
         return self._repository.name
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a repo on the Hub, of which all heads are; None for a folder, or if the Hub was not asked."""
+        return self._repository.commit
+
+    @property
+    def from_cache(self) -> str:
+        """Why there may be heads that are not known here, since the Hub was not asked; empty where all are known."""
+        return self._repository.from_cache
 
     def select(self, *patterns: str) -> "SaeHeads":
         """
@@ -212,7 +222,9 @@ class SaeHeads(Mapping[str, HeadModel]):
     def _near(self, name: str) -> str:
         if list(self._places) == [""]:
             return "Its only head lies at the top: leave hookpoint out."
-        near = difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
+        near = [ours for inner in inner_names(name) for ours in self if inner in self._names(ours)]
+        near += [ours for ours in self if ours.split("/")[0].endswith(f".{name}")]
+        near = near[:4] or difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
         cached = " The Hub could not be asked, so only what is in the cache was looked at."
         return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 

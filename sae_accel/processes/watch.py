@@ -10,7 +10,8 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from ..common.errors import InputError, NotFinite, NotSaved, one_line
+from ..common.errors import InputError, NotFinite, NotSaved, RunEnded
+from ..common.reports import reports
 from ..common.signals import signals
 from .agreement import gather_objects, this_process
 
@@ -95,8 +96,8 @@ class Watch:
                 time.sleep(BEAT / 4)
             self._tell_of_the_end()
         elif not lost:
-            reason = one_line(error)[:1000]
-            self._store.set(f"ended/{self.process.process_index}", f"{type(error).__name__}: {reason}")
+            reports.is_left_to_first = True
+            self._store.set(f"ended/{self.process.process_index}", reports.line(error))
         else:
             # Meanwhile the thread ends this process, once it knows why.
             time.sleep(8 * BEAT)
@@ -181,7 +182,7 @@ class Watch:
             return None
         for index in range(1, self.process.num_processes):
             if self._store.check([f"ended/{index}"]):
-                return f"Process {index} ended: {self._store.get(f'ended/{index}').decode()}."
+                return f"Process {index} ended: {self._store.get(f'ended/{index}').decode()}"
             if self._store.check([f"closed/{index}"]):
                 continue
             if index in self._pids and not _is_alive(self._pids[index]):
@@ -195,7 +196,7 @@ class Watch:
         return None
 
 
-class ProcessDied(RuntimeError):
+class ProcessDied(RunEnded):
     """Another process of the run has ended, so that this one cannot go on."""
 
 

@@ -256,7 +256,9 @@ class SaeTrainingArguments:
         "With several processes: each holds a part of the latents of every head, for heads larger than a device.",
     )
     init_from: str | None = _option(
-        None, "Folder or Hub repo from which each head starts, from the head of the same name; new heads if not set."
+        None,
+        "Folder or Hub repo (`name@revision` if not the main branch) from which each head starts, from the head of "
+        "the same name; new heads if not set.",
     )
     optim: Literal["signum", "adam", "adam8bit", "muon"] = _option(
         "signum", "Optimizer: schedule-free sign descent, Adam, bitsandbytes' 8-bit Adam, or Muon."
@@ -327,6 +329,12 @@ class SaeTrainingArguments:
         "every_save",
         "What is pushed when: heads at the end; at each save as well, while training goes on; with the newest "
         "checkpoint, in last-checkpoint; or with every checkpoint.",
+    )
+    hub_timeout: float = _option(
+        3600.0,
+        "Seconds that training waits for pushes when it has ended; what has not arrived by then is told, with how to "
+        "push it by hand.",
+        above=0.0,
     )
     report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 

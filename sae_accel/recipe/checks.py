@@ -132,7 +132,7 @@ def check_hub(training: SaeTrainingArguments) -> None:
     Raises:
         `InputError`: if it does not.
     """
-    for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+    for name in ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout"):
         if not training.push_to_hub and getattr(training, name) != getattr(SaeTrainingArguments, name):
             raise InputError(f"training.{name}: nothing is pushed. Set training.push_to_hub, or remove it.")
 

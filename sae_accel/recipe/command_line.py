@@ -22,7 +22,12 @@ Trains SAEs and transcoders on the activations of a language model.
   python -m sae_accel.train RECIPE --dry-run [PROCESSES]
 
 The second trains nothing, but prints what each process would hold and need
-of memory. It takes the same values as the first.
+of memory. It takes the same values as the first. Anywhere in either,
+
+  --debug
+
+shows an error's traceback here, and of a defect the whole report, which is
+a file else.
 
 Examples:
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ..common.errors import InputError
+from ..common.secrets import without_secret_keys
 from .arguments import (
     SECTIONS,
     DataArguments,
@@ -176,4 +177,6 @@ def _check_init_from(training: SaeTrainingArguments) -> None:
 
 def _without_secrets(arguments: Any) -> dict[str, Any]:
     hidden = secret_fields(arguments)
-    return {key: value for key, value in asdict(arguments).items() if key not in hidden}
+    content = {key: value for key, value in asdict(arguments).items() if key not in hidden}
+    # A mapping for another library may hold a secret as well, such as `data.load_args.token`.
+    return {key: without_secret_keys(value) if isinstance(value, dict) else value for key, value in content.items()}

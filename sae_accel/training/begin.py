@@ -62,5 +62,5 @@ def _new_heads(run: RunState, assembly: Assembly, batches: Batches) -> None:
     if (source := run.args.init_from) is None:
         start_heads(run.bank, run.spread, assembly.activations, batches)
         return
-    heads = raise_together(lambda: open_pretrained(source))
+    heads = open_pretrained(source, None if run.recipe is None else run.recipe.model.token)
     raise_together(lambda: load_into(run.bank, match_heads(run.plans.values(), heads), heads))

@@ -9,7 +9,8 @@ from ..bank.plans import HeadPlan
 from ..common.errors import InputError
 from ..lm.adapter import quiet_peft
 from ..lm.hooks import base_of
-from ..lm.modules import hookpoint_names, layer_list, match_modules, no_match
+from ..lm.modules import hookpoint_names, layer_list, match_modules
+from ..lm.other_names import no_match
 from ..recipe.arguments import LoraArguments
 
 

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from torch import nn
 
-from ..bank.init_from import match_heads, matches_table, open_pretrained
+from ..bank.init_from import at_its_commit, match_heads, matches_table, open_pretrained
 from ..bank.plans import HeadPlan
 from ..common.signals import signals
 from ..data.tokens import load_tokens
@@ -67,9 +68,11 @@ def _trainer(asked: Recipe) -> SaeTrainer:
         print(ahead.room)
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
-    init_from = training.init_from if checkpoint is None else None
-    if plans is not None and init_from is not None:
-        raise_together(lambda: _show_matches(plans, init_from))
+    # A copy, since what it starts from is said more closely than the recipe does.
+    args = replace(training)
+    starts_from_heads = training.init_from is not None and checkpoint is None
+    if plans is not None and starts_from_heads:
+        _show_matches(plans, args, recipe.model.token)
     tokenizer = raise_together(lambda: load_tokenizer(recipe.model))
     device, with_lm_head = this_process().device, training.loss != "fvu"
     lm = raise_together(lambda: load_lm(recipe.model, with_lm_head=with_lm_head, device=device))
@@ -80,7 +83,7 @@ def _trainer(asked: Recipe) -> SaeTrainer:
     trainer = raise_together(
         lambda: SaeTrainer(
             lm,
-            recipe.training,
+            args,
             recipe.heads,
             train_dataset,
             eval_dataset,
@@ -90,8 +93,8 @@ def _trainer(asked: Recipe) -> SaeTrainer:
             recipe=recipe,
         )
     )
-    if plans is None and init_from is not None:
-        raise_together(lambda: _show_matches(list(trainer.plans.values()), init_from))
+    if plans is None and starts_from_heads:
+        _show_matches(list(trainer.plans.values()), args, recipe.model.token)
     if trainer.spread.description and trainer.accelerator.is_main_process:
         print(trainer.spread.description)
     return trainer
@@ -102,8 +105,11 @@ def _open_repo(training: SaeTrainingArguments) -> None:
         open_repo(hub_repo(training), training.hub_private_repo)
 
 
-def _show_matches(plans: list[HeadPlan], init_from: str) -> None:
-    heads = open_pretrained(init_from)
-    matches = match_heads(plans, heads)
+def _show_matches(plans: list[HeadPlan], args: SaeTrainingArguments, token: str | None) -> None:
+    """Prints what each head starts from, and has the run start from that commit."""
+    assert args.init_from is not None, "asked for only where it is set"
+    heads = open_pretrained(args.init_from, token)
+    matches = raise_together(lambda: match_heads(plans, heads))
+    args.init_from = at_its_commit(heads)
     if this_process().is_main_process:
         print(matches_table(matches, heads))

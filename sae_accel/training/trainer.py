@@ -210,7 +210,7 @@ class SaeTrainer:
             try:
                 metrics = self._take_steps(windows)
             except Abandoned as signal:
-                words = f"Stopped after step {self.state.global_step}. {self._saved()}"
+                words = f"Stopped after step {self.state.global_step}. {self._saved(signal.number)}"
                 raise Stopped(signal.number, words) from None
         self.run_state.tell_left_out()
         metrics |= self.run_state.initial_metrics | self.counters.totals(tokens_before, time.monotonic() - started)
@@ -357,13 +357,13 @@ class SaeTrainer:
         if folder is not None:
             self._tell("on_save")
 
-    def _saved(self, anew: bool = False) -> str:
+    def _saved(self, signal_number: int | None = None, anew: bool = False) -> str:
         """Saves what is not saved yet, or all `anew`, and says so."""
         if anew or self.saver.newest is None:
             self.finite_steps.check_weights()
             self._save_checkpoint()
         if self.publisher:
-            self.publisher.finish(interrupted=True)
+            self.publisher.finish(release_follows=False, signal_number=signal_number)
         return self.saver.where(signals.words)
 
     def _write_log(self) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 
 from sae_accel import push, train
 from sae_accel.common.errors import InputError
+from sae_accel.common.hub_requests import TRIES
 from sae_accel.hub.publisher import hub_repo
 from sae_accel.hub.release import Release
 from sae_accel.loading.auto import AutoSae
@@ -49,8 +51,10 @@ def hub(tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub", **options) as hub:
         for name, value in (hub.settings(tmp_path / "cache") | {"DOWNLOAD_CHUNK_SIZE": 1000}).items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        clock = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic, time=time.time)
         for module in ("utils._http", "file_download"):
-            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
+        monkeypatch.setattr("sae_accel.common.hub_requests.time", clock)
         hub.token = "secret"
         monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: hub.token)
         monkeypatch.setattr("huggingface_hub.utils._headers.detect_agent", lambda: None)
@@ -126,13 +130,13 @@ def test_a_run_is_released_and_read_back_bit_for_bit_by_another_machine(place, t
     words = command_words(place, tmp_path, **{"training.push_to_hub": "true", "training.hub_model_id": "saes"})
     with HubServer(tmp_path / "hub") as hub:
         # Of three pushes the first fails.
-        hub.fail("POST", "/commit/")
+        hub.fail("POST", "/commit/", status=403)
         more = ["--training.save_steps", "15", "--training.max_steps", "45"]
         done = _fresh(["-m", "sae_accel.train", *words, *more], tmp_path / "home", hub, HF_TOKEN="secret")
         assert done.returncode == 0, done.stderr
         warned = [line for line in done.stderr.splitlines() if "was not pushed" in line]
         assert len(warned) == 1 and "Step 15 was not pushed: 'user/saes' cannot" in warned[0]
-        assert "503" in warned[0] and "Traceback" not in done.stderr and warned[0].endswith("Training goes on.")
+        assert "403" in warned[0] and "Traceback" not in done.stderr and warned[0].endswith("Training goes on.")
         assert _messages(hub, "user/saes")[-1] == "End of training"
         assert sorted(hub.files("user/saes")) == sorted([".gitattributes", *RELEASE])
         code = f"""
@@ -191,15 +195,16 @@ def test_a_push_that_is_cut_off_changes_nothing_and_goes_on_when_run_again(hub, 
     assert len(arrived) >= 2 and lost not in arrived
     hub.mend()
     hub.requests.clear()
-    hub.fail("POST", "/repos/create", status=429)
-    assert "Fault 429. Push again" in _refused(capsys, run, "user/saes")
-    hub.fail("POST", "/commit/", status=503)
+    hub.fail("POST", "/repos/create", status=429, times=TRIES)
+    assert "answered 429. Push again" in _refused(capsys, run, "user/saes")
+    hub.fail("POST", "/commit/", status=503, times=TRIES)
     assert "503" in _refused(capsys, run, "user/saes")
     assert lost in _uploads(hub) and not arrived & set(_uploads(hub)) and not _messages(hub, "user/saes")
     hub.requests.clear()
     # What arrives although its answer does not is there.
     hub.cut("/commit/", answer=True)
-    assert "Push again" in _refused(capsys, run, "user/saes") and len(_messages(hub, "user/saes")) == 1
+    assert _push(run, "user/saes") == 0 and len(_messages(hub, "user/saes")) == 1
+    assert f"commit {hub.commits('user/saes')[-1][0][:8]}" in capsys.readouterr().out
     assert _push(run, "user/saes") == 0 and not _uploads(hub) and len(_messages(hub, "user/saes")) == 1
     assert "nothing new" in capsys.readouterr().out and _changed(hub, "user/saes") == RELEASE
 
@@ -251,9 +256,9 @@ def test_one_head_a_branch_and_a_private_repo(hub, run, capsys):
         ("wrong", ["user/new"], "Invalid credentials in Authorization header. Run `hf auth login`"),
         ("secret", ["someone/new"], 'rights to create a model under the namespace "someone"'),
         ("secret", ["someone/open"], "don't have write access"),
-        ("secret", ["someone/gated"], "'someone/gated' cannot be pushed to: 403"),
-        ("other", ["user/closed"], "'user/closed' cannot be pushed to: 403"),
-        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head of ours."),
+        ("secret", ["someone/gated"], "'someone/gated' cannot be pushed to: the token does not allow it (status 403)"),
+        ("other", ["user/closed"], "'user/closed' cannot be pushed to: the token does not allow it (status 403)"),
+        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head of ours"),
         ("secret", ["user/a/b"], "'repo_name' or 'namespace/repo_name': 'user/a/b'"),
         ("secret", ["user/two words"], "alphanumeric"),
         ("secret", ["user/new", "--include", "layer.1"], "'layer.1' matches. Near names: layers.1, layers.2."),
@@ -370,7 +375,7 @@ def test_a_push_that_fails_is_one_warning_and_the_same_trainer_may_go_on(hub, tm
     # On file systems without links a checkpoint is copied.
     monkeypatch.setattr("os.link", Mock(side_effect=PermissionError("no links")))
     trainer = _trainer(tmp_path / "saes", save_steps=1)
-    hub.fail("POST", "/commit/", status=500)
+    hub.fail("POST", "/commit/", status=500, times=TRIES)
     trainer.train()
     warned = [record.getMessage() for record in caplog.records if "was not pushed" in record.getMessage()]
     assert len(warned) == 1 and "Step 1 was not pushed: " in warned[0] and "Push again" not in warned[0]
@@ -387,7 +392,7 @@ def test_a_push_that_fails_is_one_warning_and_the_same_trainer_may_go_on(hub, tm
 
 def test_a_last_push_that_fails_comes_after_the_table_with_a_run_that_is_whole(hub, place, tmp_path, capsys):
     words = command_words(place, tmp_path, **{"training.push_to_hub": "true", "training.hub_strategy": "end"})
-    hub.fail("POST", "/run/commit/", status=500)
+    hub.fail("POST", "/run/commit/", status=500, times=TRIES)
     assert train.main(words) == 2
     out, err = capsys.readouterr()
     assert "layers.2  sae" in out and "Saved in" in out
@@ -528,7 +533,7 @@ def test_refusals_say_what_would_help(hub, run, tmp_path, capsys, monkeypatch):
 
 
 def _fetched(hub) -> set[str]:
-    return {line.split("/resolve/main/")[-1] for line in hub.requests if "/resolve/" in line}
+    return {re.split("/resolve/[0-9a-f]*/", line)[-1] for line in hub.requests if "/resolve/" in line}
 
 
 def test_only_what_is_asked_for_is_fetched_into_the_cache_that_serves_offline(hub, run, tmp_path, monkeypatch):
@@ -559,10 +564,10 @@ def test_busy_answers_are_tried_again_or_told_and_a_download_that_was_cut_goes_o
     head = AutoSae.from_pretrained("user/saes", hookpoint="layers.1")
     assert torch.equal(head.W_dec, AutoSae.from_pretrained(run)["layers.1"].W_dec)
     assert [headers["range"] for headers in hub.headers if "range" in headers] == ["bytes=7000-", "bytes=14000-"]
-    hub.fail("GET", "/api/models/user/saes", status, times=2)
-    assert list(AutoSae.open("user/saes")) == ["layers.1"], "What is in the cache does as long as the Hub is busy."
-    line = _line(AutoSae.open, "user/saes", cache_dir=tmp_path / "empty")
-    assert "is not in the cache, and the Hub cannot be reached" in line and str(status) in line
+    hub.fail("GET", "/api/models/user/saes", status, times=TRIES)
+    line = _line(AutoSae.open, "user/saes")
+    assert line.startswith("'user/saes' cannot be read: the Hub was asked for GET /api/models/user/saes, and it answ")
+    assert str(status) in line and list(AutoSae.open("user/saes")) == ["layers.1", "layers.2"]
     hub.fail(None, "/resolve/", status, times=100)
     heads = AutoSae.open("user/saes", cache_dir=tmp_path / "empty")
     assert _line(heads.load, "layers.1").startswith("'user/saes' cannot be read: ")

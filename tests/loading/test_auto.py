@@ -236,8 +236,8 @@ for name, token in (("user/nothing", None), ("user/gated", None), ("user/gated",
     with HubServer(tmp_path / "hub", private=("user/gated",)) as hub:
         done = _in_fresh_process(code, tmp_path / "home", HF_ENDPOINT=hub.url)
     nothing, gated, allowed = done.stdout.splitlines()
-    assert nothing.startswith("InputError 'user/nothing' cannot be read") and "not found" in nothing.lower()
-    assert gated.startswith("InputError 'user/gated' cannot be read") and "restricted" in gated
+    assert nothing.startswith("AccessRefused 'user/nothing' cannot be read: there is no such repo")
+    assert gated.startswith("AccessRefused 'user/gated' cannot be read") and "restricted" in gated
     assert allowed == "3"
     unreachable = _in_fresh_process(code, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
     assert "is not in the cache, and the Hub cannot be reached" in unreachable.stdout.splitlines()[0]
