@@ -12,7 +12,7 @@ from .reading import reading
 from .separator import separator_id
 from .sequence_stream import DOCUMENTS_AT_ONCE, SequenceStream
 from .sources import open_dataset
-from .token_file import TokenFile
+from .token_file import TokenFile, is_token_file
 
 
 def chunk_and_tokenize(
@@ -90,7 +90,7 @@ def load_tokens(
     """
     sequences: Any
     bad_rows = BadRows(arguments.bad_rows, arguments.max_bad_rows, whole=not arguments.streaming)
-    if arguments.path.lower().endswith(".bin"):
+    if is_token_file(arguments.path):
         length, width = arguments.sequence_length, arguments.token_dtype
         sequences = TokenFile(arguments.path, length, vocab_size, width, bad_rows)
     else:

@@ -212,10 +212,10 @@ def test_several_kinds_are_refused_by_name(path, one, other, words):
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.txt", "UTF-16", "holds UTF-16"),
+        ("a.txt", "UTF-16", "holds UTF-16, which data.load_args: {encoding: NAME} reads"),
         ("a.txt", "NUL", "holds bytes that are no UTF-8"),
         ("a.txt", "Latin-1", "holds bytes that are no UTF-8"),
-        ("a.jsonl", "words", "does not hold JSON"),
+        ("a.jsonl", "words", "does not hold objects of JSON"),
         ("a.parquet", "words", "does not hold Parquet"),
         ("a.arrow", "zeros", "does not hold Arrow"),
         ("a.txt", "zip", "is a zip archive"),
@@ -268,7 +268,7 @@ def test_tilde_is_the_home_folder(monkeypatch, folder):
 @pytest.mark.parametrize("path", ["d/b.jsonl", "d/*.csv", "d/sub"])
 def test_a_path_that_names_nothing_is_told_with_what_is_near(path):
     write("d/a.jsonl", lines())
-    with pytest.raises(InputError, match=r"cannot be loaded: .* In 'd' there is a.jsonl\.") as raised:
+    with pytest.raises(InputError, match=r"cannot be loaded: .*\. .*In 'd' there is a.jsonl\.") as raised:
         sequences(path)
     assert "\n" not in str(raised.value) and repr(path) in str(raised.value)
 
@@ -308,8 +308,30 @@ def test_ids_are_read_from_a_file_in_capitals_and_are_no_data_of_a_folder():
     ids = bytes(range(48))
     write("d/IDS.BIN", b"".join(bytes([one, 0]) for one in ids))
     assert sequences("d/IDS.BIN") == [list(range(i, i + 12)) for i in range(0, 48, 12)]
-    with pytest.raises(InputError, match="IDS.BIN' holds token ids. Such a file is named by itself"):
-        sequences("d")
+    for path in ("d", "d/*.BIN"):
+        with pytest.raises(InputError, match="IDS.BIN' holds token ids. Such a file is named by itself"):
+            sequences(path)
+
+
+@STREAMING
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_an_encoding_that_is_given_is_read(encoding, streaming):
+    write("a.txt", (TEXTS[0] + " ü").encode(encoding))
+    unknown = 2
+    found = sequences("a.txt", streaming=streaming, load_args={"encoding": encoding, "sample_by": "document"})
+    assert found == [[*ids_by_hand(TEXTS[:1])[:-1], unknown]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a"])
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_alone_is_refused(name, content):
+    with pytest.raises(InputError, match="since it is empty"):
+        sequences(write(name, content))
+
+
+def test_lines_of_json_that_are_no_objects_are_refused():
+    with pytest.raises(InputError, match="does not hold objects of JSON"):
+        sequences(write("a.jsonl", b'"w1 w2"\n"w3"\n'))
 
 
 @pytest.mark.parametrize(
