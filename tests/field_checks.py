@@ -21,6 +21,7 @@ STILL = {"training.learning_rate": 1e-12}
 COUNTING = {"data.path": "counting.bin"}
 IN_ORDER = COUNTING | {"data.shuffle_seed": "null"}
 DATASET = {"data.path": "dataset"}
+NULLS = {"data.path": "nulls.jsonl"}
 WHOLE_PASS = {"training.max_steps": None}
 ALL_LAYERS = {"heads.hookpoints": "layers.*"}
 ONE_HEAD = {"heads.hookpoints": "layers.1"}

@@ -63,10 +63,14 @@ def write_data() -> None:
     """
     Files of ids: in `counting.bin` sequence i is token i alone, in `alternating.bin` tokens 5 and 6 take turns, as in
     `wide.bin`, which has 32 bits for each. In `dataset` each file of text holds one word, and `body` another.
+    `lines.txt` has 7 words a line, and `nulls.jsonl` a null in row 150 of 200.
     """
     np.repeat(np.arange(100, dtype="uint16"), 16).tofile("counting.bin")
     for name, dtype in (("alternating", "uint16"), ("wide", "uint32")):
         np.tile(np.array([5, 6], dtype), 800).tofile(f"{name}.bin")
+    Path("lines.txt").write_text(f"{' '.join(['w8'] * 7)}\n" * 200)
+    rows = [json.dumps({"text": None if i == 150 else " ".join(["w8"] * 16)}) for i in range(200)]
+    Path("nulls.jsonl").write_text("\n".join(rows))
     Path("dataset").mkdir()
     Path("dataset/README.md").write_text(CONFIGURATIONS)
     for name, word in (("first", 10), ("second", 20), ("test", 30)):

@@ -33,6 +33,8 @@ def main(folder: Path) -> None:
             found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             found["tokens"] = trainer.state.num_input_tokens_seen
             found["skips"] = vars(trainer.run_state.skips)
+            stream = trainer.run_state.stream
+            found["left_out"] = None if stream is None else list(stream.bad_rows.tally)
             lm = getattr(trainer.activations, "activations", trainer.activations).base_model
             found["lm_parameters"] = sum(getattr(p, "_local_tensor", p).numel() for p in lm.parameters())
             if isinstance(trainer.activations, ExchangedActivations):

@@ -19,6 +19,7 @@ from field_checks import (
     JUMPRELU,
     LOGS,
     LORA,
+    NULLS,
     ON_DISK,
     PLANNED,
     PUSH,
@@ -113,6 +114,17 @@ FIELDS: dict[str, Check] = {
         DATASET,
     ),
     "data.text_column": Shows("words", {None: [10], "body": [11]}, DATASET),
+    "data.sample_by": Shows(
+        # EOS stands behind each document, and what is behind the last is dropped.
+        lambda run: any(bool((batch == 0).any()) for batch in run.batches),
+        {None: False, "document": False, "line": True, "paragraph": False},
+        {"data.path": "lines.txt"},
+    ),
+    "data.separator": Shows("words", {None: [10], "w40": [10, 42], 5: [5, 10]}, DATASET),
+    "data.bad_rows": Shows("refusal", {None: None, "skip": None, "stop": Says("it is stop, and row 150")}, NULLS),
+    "data.max_bad_rows": Shows(
+        "refusal", {None: None, 1: None, 0.004: Says("1 of 200 rows"), 0: Says("1 of 200 rows")}, NULLS
+    ),
     "data.token_dtype": both(
         Shows(
             "refusal",

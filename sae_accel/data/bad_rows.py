@@ -61,22 +61,23 @@ class BadRows:
         Counts more rows.
 
         Raises:
-            `InputError`: if there are too many bad ones among all.
+            `InputError`: if there are too many bad ones among all. These are not counted then: whoever mends them
+                finds them as they are.
         """
-        self.tally = self.tally.plus(tally)
-        if tally.bad:
-            self.check()
+        self.settle(self.tally.plus(tally))
 
-    def check(self) -> None:
+    def settle(self, tally: Tally) -> None:
         """
-        Looks whether too many rows are bad. Those at which the run has stopped before are not held against it alone.
+        Counts what has been counted elsewhere. Rows at which the run has stopped before are not held against it again.
 
         Raises:
-            `InputError`: if they are.
+            `InputError`: if too many of them are bad.
         """
-        tally = self.tally
-        if tally.bad <= self.passed:
-            return
+        if tally.bad > max(self.passed, self.tally.bad):
+            self._check(tally)
+        self.tally = tally
+
+    def _check(self, tally: Tally) -> None:
         if self.policy == "stop":
             self.passed = tally.bad
             raise InputError(

@@ -212,14 +212,17 @@ class _Reader:
         # One process counts as it cuts.
         is_dealt = isinstance(dataset, SequenceStream) and accelerator.num_processes > 1
         self.stream = cast(SequenceStream, dataset) if is_dealt else None
-        self.processes, self.index, self.counts = accelerator.num_processes, accelerator.process_index, counts
-        self.tally = Tally()
+        self.counts, self.tally = counts, Tally()
+        if self.stream is not None:
+            # Files that cannot be dealt out evenly are read by every process, each of which keeps some sequences.
+            self.apart = self.stream.whole.num_shards % accelerator.num_processes == 0
+            self.whose = f" of those that process {accelerator.process_index} reads" if self.apart else ""
 
     def read(self, work: Callable[[], T]) -> T:
         """What `work` gives, which reads the stream."""
         if self.stream is None:
             return work()
-        with self.stream.counted(self.tally) as found:
+        with self.stream.counted(self.tally, self.whose) as found:
             result = work()
         self.tally = found[0]
         return result
@@ -233,14 +236,11 @@ class _Reader:
         """
         if self.stream is None or not self.counts:
             return
-        # Files that cannot be dealt out evenly are read by every process, and each keeps a part of their sequences.
-        apart = self.stream.whole.num_shards % self.processes == 0
-        total = reduce(Tally.plus, everyone) if apart else max(everyone)
+        total = reduce(Tally.plus, everyone) if self.apart else max(everyone)
         bad_rows = self.stream.bad_rows
         # A pass that begins anew, to find where a run goes on, comes to what it had counted.
         if total.seen >= bad_rows.tally.seen:
-            bad_rows.tally = total
-            bad_rows.check()
+            bad_rows.settle(total)
 
 
 def sequence_length(dataset: Rows | None) -> int:

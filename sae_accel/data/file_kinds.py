@@ -69,9 +69,14 @@ class FileKind(NamedTuple):
         return self.compression is not None and COMPRESSION_EXTENSION_TO_PROTOCOL.get(ending) != self.compression
 
 
-def kind_of(path: str) -> FileKind:
+def kind_of(path: str, is_utf8: bool = True) -> FileKind:
     """
     Looks at a file.
+
+    Args:
+        path (`str`): The file.
+        is_utf8 (`bool`, defaults to `True`): Whether texts are in UTF-8; else those in another encoding are known by
+            their ending alone.
 
     Raises:
         `InputError`: if it cannot be read, or only with a package that is not installed.
@@ -94,7 +99,7 @@ def kind_of(path: str) -> FileKind:
         if isinstance(error, InputError):
             raise
         raise InputError(f"data.path: {path!r} cannot be read: {one_line(error)}.") from error
-    return _kind(path, head, compression)
+    return _kind(path, head, compression, is_utf8)
 
 
 def ending_of(path: str) -> str:
@@ -105,7 +110,7 @@ def ending_of(path: str) -> str:
     return name.suffix.lower()
 
 
-def _kind(path: str, head: bytes, compression: str | None) -> FileKind:
+def _kind(path: str, head: bytes, compression: str | None, is_utf8: bool) -> FileKind:
     stated = ENDINGS.get(ending_of(path))
     if stated == IDS:
         return FileKind(path, IDS, compression)
@@ -117,16 +122,21 @@ def _kind(path: str, head: bytes, compression: str | None) -> FileKind:
             return FileKind(path, OTHER, compression, why=f"is a {name} archive, which is to be unpacked")
     if head[257:262] == b"ustar":
         return FileKind(path, OTHER, compression, why="is a tar archive, which is to be unpacked")
+    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
+        return FileKind(path, OTHER, compression, why="is empty")
     if stated in (PARQUET, ARROW) and not _is_json(_text_of(head) or ""):
         return FileKind(path, OTHER, compression, why=f"does not hold {stated}, as its name says")
     text = _text_of(head)
+    if text is None and not is_utf8:
+        return FileKind(path, stated or TEXT, compression)
     if text is None:
         what = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "bytes that are no UTF-8"
-        return FileKind(path, OTHER, compression, why=f"holds {what}")
+        which = "which data.load_args: {encoding: NAME} reads" if stated in (TEXT, JSON, CSV, TSV) else ""
+        return FileKind(path, OTHER, compression, why=f"holds {what}{which and f', {which}'}")
     if (columns := _columns(text)) is not None:
         return FileKind(path, JSON, compression, columns)
     if stated == JSON and not text.lstrip().startswith(("{", "[")):
-        return FileKind(path, OTHER, compression, why="does not hold JSON, as its name says")
+        return FileKind(path, OTHER, compression, why="does not hold objects of JSON, as its name says")
     return FileKind(path, stated or TEXT, compression)
 
 

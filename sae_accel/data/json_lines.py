@@ -136,6 +136,6 @@ def _parsed(piece: bytes, passed: int) -> list[Any]:
             try:
                 # What is no UTF-8 stays as surrogates, by which the row is known.
                 rows.append(json.loads(line.decode("utf-8", "surrogateescape")))
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {one_line(error)}") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON: {error.msg}, at character {error.colno}") from error
     return rows

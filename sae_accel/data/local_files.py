@@ -61,14 +61,15 @@ def find_files(arguments: DataArguments) -> LocalFiles | None:
         `ValueError`: if one is of none that can be read.
     """
     path, options = arguments.path, arguments.load_args
+    is_utf8 = "encoding" not in options
     if os.path.isfile(path):
-        return _of_one_kind(path, {"train": [kind_of(path)]})
+        return _of_one_kind(path, {"train": [kind_of(path, is_utf8)]})
     if os.path.isdir(path):
         if arguments.name is not None or {"data_files", "data_dir"} & set(options) or _is_configured(Path(path)):
             return None
-        return _of_folder(path)
+        return _of_folder(path, is_utf8)
     matching = glob.glob(path, recursive=True) if glob.has_magic(path) else []
-    found = _data_among(path, sorted(one for one in matching if os.path.isfile(one)))
+    found = _data_among(path, sorted(one for one in matching if os.path.isfile(one)), is_utf8)
     return _of_one_kind(path, {"train": found}) if found else None
 
 
@@ -78,15 +79,20 @@ def what_is_near(path: str) -> str:
     if glob.has_magic(parent) or not os.path.isdir(parent or "."):
         return ""
     # Names of other files are no business of who means a dataset on the Hub, unless one is like it.
-    names = sorted(entry for entry in os.listdir(parent or ".") if not entry.startswith("."))
+    names = sorted(entry for entry in os.listdir(parent or ".") if not entry.startswith(".") and entry != name)
     if not parent or not names:
         return near(name, names)
     return f"{near(name, names)} In {parent!r} there is {_named(names)}."
 
 
-def _of_folder(folder: str) -> LocalFiles | None:
+def is_local(path: str) -> bool:
+    """Whether a path can only be meant for this machine, whether or not there is something."""
+    return bool(path.startswith(("/", "./", "../")) or path.count("/") > 1 or ending_of(path) in ENDINGS)
+
+
+def _of_folder(folder: str, is_utf8: bool) -> LocalFiles | None:
     inside = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = _data_among(folder, sorted(inside))
+    found = _data_among(folder, sorted(inside), is_utf8)
     if not any(file.kind != OTHER for file in found):
         return None
     by_split = _splits(folder)
@@ -98,7 +104,7 @@ def _of_folder(folder: str) -> LocalFiles | None:
     return _of_one_kind(folder, {split: files for split, files in splits.items() if files})
 
 
-def _data_among(where: str, paths: list[str]) -> list[FileKind]:
+def _data_among(where: str, paths: list[str], is_utf8: bool) -> list[FileKind]:
     """What the files are that are data, by their names and by what is in them."""
     # Who writes out a dot or a dash at the start of a name means it.
     asked = os.path.basename(where)[:1] in ("_", ".")
@@ -108,7 +114,7 @@ def _data_among(where: str, paths: list[str]) -> list[FileKind]:
         parts = Path(os.path.relpath(path, base)).parts if base else (os.path.basename(path),)
         is_data = asked or not (_NO_DATA.fullmatch(parts[-1]) or any(part[0] in "._" for part in parts))
         (kept if is_data and os.path.getsize(path) else left_out).append(path)
-    found = [kind_of(path) for path in kept]
+    found = [kind_of(path, is_utf8) for path in kept]
     tables = {file.kind for file in found} - {TEXT, OTHER}
     about = [f for f in found if tables and f.kind == TEXT and _ABOUT_TABLES.fullmatch(os.path.basename(f.path))]
     # What claims to be data, but is none, is refused; a picture beside texts claims nothing.

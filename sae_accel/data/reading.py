@@ -2,6 +2,7 @@
 
 import logging
 import lzma
+import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ _RAISED = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, DatasetGenerationError, DatasetNotFoundError),
     *(zlib.error, lzma.LZMAError),
 )
-# They say on the screen which file it was, and raise without it.
+# They say on the screen what they raise as well.
 _LOGGERS = [f"datasets.packaged_modules.{name}.{name}" for name in ("arrow", "csv", "json", "parquet", "text")]
 
 
@@ -32,31 +33,32 @@ def reading(begins: str, ends: str = "") -> Iterator[None]:
     Raises:
         `InputError`: if something cannot be read.
     """
-    told = _Told()
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(told)
+        logger.addFilter(_is_no_error)
     try:
         yield
     except InputError:
         raise
     except _RAISED as error:
-        reason = told.last or one_line(error.__cause__ or error)
-        raise InputError(f"{begins}: {reason.rstrip('.')}.{ends and f' {ends}'}") from error
+        # It wraps what happens while it writes its cache.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = _with_file(cause or error).rstrip(".")
+        raise InputError(f"{begins}: {reason}.{ends and f' {ends}'}") from error
     finally:
         for logger in loggers:
-            logger.removeFilter(told)
+            logger.removeFilter(_is_no_error)
 
 
-class _Told(logging.Filter):
-    """Keeps errors off the screen, and the last of them for the line."""
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = ""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR:
-            return True
-        self.last = one_line(record.getMessage())
-        return False
+def _with_file(error: BaseException) -> str:
+    """What an error says, after the file that a builder was at when it came."""
+    reason = one_line(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_locals.get("file") if frame.f_code.co_name == "_generate_tables" else None
+        if isinstance(file, str) and file not in reason:
+            return f"{file}: {reason}"
+    return reason

@@ -143,13 +143,22 @@ class SequenceStream(TorchIterableDataset):
             yield block.to_pydict() if by_arrow else block
 
     @contextmanager
-    def counted(self, tally: Tally) -> Iterator[list[Tally]]:
-        """While open, what is read of `whole` adds what it leaves out to `tally`; a list of one that is then there."""
+    def counted(self, tally: Tally, whose: str) -> Iterator[list[Tally]]:
+        """
+        While open, what is read of `whole` adds what it leaves out to a count.
+
+        Args:
+            tally ([`Tally`]): The count so far.
+            whose (`str`): What rows are counted in, in words that follow on a row's number.
+
+        Returns:
+            `list[Tally]`: the count, once it is closed.
+        """
         found = [tally]
         if self.dealt is None:
             yield found
             return
-        self.dealt.tally = tally
+        self.dealt.tally, self.dealt.whose = tally, whose
         with reading(*UNREADABLE):
             yield found
         found[0] = self.dealt.tally
@@ -195,8 +204,8 @@ class SequenceStream(TorchIterableDataset):
         columns = [[np.asarray(ids, dtype=np.int32) for ids in sequences] for sequences in by_column.values()]
         rows = [dict(zip(by_column, values, strict=True)) for values in zip(*columns, strict=True)]
         if number == len(self.counts):
-            self.counts.append(len(rows))
             self.bad_rows.add(left_out(found, number * DOCUMENTS_AT_ONCE, len(documents[self.columns[0]])))
+            self.counts.append(len(rows))
         elif len(rows) != self.counts[number]:
             raise InputError(
                 f"The data is no longer what it was: documents from {number * DOCUMENTS_AT_ONCE:,} on gave "

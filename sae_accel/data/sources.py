@@ -9,7 +9,7 @@ from ..common.errors import InputError
 from ..recipe.arguments import DataArguments
 from .file_kinds import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from .json_lines import JsonLines
-from .local_files import LocalFiles, find_files, what_is_near
+from .local_files import LocalFiles, find_files, is_local, what_is_near
 from .reading import reading
 
 
@@ -28,14 +28,17 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         `InputError`: with the reason, if they cannot be read.
     """
     path = arguments.path
-    ends = "" if os.path.exists(path) else what_is_near(path).strip()
+    is_there = os.path.exists(path)
+    ends = "" if is_there or "data_files" in arguments.load_args else what_is_near(path).strip()
     with reading(f"data.path: {path!r} cannot be loaded", ends):
         if _is_saved(Path(path)):
             return _saved(arguments)
         if (files := find_files(arguments)) is not None:
             return _local(files, arguments)
-        if glob.has_magic(path) and not os.path.exists(path):
+        if not is_there and glob.has_magic(path):
             raise FileNotFoundError("no file matches it")
+        if not is_there and is_local(path) and "://" not in path:
+            raise FileNotFoundError("there is no such file or folder")
         options = {"split": arguments.split, "streaming": arguments.streaming, **_sampling(arguments)}
         return load_dataset(path, arguments.name, **(options | arguments.load_args))
 

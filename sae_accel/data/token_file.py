@@ -1,3 +1,4 @@
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,12 @@ SAMPLED_IDS = 2**20
 PIECE = 2**24
 # No vocabulary is as large: a larger id is two narrower ones, read as one.
 LARGEST_ID = 2**20
+
+
+def is_token_file(path: str) -> bool:
+    """Whether a path names a file of ids, by its ending; neither a folder nor a pattern does."""
+    found = Path(path)
+    return found.suffix.lower() == ".bin" and not found.is_dir() and (found.exists() or not glob.has_magic(path))
 
 
 class TokenFile(Dataset):

@@ -12,7 +12,7 @@ from .reading import reading
 from .separator import separator_id
 from .sequence_stream import DOCUMENTS_AT_ONCE, SequenceStream
 from .sources import open_dataset
-from .token_file import TokenFile
+from .token_file import TokenFile, is_token_file
 
 
 def chunk_and_tokenize(
@@ -28,8 +28,9 @@ def chunk_and_tokenize(
     Tokenises documents, joins them with a separator after each, and cuts the result into sequences.
 
     No token but the separator is added: a BOS would stand in the middle of sequences. Of every 1,000 documents (of a
-    process's share, if that is less) what does not fill a last sequence is dropped. Rows without a text are left out, up
-    to a hundredth of them. How many is told, but of a stream, of which nobody knows when it has been read to its end.
+    process's share, if that is less) what does not fill a last sequence is dropped. Rows without a text are left out,
+    up to a hundredth of them. How many is told, but of a stream, of which nobody knows when it has been read to its
+    end.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of them): Rows of text.
@@ -89,7 +90,7 @@ def load_tokens(
     """
     sequences: Any
     bad_rows = BadRows(arguments.bad_rows, arguments.max_bad_rows, whole=not arguments.streaming)
-    if arguments.path.lower().endswith(".bin"):
+    if is_token_file(arguments.path):
         length, width = arguments.sequence_length, arguments.token_dtype
         sequences = TokenFile(arguments.path, length, vocab_size, width, bad_rows)
     else:

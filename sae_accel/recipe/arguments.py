@@ -122,6 +122,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.path = os.path.expanduser(self.path)
+        if isinstance(self.separator, str) and self.separator.isdecimal():
+            # On a command line a number is typed as a text.
+            self.separator = int(self.separator)
 
     @property
     def sequence_length(self) -> int:

@@ -21,7 +21,7 @@ NEEDS_LEAVE = {
     *("data.exclude_tokens", "heads.k", "lora.alpha", "training.loss", "training.seed"),
 }
 OTHER_ROWS = {f"data.{name}" for name in ("path", "name", "split", "load_args", "streaming", "text_column")}
-OTHER_ROWS |= {"data.token_dtype", "data.ctx_len", "data.shuffle_seed"}
+OTHER_ROWS |= {"data.sample_by", "data.separator", "data.token_dtype", "data.ctx_len", "data.shuffle_seed"}
 NEVER = {f"heads.{name}" for name in ("type", "source", "activation", "num_latents", "skip_connection")}
 NEVER |= {"heads.normalize_decoder", "lora.rank", "lora.target_modules", "lora.train_heads", "training.optim"}
 FIELDS = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)]
