@@ -1,7 +1,7 @@
 """
 Whatever is given, the outcome is a result or one line.
 
-    python -m pytest tests/test_any_input.py --hypothesis-profile=long     an hour of it
+    python -m pytest tests/test_any_input.py --hypothesis-profile=long -o timeout=0     an hour of it
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import command_words, tiny_trainer
@@ -31,15 +31,10 @@ from sae_accel.recipe.arguments import SECTIONS, DataArguments
 from sae_accel.recipe.command_line import parse_command_line
 
 
-COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-settings.register_profile("short", derandomize=True, database=None, **COMMON)
-settings.register_profile("long", max_examples=20_000, **COMMON)
-settings.load_profile("short")
-
-
-def several(count: int) -> Callable:
-    """So many examples, a share of a minute; as many as the profile says in a long run."""
-    return settings(max_examples=count) if settings.default.max_examples < 20_000 else lambda test: test
+def several(count: int) -> settings:
+    """So many examples, its share of a minute; in a long run a hundred times as many."""
+    is_long = settings.get_current_profile_name() == "long"
+    return settings(max_examples=count * 100 if is_long else count)
 
 
 def outcome(call: Callable[[], object]) -> object:

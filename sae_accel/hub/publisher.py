@@ -164,8 +164,10 @@ def push_run(
         publisher.finish(deadline=deadline)
     try:
         release = Release(Path(args.output_dir), repo_id, include=heads)
-        options = {"private": args.hub_private_repo, "message": message, "was_opened": publisher is not None}
-        push = _Line().submit(lambda: release.push(**options, **kwargs))
+        was_opened = publisher is not None
+        push = _Line().submit(
+            lambda: release.push(private=args.hub_private_repo, message=message, was_opened=was_opened, **kwargs)
+        )
         if wait([push], timeout=max(0.0, deadline - time.monotonic())).not_done:
             raise InputError(f"{repo_id!r}: the push was left after training.hub_timeout = {args.hub_timeout:g} s.")
         return push.result()
