@@ -112,7 +112,7 @@ class _Patience:
 
     def check(self, task: str) -> None:
         """Tells of a task that made do without the Hub; raises if the Hub was there and failed."""
-        for failure in self._failed.values():
+        for failure in list(self._failed.values()):
             if isinstance(failure, HubFailed):
                 raise failure
             line = f"There is {failure}. What is in the cache was used for {task}."
@@ -137,42 +137,52 @@ class _Patience:
                 del self._asked[id(request)]
 
     def _tried(self, send: Callable[..., Any], request: Any, options: dict[str, Any]) -> Any:
-        host, again = request.url.host, _can_be_sent_again(request)
         for tries in count(1):
-            if (failure := self._failed.get(host)) is not None:
+            if (failure := self._failed.get(request.url.host)) is not None:
                 raise failure
             try:
                 response = send(request, **options)
-            except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
-                if tries >= STALLED_TRIES or isinstance(error, http.ConnectTimeout):
-                    self._failed[host] = NoConnection(f"no connection to {host}: {one_line(error)}")
-                    raise self._failed[host] from error
-                wait = 1.0
-            except http.TimeoutException as error:
-                if tries >= STALLED_TRIES or not again:
-                    raise self._fail(host, f"{_asked_for(request)} and got no answer") from error
-                wait = 0.0
-            except (http.NetworkError, http.RemoteProtocolError) as error:
-                if not again:
-                    # The client makes it anew.
-                    raise
-                if tries >= TRIES:
-                    raise self._fail(host, f"{_asked_for(request)}, and each connection was dropped") from error
-                wait = _growing(tries)
+            except http.TransportError as error:
+                wait = self._wait_after_error(request, error, tries)
             else:
-                if response.status_code not in _FOR_A_MOMENT or not again:
+                if response.status_code not in _FOR_A_MOMENT or not _can_be_sent_again(request):
                     return response
-                wait = _wait_of(response) or _growing(tries)
                 response.close()
-                if tries >= TRIES or wait > LONGEST_WAIT:
-                    asks = f", to be asked again in {wait:.0f} s" if wait > LONGEST_WAIT else ""
-                    raise self._fail(host, f"{_asked_for(request)}, and it answered {response.status_code}{asks}")
+                wait = self._wait_after_answer(request, response, tries)
             time.sleep(wait)
         raise AssertionError("it is left by what is raised or given")
 
-    def _fail(self, host: str, clause: str) -> HubFailed:
-        failure = HubFailed(clause)
-        self._failed[host] = failure
+    def _wait_after_error(self, request: Any, error: Exception, tries: int) -> float:
+        """Seconds until a request is made again; raises if it is not."""
+        if isinstance(error, (http.ConnectError, http.ConnectTimeout, http.ProxyError)):
+            if tries < STALLED_TRIES and not isinstance(error, http.ConnectTimeout):
+                return 1.0
+            no_connection = NoConnection(f"no connection to {request.url.host}: {one_line(error)}")
+            raise self._remembered(request, no_connection) from error
+        if isinstance(error, http.TimeoutException):
+            if tries < STALLED_TRIES and _can_be_sent_again(request):
+                return 0.0
+            raise self._remembered(request, HubFailed(f"{_asked_for(request)} and gave no answer")) from error
+        if not isinstance(error, (http.NetworkError, http.RemoteProtocolError)) or not _can_be_sent_again(request):
+            # What is sent from a file the client sends anew.
+            raise error
+        if tries < TRIES:
+            return _growing(tries)
+        dropped = HubFailed(f"{_asked_for(request)}, and each connection was dropped")
+        raise self._remembered(request, dropped) from error
+
+    def _wait_after_answer(self, request: Any, response: Any, tries: int) -> float:
+        """Seconds until a request that was refused for a moment is made again; raises if it is not."""
+        asked = _wait_of(response)
+        wait = _growing(tries) if asked is None else asked
+        if tries < TRIES and wait <= LONGEST_WAIT:
+            return wait
+        later = f", to be asked again in {wait:.0f} s" if wait > LONGEST_WAIT else ""
+        refused = HubFailed(f"{_asked_for(request)}, and it answered {response.status_code}{later}")
+        raise self._remembered(request, refused)
+
+    def _remembered(self, request: Any, failure: Exception) -> Exception:
+        self._failed[request.url.host] = failure
         return failure
 
 

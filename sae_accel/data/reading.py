@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..common.errors import InputError, one_line
+from ..common.hub_answers import answer_behind, clause, needs_token
+from ..common.hub_requests import HubFailed
 
 
 # It passes on whatever its builders and decompressors raise; these are what wrong arguments and files cause.
@@ -38,9 +40,14 @@ def reading(begins: str, ends: str = "") -> Iterator[None]:
         logger.addFilter(_is_no_error)
     try:
         yield
+    except HubFailed as error:
+        raise InputError(f"{begins}: {error}. Try again later.") from error
     except InputError:
         raise
     except _RAISED as error:
+        if (answer := answer_behind(error)) is not None:
+            token = " Set data.load_args.token, or run `hf auth login`." if needs_token(answer) else ""
+            raise InputError(f"{begins}: {clause(answer)}.{token}{ends and f' {ends}'}") from error
         # It wraps what happens while it writes its cache.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = _with_file(cause or error).rstrip(".")

@@ -1,11 +1,13 @@
 import glob
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from ..common.errors import InputError
+from ..common.hub_requests import hub_requests
 from ..recipe.arguments import DataArguments
 from .file_kinds import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from .json_lines import JsonLines
@@ -40,7 +42,9 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         if not is_there and is_local(path) and "://" not in path:
             raise FileNotFoundError("there is no such file or folder")
         options = {"split": arguments.split, "streaming": arguments.streaming, **_sampling(arguments)}
-        return load_dataset(path, arguments.name, **(options | arguments.load_args))
+        asks = nullcontext() if os.path.exists(path) else hub_requests(f"loading {path!r}", shows_progress=True)
+        with asks:
+            return load_dataset(path, arguments.name, **(options | arguments.load_args))
 
 
 def _is_saved(folder: Path) -> bool:

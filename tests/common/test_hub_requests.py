@@ -152,7 +152,7 @@ def test_a_hub_that_does_not_answer_is_told_of_and_left(hub, released, tmp_path,
     began = time.monotonic()
     line = _line(heads.load, "layers.1")
     assert time.monotonic() - began < 20
-    assert line.startswith(f"'{NAME}' cannot be read: the Hub was asked for HEAD ") and "got no answer" in line
+    assert line.startswith(f"'{NAME}' cannot be read: the Hub was asked for HEAD ") and "gave no answer" in line
     assert f"sae_accel: Still fetching layers.1/config.json of '{NAME}' (" in capsys.readouterr().err
     hub.mend()
     hub.stall("/commit/", times=100)
