@@ -233,3 +233,32 @@ logger.warning("of another kind")
     assert done.returncode == 0
     lines = (done.stdout + done.stderr).strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith("of another kind")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        (convert.main, ["a", "b", "--to", "nowhere"], "invalid choice"),
+        (convert.main, ["a", "b", "--to", "saelens", "--k", "x"], "invalid int"),
+        (convert.main, ["a", "b", "--to", "saelens", "--deb"], "unrecognized"),
+        (push.main, [], "required"),
+    ],
+)
+def test_words_that_a_command_does_not_know_are_one_line(capsys, command, words, says):
+    assert command(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sae_accel: ") and says in line and "--help" in line
+
+
+def test_a_name_that_is_too_long_is_bad_input(tmp_path, capsys):
+    assert push.main(["a" * 300, "nobody/nothing", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("cannot be used: File name too long.")
+
+
+def test_a_file_that_the_machine_refuses_is_no_defect(place, tmp_path, monkeypatch, capsys):
+    fails_with(monkeypatch, PermissionError(13, "Permission denied", "/somewhere/file"))
+    assert train.main(command_words(place, tmp_path)) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("sae_accel: '/somewhere/file' cannot be used: Permission denied.")
+    assert not list((tmp_path / "here").iterdir())

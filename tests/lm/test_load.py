@@ -137,8 +137,8 @@ def test_weights_of_the_head_that_are_not_in_the_files_are_an_error(tmp_path):
     ("changes", "message"),
     [
         ({"model.max_memory": "{cpu: 8GiB, 0: 1GiB}"}, "model.max_memory: it goes with model.device_map"),
-        ({"model.device_map": "somewhere"}, "cannot be loaded"),
-        ({"model.device_map": "cuda"}, "cannot be loaded"),
+        ({"model.device_map": "somewhere"}, "model.device_map is 'somewhere', but there is no such device"),
+        ({"model.device_map": "meta"}, "model.device_map is 'meta'"),
         ({"model.quantization": "3bit"}, "expected one of 8bit, 4bit"),
         ({"training.fvu_weight": 1}, "training.fvu_weight"),
         ({"training.save_best": "true"}, "training.save_best: it needs evaluations"),

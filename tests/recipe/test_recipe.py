@@ -18,7 +18,7 @@ from sae_accel.recipe.arguments import (
     SaeTrainingArguments,
 )
 from sae_accel.recipe.checks import SCHEDULES, check_latents
-from sae_accel.recipe.command_line import USAGE, help_text, parse_command_line
+from sae_accel.recipe.command_line import USAGE, help_text, parse_command_line, split_dry_run
 from sae_accel.recipe.overrides import with_values
 from sae_accel.recipe.recipe import Recipe, load_recipe
 from sae_accel.recipe.schema import default_of, field_hints, is_union, type_name
@@ -462,3 +462,34 @@ def test_the_examples_of_the_help_are_read(tmp_path, monkeypatch):
 def test_a_token_is_not_shown_where_a_recipe_is_printed():
     recipe = parse_command_line(["--model.token", "hf_secret"])
     assert recipe.model.token == "hf_secret" and "hf_secret" not in repr(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 5000, "nested too deeply"),
+        ("model: &a\n  name_or_path: *a\n", "holds itself"),
+        ("model: {max_memory: &a {cpu: *a}}\n", "holds itself"),
+        ('training: {output_dir: "a\\0b"}\n', r"training.output_dir: it holds the character '\\x00'"),
+        ('data: {load_args: {revision: "\\ud800"}}\n', "data.load_args.revision: it holds the character"),
+        ('data: {path: ""}\n', "data.path: it is empty"),
+        ("training: {save_steps: 999999999999999999999}\n", "training.save_steps: found an integer of 21 characters"),
+        ("data: {exclude_tokens: [-99999999999999999999]}\n", "data.exclude_tokens"),
+        ("heads: [{name: 'a[1]'}]\n", "cannot be the name of a head's folder"),
+    ],
+)
+def test_what_no_file_and_no_machine_can_hold_is_refused(tmp_path, text, says):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=says):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("words", [["--dry-run", "²"], ["--dry-run", "9" * 30], ["--dry-run", "0"]])
+def test_what_is_no_number_of_processes_is_refused(words):
+    with pytest.raises(InputError, match="expected a number of processes"):
+        split_dry_run(words)
+
+
+def test_an_entry_of_heads_with_too_large_a_number_is_refused():
+    with pytest.raises(InputError, match="there is no such key"):
+        parse_command_line([f"--heads.{'9' * 5000}.k", "3"])
