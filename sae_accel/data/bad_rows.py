@@ -190,7 +190,7 @@ def why_no_mask(mask: Any, ids: list[int]) -> str | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.{2 if share < 0.1 else 3}g} %"
 
 
 def _found(why: Callable[[int], str | None], count: int) -> list[tuple[int, str]]:

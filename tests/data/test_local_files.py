@@ -163,6 +163,7 @@ BESIDE = [
     "dataset_infos.json",
     "x.lock",
     "sha256sums.txt",
+    "cache-0a1b.arrow",
 ]
 
 
