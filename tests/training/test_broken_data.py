@@ -73,6 +73,16 @@ def test_a_run_saves_before_it_stops_at_a_row_and_goes_on_behind_it(place, tmp_p
     assert_equal(weights(resumed), weights(whole))
 
 
+def test_a_run_that_goes_on_stops_at_the_next_row_by_its_own_name(place, tmp_path):
+    rows = texts()
+    rows[61] = rows[101] = None
+    path, stops = write(tmp_path / "a.jsonl", rows), {"data.bad_rows": "stop"}
+    for number in (61, 101):
+        with pytest.raises(InputError, match=f"it is stop, and row {number} of the data cannot be used"):
+            train(place, tmp_path, path, **stops, **GO_ON)
+    assert train(place, tmp_path, path, **stops, **GO_ON).state.global_step == 30
+
+
 def test_a_run_whose_row_was_mended_goes_on(place, tmp_path):
     path, rows = tmp_path / "a.jsonl", texts()
     whole = train(place, tmp_path / "whole", write(path, rows))
