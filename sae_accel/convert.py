@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 # Before all that takes time, so that a signal is answered.
-from .common.reports import DEBUG, DEBUG_HELP, reports
+from .common.reports import reports
 from .common.signals import signals
 
 
@@ -43,12 +43,11 @@ def _convert(words: list[str]) -> int:
 
 
 def _parser() -> "argparse.ArgumentParser":
-    import argparse
+    from .common.parser import CommandParser
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m sae_accel.convert",
         description="Writes SAEs and transcoders, of any library that AutoSae reads, as another library reads them.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or a repo on the Hub")
     parser.add_argument("target", metavar="DST", help="a folder that does not exist yet, or is empty")
@@ -60,7 +59,6 @@ def _parser() -> "argparse.ArgumentParser":
         metavar="GLOB",
         help="heads, such as 'layers.*'; may recur",
     )
-    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     told = parser.add_argument_group("what the files of SRC may not tell")
     told.add_argument("--k", type=int, help="latents a token, for a file of Qwen Scope outside of its repo")
     told.add_argument("--input-scale", type=float, help="what inputs of SAELens heads were multiplied by")

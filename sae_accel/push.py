@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 # Before all that takes time, so that a signal is answered.
-from .common.reports import DEBUG, DEBUG_HELP, reports
+from .common.reports import reports
 from .common.signals import signals
 
 
@@ -44,13 +44,12 @@ def _push(words: list[str]) -> int:
 
 
 def _parser() -> "argparse.ArgumentParser":
-    import argparse
+    from .common.parser import CommandParser
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m sae_accel.push",
         description="Releases the heads of a run to the Hub, with a model card, in one commit. What the repo has "
         "already is not sent again.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="RUN_FOLDER", help="the run's output_dir, or another folder with heads")
     parser.add_argument("repo_id", metavar="REPO_ID", help="name or user/name; made if there is none")
@@ -66,7 +65,6 @@ def _parser() -> "argparse.ArgumentParser":
     parser.add_argument("--license", help="the Hub's identifier of a license, for the card, such as mit")
     parser.add_argument("--message", default="Upload heads", help="of the commit")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
-    parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     return parser
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 
 # Nothing in the tests may ask a Hub on the network; the one server they talk to is on loopback.
@@ -12,6 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The models are too small to share between threads.
 torch.set_num_threads(1)
+
+
+# Examples are the same on every machine but in a long run. A slow machine is no failure.
+COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.register_profile("short", derandomize=True, database=None, **COMMON)
+settings.register_profile("long", **COMMON)
+settings.load_profile("short")
 
 
 # Drawing takes three quarters of a tiny run's time, and only the tests in these look at what is drawn.

@@ -30,6 +30,12 @@ class Fault:
     headers: dict[str, str] | None = None
     after: int = 0
     answer: bool | None = None
+    # What is answered with the status; a line of JSON if not given.
+    body: bytes | None = None
+    stalls: bool = False
+    closes: bool = False
+    # The number of the one request that it is for.
+    at: int | None = None
 
 
 class HubServer:
@@ -57,6 +63,7 @@ class HubServer:
         self.lock = threading.Lock()
         self._repos: dict[str, Repo] = {}
         self._faults: list[Fault] = []
+        self._mended = threading.Event()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -66,6 +73,7 @@ class HubServer:
         return self
 
     def __exit__(self, *error) -> None:
+        self._mended.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -89,10 +97,24 @@ class HubServer:
         return [(commit.sha, commit.message, commit.changed) for commit in reversed(history)]
 
     def fail(
-        self, method: str | None, path: str, status: int = 503, times: int = 1, headers: dict[str, str] | None = None
+        self,
+        method: str | None,
+        path: str,
+        status: int = 503,
+        times: int = 1,
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
     ) -> None:
-        """Answers the next requests of the method (any, if None) whose path holds `path` with this status alone."""
-        self._faults.append(Fault(method, path, times, status, headers))
+        """Answers the next requests of the method (any, if None) whose path holds `path` with this status."""
+        self._faults.append(Fault(method, path, times, status, headers, body=body))
+
+    def fail_at(self, at: int, status: int, headers: dict[str, str] | None = None) -> None:
+        """As `fail`, of the request number `at`, from 0, of those that are not in `requests` yet."""
+        self._faults.append(Fault(None, "", 1, status, headers, at=len(self.requests) + at))
+
+    def cut_at(self, at: int) -> None:
+        """Closes the connection of the request number `at`, from 0, without an answer."""
+        self._faults.append(Fault(None, "", 1, 200, closes=True, at=len(self.requests) + at))
 
     def cut(
         self, path: str, after: int = 0, times: int = 1, method: str | None = None, answer: bool | None = None
@@ -101,10 +123,20 @@ class HubServer:
         one, or else of the answer. With `answer` True the request is received and done, and its answer is cut."""
         self._faults.append(Fault(method, path, times, after=after, answer=answer))
 
+    def lie(self, path: str, body: bytes, times: int = 1, method: str | None = "GET") -> None:
+        """Answers the next requests whose path holds `path` with this, as if it were what was asked for."""
+        self._faults.append(Fault(method, path, times, 200, body=body))
+
+    def stall(self, path: str, times: int = 1, method: str | None = None) -> None:
+        """Accepts the next requests whose path holds `path`, and answers none before `mend`, or the end."""
+        self._mended.clear()
+        self._faults.append(Fault(method, path, times, 200, stalls=True))
+
     def mend(self) -> None:
         """Drops the faults that are still in wait."""
         with self.lock:
             self._faults.clear()
+        self._mended.set()
 
     def repo(self, name: str) -> Repo:
         """A repo by its full name."""
@@ -166,6 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         path = unquote(url.path)
         with self.hub.lock:
+            number = len(self.hub.requests)
             self.hub.requests.append(f"{self.command} {path}")
             self.hub.headers.append({key.lower(): value for key, value in self.headers.items()})
         length = int(self.headers.get("Content-Length", 0))
@@ -177,9 +210,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         # Read even if it is to be refused: what is unread when the connection closes can take the answer with it.
         self.body = self.rfile.read(length)
-        fault = self.hub.take_fault(self.command, path, lambda fault: fault.status is not None)
+        fault = self.hub.take_fault(
+            self.command, path, lambda fault: fault.status is not None and fault.at in (None, number)
+        )
         if fault is not None:
             assert fault.status is not None
+            if fault.stalls:
+                self.hub._mended.wait(120)
+            if fault.stalls or fault.closes:
+                return None
+            if fault.body is not None:
+                return self._answer(fault.status, fault.body, fault.headers)
             return self._json({"error": f"Fault {fault.status}"}, fault.status, fault.headers)
         try:
             for method, pattern, function in _ROUTES:

@@ -113,7 +113,7 @@ def log_history(run: Run) -> list[dict[str, Any]]:
 def _logged(path: Path, number: int, line: str, shown: set[str]) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not line.endswith("\n"):
             # A kill came while it was written.
             return {}
@@ -148,7 +148,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
         return {}
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds a {type(content).__name__}, but must hold a mapping.")

@@ -49,6 +49,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file's content; nothing if it is not there or holds something else than a mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -19,7 +19,8 @@ def glob_to_regex(pattern: str) -> str:
 
 
 def _character_set(piece: str) -> str:
-    inside = piece[1:-1].replace("\\", r"\\")
+    # What regular expressions may come to take for operators within a set.
+    inside = re.sub(r"([\\\[&|~])", r"\\\1", piece[1:-1])
     regex = f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"
     try:
         re.compile(regex)

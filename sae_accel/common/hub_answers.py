@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import ModelInfo
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -25,6 +26,7 @@ from .hub_requests import HubFailed, NoConnection
 HOW_TO_LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
 # What a call of the Hub's client may end in, those that an answer which is not the Hub's runs it into among them.
 EXPECTED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, HTTPError)
+COMMIT = re.compile("[0-9a-f]{40}")
 _NO_HUB = "what answers there is not the Hub: look at HF_ENDPOINT, and for a proxy or a login page in between"
 _BY_STATUS = {
     401: "the token is not valid",
@@ -105,6 +107,18 @@ def needs_token(error: BaseException) -> bool:
 def status_of(error: BaseException) -> int | None:
     """The status of a refusal of the Hub; None of another error."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def commit_of(info: ModelInfo) -> str:
+    """
+    The commit that a repo is at.
+
+    Raises:
+        `LookupError`: if the answer names none, as no answer of the Hub does.
+    """
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise LookupError("the answer names no commit")
+    return info.sha
 
 
 def clause(error: BaseException) -> str:

@@ -171,8 +171,9 @@ class _Patience:
         raise AssertionError("it is left by what is raised or given")
 
     def _fail(self, host: str, clause: str) -> HubFailed:
-        self._failed[host] = HubFailed(clause)
-        return self._failed[host]
+        failure = HubFailed(clause)
+        self._failed[host] = failure
+        return failure
 
 
 class _Telling:

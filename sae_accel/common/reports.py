@@ -3,6 +3,7 @@ How a command ends that meets an error. What a user can mend is one line; so is 
 that has all that whoever mends it needs, and no secret.
 """
 
+import errno
 import os
 import platform
 import sys
@@ -39,6 +40,8 @@ _VARIABLES = (
     "OMP_NUM_",
     "HF_HUB_OFFLINE",
 )
+# What a machine, and no defect, is the cause of.
+_MACHINES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 # Seconds in which the first process of a launch, if it has the same error, has written that down.
 _SAME_SECONDS = 2.0
 _LONGEST = 400
@@ -86,6 +89,9 @@ class Reports:
             tell(error)
             return 2 if isinstance(error, InputError) else 1
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                tell(f"{str(error.filename)[:_LONGEST]!r} cannot be used: {error.strerror}.")
+                return 2
             line = self.line(error)
             if not self.is_left_to_first and (is_first() or not self._first_has_it()):
                 saved = f" {signals.words()}" if signals.is_active else ""
@@ -119,6 +125,8 @@ class Reports:
         if self.is_debug:
             self._show(error)
             return f"{reason}. This is a defect; the report is above."
+        if isinstance(error, OSError) and error.errno in _MACHINES and error.filename is not None:
+            return f"{str(error.filename)!r} cannot be used: {error.strerror}. {DEBUG} shows what needed it."
         path = self._write(error)
         if path is None:
             self._show(error)

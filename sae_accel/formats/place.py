@@ -54,7 +54,7 @@ class Place:
         path = self.paths[role]
         try:
             content = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{str(path)!r} is not JSON: {error}.") from error
         if not isinstance(content, dict):
             raise InputError(f"{str(path)!r} holds no settings by name.")

@@ -78,8 +78,8 @@ class Publisher(TrainerCallback):
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
         if not release_follows and not all(push.done() for push in self._pushes):
             logger.warning("Waiting until the last checkpoint has been pushed. Once more to stop at once.")
-        self._wait(deadline, signal_number)
-        if not release_follows and self._left_out is not None:
+        all_arrived = self._wait(deadline, signal_number)
+        if all_arrived and not release_follows and self._left_out is not None:
             self._begin(self._left_out)
             self._wait(deadline, signal_number)
         for push in self._pushes:
@@ -87,7 +87,8 @@ class Publisher(TrainerCallback):
                 logger.warning(f"A push ended with {type(error).__name__}: {error}")
         self._pushes = []
 
-    def _wait(self, deadline: float, signal_number: int | None) -> None:
+    def _wait(self, deadline: float, signal_number: int | None) -> bool:
+        """Whether all pushes have ended; if not, a line says why they are left."""
         while pending := wait(self._pushes, timeout=0.2).not_done:
             silent = seconds_unanswered()
             gives_up = signal_number == signal.SIGINT and silent > ANSWER_AFTER_CTRL_C
@@ -97,7 +98,8 @@ class Publisher(TrainerCallback):
                     f"{len(pending)} of the pushes of checkpoints did not arrive: {reason}. "
                     f"`python -m sae_accel.push CHECKPOINT_FOLDER {self.repo_id}` pushes one by hand."
                 )
-                return
+                return False
+        return True
 
     @property
     def _limit(self) -> str:
@@ -162,8 +164,10 @@ def push_run(
         publisher.finish(deadline=deadline)
     try:
         release = Release(Path(args.output_dir), repo_id, include=heads)
-        options = {"private": args.hub_private_repo, "message": message, "was_opened": publisher is not None}
-        push = _Line().submit(lambda: release.push(**options, **kwargs))
+        was_opened = publisher is not None
+        push = _Line().submit(
+            lambda: release.push(private=args.hub_private_repo, message=message, was_opened=was_opened, **kwargs)
+        )
         if wait([push], timeout=max(0.0, deadline - time.monotonic())).not_done:
             raise InputError(f"{repo_id!r}: the push was left after training.hub_timeout = {args.hub_timeout:g} s.")
         return push.result()

@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..cards.model_card import CARD, is_ours, is_somebodys, write_card
 from ..cards.run import check_run
 from ..common.errors import InputError
+from ..common.hub_answers import commit_of
 from ..common.hub_requests import HubFailed, ask_again
 from ..common.quiet import quiet_files
 from ..common.tables import aligned
@@ -124,7 +125,7 @@ class Release:
         with tempfile.TemporaryDirectory() as place, push_errors(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            before = api.model_info(repo_id, revision=revision).sha
+            before = commit_of(api.model_info(repo_id, revision=revision))
             there = api.list_repo_files(repo_id, revision=before)
             left = tuple(name for name in find_heads(there, repo_id) if name not in self.heads)
             files = self.files | _card(self, repo_id, Path(place), revision, among_others=bool(left)) | (extra or {})

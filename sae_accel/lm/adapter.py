@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..common.errors import InputError, is_out_of_memory, one_line
+from ..common.errors import InputError, is_out_of_memory
+from ..loading.head_files import reason_of
 from ..loading.repository import Repository
 from ..recipe.arguments import ModelArguments
 
@@ -100,11 +101,13 @@ class Adapter:
         try:
             with quiet_peft():
                 yield
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if is_out_of_memory(error):
+        except Exception as error:
+            # Whatever PEFT runs into, it does so in the adapter's files.
+            if is_out_of_memory(error) or (isinstance(error, InputError) and str(error).startswith("model.")):
                 raise
-            reason = one_line(error)
-            raise InputError(f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason}") from error
+            raise InputError(
+                f"model.adapter: {self.arguments.adapter!r} cannot be loaded: {reason_of(error)}"
+            ) from error
 
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -133,4 +136,6 @@ def _fetch(arguments: ModelArguments) -> str:
     repository = Repository(str(arguments.adapter), token=arguments.token)
     if _FILES[0] not in repository.files:
         raise ValueError(f"it has no {_FILES[0]}. Name a folder or repo that PEFT has written.")
+    if not {*_FILES[1:]} & {*repository.files}:
+        raise ValueError(f"it has neither {_FILES[1]} nor {_FILES[2]}.")
     return str(Path([repository.fetch(file) for file in _FILES if file in repository.files][0]).parent)

@@ -1,10 +1,8 @@
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -18,17 +16,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, is_out_of_memory, one_line
-from ..common.hub_answers import answer_behind, clause, is_unreachable, needs_token
-from ..common.hub_requests import HubFailed, hub_requests
-from ..processes.agreement import this_process
+from ..common.errors import InputError
+from ..loading.head_files import check_devices
+from ..processes.agreement import say, this_process
 from ..recipe.arguments import ModelArguments
 from ..recipe.checks import check_sharding
 from .bitsandbytes_backend import keep_unpacked, require_bitsandbytes
 from .modality import check_reads_text
+from .refusals import lm_errors
 from .sharding import modules_to_shard, shard_in_turn
+from .source import check_runs_no_code, check_source, check_weights_fit
 
 
 if TYPE_CHECKING:
@@ -55,8 +53,13 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
         require_bitsandbytes("model.quantization", arguments.quantization)
     if arguments.shard:
         check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
+    check_source(arguments)
+    _check_placement(arguments)
+    if arguments.trust_remote_code:
+        say(f"Runs code of {arguments.name_or_path!r}, where it has any, as model.trust_remote_code is true.")
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        check_runs_no_code(config, arguments)
         if with_lm_head:
             _check_predicts(config, arguments)
         adapter = _adapter(arguments)
@@ -97,16 +100,20 @@ def load_lm(
         require_bitsandbytes("model.quantization", arguments.quantization)
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
+        check_runs_no_code(config, arguments)
         adapter = _adapter(arguments)
         # With the report that is asked for it gives a pair, which its types do not know.
         model, report = cast(Any, _auto_class(config, adapter, with_lm_head)).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
+            # Told below, where transformers would raise without saying which.
+            ignore_mismatched_sizes=True,
             **_source(arguments),
             **_attention(arguments),
             **_placement(arguments, config, device),
         )
+    check_weights_fit(report, arguments.name_or_path)
     if with_lm_head and (missing := sorted(report["missing_keys"])):
         raise InputError(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
@@ -143,47 +150,6 @@ def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
             cached_file(arguments.name_or_path, name, _raise_exceptions_for_missing_entries=False, **source)
             for name in _TOKENIZERS
         )
-
-
-# A device that this build of torch does not know ends in an AssertionError.
-_FORESEEN = (OSError, ValueError, ImportError, RuntimeError, AssertionError)
-
-
-@contextmanager
-def lm_errors(arguments: ModelArguments) -> Iterator[None]:
-    """
-    Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen.
-
-    Args:
-        arguments ([`ModelArguments`]): Which LM.
-
-    Raises:
-        `InputError`: in the place of what transformers raises.
-    """
-    name, verbosity = arguments.name_or_path, transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with nullcontext() if os.path.isdir(name) else hub_requests(f"loading {name!r}"):
-            yield
-    except Exception as error:
-        if is_out_of_memory(error) or (isinstance(error, InputError) and not isinstance(error, HubFailed)):
-            raise
-        raise InputError(f"model.name_or_path: {name!r} cannot be loaded: {_reason(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _reason(error: BaseException) -> str:
-    if (answer := answer_behind(error)) is not None:
-        # transformers tells of it in many lines, and by addresses.
-        with_cache = ", and it is not in the cache" if is_unreachable(answer) else ""
-        advice = " Try again later." if isinstance(answer, HubFailed) else ""
-        advice = " Set model.token, or run `hf auth login`." if needs_token(answer) else advice
-        return f"{clause(answer)}{with_cache}.{advice}"
-    if isinstance(error, _FORESEEN):
-        return one_line(error)
-    # Damaged files make readers run into errors of any kind, the words of which tell little.
-    return f"{type(error).__name__}: {one_line(error)}. Its files may be damaged"
 
 
 def _adapter(arguments: ModelArguments) -> "Adapter | None":
@@ -249,6 +215,23 @@ def _placement(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return options
+
+
+def _check_placement(arguments: ModelArguments) -> None:
+    try:
+        check_devices(arguments.device_map)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from error
+    for device, memory in (arguments.max_memory or {}).items():
+        if device not in ("cpu", "disk", "mps", *map(str, range(torch.cuda.device_count()))):
+            raise InputError(
+                f"model.max_memory: there is no device {device!r} here, with {torch.cuda.device_count()} GPUs. Others "
+                "are cpu, disk and mps."
+            )
+        try:
+            convert_file_size_to_int(memory)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"model.max_memory: {memory!r} is no size. Use one such as 20GiB.") from error
 
 
 def _attention(arguments: ModelArguments) -> dict[str, str]:

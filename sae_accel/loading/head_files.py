@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .repository import Repository
 # What a user may say of a head that the files of its library do not tell.
 TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
 # What a damaged file, or one that holds something else than it should, makes a reader run into.
+_TELLING = (OSError, ValueError, RuntimeError, ImportError, AssertionError, StrictDataclassError)
 _BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER = {"W_dec", "W_skip"}
@@ -38,10 +40,9 @@ def head_errors(repository: Repository, name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         if is_out_of_memory(error) or (isinstance(error, InputError) and repository.name in str(error)):
             raise
-        raise InputError(f"{where} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"{where} cannot be loaded: {reason_of(error)}") from error
     except _BROKEN as error:
-        what = f"{type(error).__name__}: {_reason(error)}"
-        raise InputError(f"{where} cannot be loaded, because its files hold what they should not ({what}).") from error
+        raise InputError(f"{where} cannot be loaded: {reason_of(error)}") from error
 
 
 def stored_config(place: Place, options: dict[str, Any]) -> HeadConfig:
@@ -158,17 +159,29 @@ def check_devices(device_map: Any) -> None:
         if device in (None, "auto", "balanced", "balanced_low_0", "sequential", "disk"):
             continue
         try:
+            if torch.device(device).type == "meta":
+                raise ValueError(f"device_map is {device_map!r}, but a meta device holds no values.")
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
             raise ValueError(f"device_map is {device_map!r}, but there is no such device here ({reason}).") from error
 
 
-def _reason(error: BaseException) -> str:
-    """In one line; of a config's checks, what they say and not which of them it was."""
+def reason_of(error: BaseException) -> str:
+    """
+    Why a model's files cannot be read, in one line.
+
+    Args:
+        error (`BaseException`): What a reader of them raised. Of a config's checks it is told what they say, and not
+            which of them it was; of an error that says little, its kind.
+    """
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     text = one_line(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its files is not the JSON that it should be ({text})."
+    if not isinstance(error, _TELLING):
+        return f"its files hold what they should not ({type(error).__name__}: {text})."
     if kinds := re.findall(r"Field '(\w+)' expected (\w+), got (\w+) \(value: (.*?)\)", text):
         name, _, kind, value = kinds[0]
         allowed = " or ".join(allowed for _, allowed, *_ in kinds).replace("NoneType", "null")

@@ -1,6 +1,5 @@
 import hashlib
 import os
-import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -9,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from ..common.errors import InputError
-from ..common.hub_answers import Unreachable, hub_errors
+from ..common.hub_answers import COMMIT, Unreachable, commit_of, hub_errors
 from ..common.hub_requests import hub_requests
 from ..common.manifest import Manifest
 from ..common.run_files import NOT_HEADS
@@ -17,7 +16,6 @@ from ..common.run_files import NOT_HEADS
 
 # Arguments of from_pretrained that say where and how files are found, rather than what becomes of them.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Repository:
@@ -107,7 +105,7 @@ class Repository:
     def _remember_commit(self) -> None:
         """Tells the cache which commit a branch is at, as the client does of files that it fetches by a branch."""
         revision = self.options.get("revision", "main")
-        if self.commit is None or _COMMIT.fullmatch(revision):
+        if self.commit is None or COMMIT.fullmatch(revision):
             return
         folder = repo_folder_name(repo_id=self.name, repo_type="model")
         ref = Path(self.options.get("cache_dir") or constants.HF_HUB_CACHE) / folder / "refs" / revision
@@ -133,7 +131,7 @@ class Repository:
 
     def _list_hub(self) -> list[str]:
         api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
-        self.commit = api.model_info(self.name, revision=revision).sha
+        self.commit = commit_of(api.model_info(self.name, revision=revision))
         tree = api.list_repo_tree(self.name, recursive=True, revision=self.commit)
         self._told = {item.path: item for item in tree if isinstance(item, RepoFile)}
         return list(self._told)

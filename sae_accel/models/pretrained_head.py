@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.loading_report import LoadStateDictInfo
 from typing_extensions import Self
 
 from ..common.errors import InputError
@@ -69,6 +70,10 @@ class PreTrainedHead(PreTrainedModel):
         if hookpoint is not None:
             kwargs["subfolder"] = hookpoint
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> LoadStateDictInfo:
+        """Loads nothing: an adapter beside a head, which transformers would put onto it, is an LM's."""
+        return LoadStateDictInfo(set(), set(), set(), [], {}, set())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """

@@ -38,7 +38,7 @@ def register(config_class: type[HeadConfig], model_class: type[HeadModel]) -> No
 
 def known_config(model_type: object) -> type[HeadConfig] | None:
     """The configuration whose files have this `model_type`, if they are those of a head."""
-    return _BY_MODEL_TYPE[model_type][0] if model_type in _BY_MODEL_TYPE else None
+    return _BY_MODEL_TYPE[model_type][0] if isinstance(model_type, str) and model_type in _BY_MODEL_TYPE else None
 
 
 def config_of_kind(kind: str) -> type[HeadConfig]:

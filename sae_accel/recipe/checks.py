@@ -1,3 +1,4 @@
+import re
 from collections.abc import Mapping
 from typing import get_args, get_type_hints
 
@@ -17,6 +18,8 @@ SCHEDULES = (
     "inverse_sqrt",
     "polynomial",
 )
+
+_NAME = re.compile(r"[^/\\:*?\[\]]+")
 
 
 def check_latents(k: int, num_latents: int | None, activation: str, multi_topk: bool, where: str) -> None:
@@ -116,7 +119,8 @@ def check_entry(entry: HeadArguments, where: str) -> None:
     for name, reason in KINDS.get(entry.type, {}).items():
         if getattr(entry, name):
             raise InputError(f"{where}.{name}: {reason}")
-    if entry.name is not None and (not entry.name or set(entry.name) & set("/\\:") or NOT_HEADS.fullmatch(entry.name)):
+    # A name must be a folder's, and match itself as a glob.
+    if entry.name is not None and (not _NAME.fullmatch(entry.name) or NOT_HEADS.fullmatch(entry.name)):
         raise InputError(f"{where}.name: {entry.name!r} cannot be the name of a head's folder.")
     if entry.activation == "jumprelu" and entry.k_decay_steps:
         raise InputError(f"{where}.k_decay_steps: jumprelu starts at L0 = k by its thresholds. Remove it.")

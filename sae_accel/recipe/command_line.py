@@ -1,3 +1,4 @@
+import re
 import shutil
 import sys
 import textwrap
@@ -83,7 +84,7 @@ def split_dry_run(argv: list[str]) -> tuple[list[str], int | None]:
     before, after = argv[:place], argv[place + 1 :]
     if not after or after[0].startswith("--"):
         return before + after, 0
-    if not (after[0].isdigit() and int(after[0])):
+    if not re.fullmatch("[1-9][0-9]{0,5}", after[0]):
         raise InputError(f"--dry-run: expected a number of processes, or none for as many as run, found {after[0]}.")
     return before + after[1:], int(after[0])
 
@@ -162,5 +163,5 @@ def _one_value(word: str, options: tuple[Any, ...], name: str) -> Any:
 def _yaml_value(word: str, name: str) -> Any:
     try:
         return yaml.load(word, Loader=StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"--{name}: {word!r} is not a value that YAML can read.") from error

@@ -1,4 +1,5 @@
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -35,7 +36,7 @@ def split_name(name: str) -> tuple[str, int | None, list[str]]:
         `InputError`: if it names no field of a section, or a key inside a field that is no mapping.
     """
     section, *keys = name.split(".")
-    index = int(keys.pop(0)) if section == "heads" and keys and keys[0].isdecimal() else None
+    index = int(keys.pop(0)) if section == "heads" and keys and re.fullmatch("[0-9]{1,9}", keys[0]) else None
     if section not in SECTIONS or not keys:
         near = "" if section in SECTIONS else advice(section, SECTIONS)
         raise InputError(

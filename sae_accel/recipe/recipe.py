@@ -64,6 +64,8 @@ class Recipe:
             return cls(**_sections(content))
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
+        except RecursionError as error:
+            raise InputError(f"{origin}: it is nested too deeply, or holds itself by an alias.") from error
 
     def validate(self) -> None:
         """
@@ -80,6 +82,8 @@ class Recipe:
                 raise InputError(
                     f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of them."
                 )
+        if not self.data.path:
+            raise InputError("data.path: it is empty. Name a dataset, a folder or files.")
         check_model(self.model)
         check_objective(self.training, self.heads, self.lora)
         if self.lora is not None and self.model.adapter is not None:

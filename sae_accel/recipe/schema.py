@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
@@ -8,6 +9,8 @@ from ..common.errors import InputError, near
 from .arguments import Help
 
 
+# What 64 bits hold, and a float exactly; products of two may be counted in Python alone.
+_LARGEST = 2**53
 _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
@@ -21,6 +24,7 @@ def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
     options = get_args(hint) if is_union(hint) else (hint,)
     if value is None and NoneType in options:
         return None
+    _check_characters(value, path)
     for option in options:
         if get_origin(option) is list:
             (item_hint,) = get_args(option)
@@ -73,9 +77,22 @@ def default_of(option: Any) -> Any:
     return option.default if option.default is not MISSING else option.default_factory()
 
 
+def _check_characters(value: Any, path: str) -> None:
+    """Neither a file's name nor a recipe that is saved can hold these."""
+    if isinstance(value, str) and (wrong := re.search("[\0\ud800-\udfff]", value)):
+        raise InputError(f"{path}: it holds the character {wrong[0]!r}, which no name or text can.")
+    for item in value if isinstance(value, list) else ():
+        _check_characters(item, path)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        _check_characters(key, path)
+        _check_characters(item, f"{path}.{key}")
+
+
 def _in_range(value: Any, help: Help, path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{path}: found {value}, it must be finite.")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise InputError(f"{path}: found an integer of {len(str(value))} characters, at most {_LARGEST} is allowed.")
     if help.minimum is not None and value < help.minimum:
         raise InputError(f"{path}: found {value}, the least allowed is {help.minimum}.")
     if help.maximum is not None and value > help.maximum:

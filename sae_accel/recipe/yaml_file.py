@@ -27,6 +27,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"Recipe {str(path)!r} is not YAML{_fault(error, text)}.") from error
+    except RecursionError as error:
+        raise InputError(f"Recipe {str(path)!r} is nested too deeply to be a recipe.") from error
     except ValueError as error:
         # PyYAML lets a date that is none, such as 2020-13-45, end in Python's own error.
         raise InputError(f"Recipe {str(path)!r} holds a value that cannot be read: {error}.") from error

@@ -4,13 +4,16 @@ import os
 import random
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from ..common.errors import InputError
+from ..common.errors import InputError, RunEnded, is_out_of_memory, one_line
 from ..common.files import read_json, remove
 from ..common.manifest import Manifest
 from ..common.run_files import BEST, MANIFEST, TRAINER_STATE
@@ -178,6 +181,26 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             "start anew in another training.output_dir; its heads load as ever, and training.init_from takes them."
         )
     return state
+
+
+@contextmanager
+def damage_told(checkpoint: Path) -> Iterator[None]:
+    """
+    What is read of a checkpoint's files, which may be damaged.
+
+    Raises:
+        `InputError`: in the place of what a damaged file makes its reader run into.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Memory and other processes fail in other ways, and say so.
+        if isinstance(error, (InputError, RunEnded, dist.DistError)) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"Checkpoint {str(checkpoint)!r} cannot be read, so its files may be damaged ({type(error).__name__}: "
+            f"{one_line(error)[:200]}). Go on from another, or start anew."
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -7,6 +8,7 @@ from ..data.batches import Batches, Position
 from ..processes.agreement import raise_together, say
 from ..processes.trackers import start_trackers
 from ..recipe.checks import check_steps
+from ..runs.checkpoint import damage_told
 from ..runs.output_folder import OutputFolder
 from ..runs.writing import written_together
 from .assembly import Assembly
@@ -39,7 +41,7 @@ def begin(
     run.progress.max_steps = batches.max_steps()
     entries = {f"head {name!r}: heads": plan.arguments for name, plan in run.plans.items()}
     check_steps(args, entries, run.progress.max_steps)
-    saved = {} if checkpoint is None else raise_together(lambda: run.load_weights(checkpoint))
+    saved = {} if checkpoint is None else raise_together(lambda: _load_weights(run, checkpoint))
     if checkpoint is None:
         _new_heads(run, assembly, batches)
     with written_together(folder.path) as write:
@@ -47,7 +49,7 @@ def begin(
             write(lambda: folder.begin(checkpoint))
     optimizer = assembly.optimizer()
     prepared = run.prepare(optimizer, build_scheduler(optimizer, args, run.progress.max_steps))
-    position = Position() if checkpoint is None else run.restore(checkpoint, saved)
+    position = Position() if checkpoint is None else _restore(run, checkpoint, saved)
     with written_together(folder.path) as write:
         if main:
             write(lambda: run.begin_history(checkpoint))
@@ -56,6 +58,16 @@ def begin(
     if checkpoint is not None and run.progress.global_step >= run.progress.max_steps:
         say(f"{str(checkpoint)!r} is of step {run.progress.global_step}, so that nothing is left to train.")
     return prepared, position
+
+
+def _load_weights(run: RunState, checkpoint: Path) -> dict[str, Any]:
+    with damage_told(checkpoint):
+        return run.load_weights(checkpoint)
+
+
+def _restore(run: RunState, checkpoint: Path, saved: dict[str, Any]) -> Position:
+    with damage_told(checkpoint):
+        return run.restore(checkpoint, saved)
 
 
 def _new_heads(run: RunState, assembly: Assembly, batches: Batches) -> None:

@@ -125,7 +125,7 @@ def test_a_head_alone_in_its_folder_starts_the_one_head_of_a_run(tmp_path):
 
 
 def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained, capsys, monkeypatch):
-    class Stopped(Exception):
+    class Stopped(BaseException):
         pass
 
     def load(*args, **kwargs):
