@@ -64,25 +64,29 @@ class BadRows:
             `InputError`: if there are too many bad ones among all. These are not counted then: whoever mends them
                 finds them as they are.
         """
-        self.settle(self.tally.plus(tally))
+        self.settle(self.tally.plus(tally), tally)
 
-    def settle(self, tally: Tally) -> None:
+    def settle(self, tally: Tally, newest: Tally | None = None) -> None:
         """
         Counts what has been counted elsewhere. Rows at which the run has stopped before are not held against it again.
+
+        Args:
+            tally ([`Tally`]): Of all rows.
+            newest ([`Tally`], *optional*): Of those that are new in it, where they are known.
 
         Raises:
             `InputError`: if too many of them are bad.
         """
         if tally.bad > max(self.passed, self.tally.bad):
-            self._check(tally)
+            self._check(tally, newest or tally)
         self.tally = tally
 
-    def _check(self, tally: Tally) -> None:
+    def _check(self, tally: Tally, newest: Tally) -> None:
         if self.policy == "stop":
             self.passed = tally.bad
             raise InputError(
-                f"data.bad_rows: it is stop, and {tally.row} of the data cannot be used, {tally.why}. Mend it, or set "
-                "skip, which leaves such rows out."
+                f"data.bad_rows: it is stop, and {newest.row} of the data cannot be used, {newest.why}. Mend it, or "
+                "set skip, which leaves such rows out."
             )
         # A stream is looked at a thousand rows at a time, so that one bad row at its start ends nothing.
         is_part = self.most < 1
@@ -190,7 +194,7 @@ def why_no_mask(mask: Any, ids: list[int]) -> str | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.{2 if share < 0.1 else 3}g} %"
 
 
 def _found(why: Callable[[int], str | None], count: int) -> list[tuple[int, str]]:

@@ -167,19 +167,16 @@ def _columns(text: str) -> tuple[str, ...] | None:
     if text.startswith("["):
         rows = _rows_of_list(text)
         return tuple(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)) if rows else None
-    lines = [line for line in text.split("\n") if line.strip()]
-    found: dict[str, None] = {}
-    for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # Of several lines the first tells; the last may be cut off.
-            if i == 0:
-                return None
-            continue
-        if isinstance(row, dict):
-            found.update(dict.fromkeys(row))
-    return tuple(found)
+    rows = [row for line in text.split("\n") if isinstance(row := _parsed(line), dict)]
+    # A line that is cut off here, or broken, is for the reader to name.
+    return tuple(dict.fromkeys(key for row in rows for key in row)) if rows else None
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _rows_of_list(text: str) -> list:

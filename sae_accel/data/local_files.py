@@ -20,7 +20,7 @@ from .file_kinds import ENDINGS, IDS, OTHER, TEXT, FileKind, ending_of, kind_of
 
 # What stands beside data and is none: of Spark, Hive, Hadoop and datasets, checksums, locks and cut-off downloads.
 _NO_DATA = re.compile(
-    r"[._].*|.*\.(crc|lock|md5|sha1|sha256|sha512|tmp|part|incomplete)|(md5|sha\d+)sums?(\.txt)?|dataset_infos?\.json"
+    r"[._].*|cache-[0-9a-f]+.*\.arrow|.*\.(crc|lock|md5|sha1|sha256|sha512|tmp|part|incomplete)|(md5|sha\d+)sums?(\.txt)?|dataset_infos?\.json"
     r"|dataset_dict\.json|state\.json|manifest\.json|thumbs\.db|desktop\.ini",
     re.IGNORECASE,
 )

@@ -23,6 +23,9 @@ _RAISED = (
 _LOGGERS = [f"datasets.packaged_modules.{name}.{name}" for name in ("arrow", "csv", "json", "parquet", "text")]
 
 
+_BUILDERS_AT_WORK = ("_generate_tables", "_split_generators")
+
+
 @contextmanager
 def reading(begins: str, ends: str = "") -> Iterator[None]:
     """
@@ -65,7 +68,7 @@ def _with_file(error: BaseException) -> str:
     """What an error says, after the file that a builder was at when it came."""
     reason = one_line(error)
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        file = frame.f_locals.get("file") if frame.f_code.co_name == "_generate_tables" else None
+        file = frame.f_locals.get("file") if frame.f_code.co_name in _BUILDERS_AT_WORK else None
         if isinstance(file, str) and file not in reason:
             return f"{file}: {reason}"
     return reason

@@ -3,9 +3,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import pyarrow
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
@@ -24,6 +25,10 @@ DOCUMENTS_AT_ONCE = 1000
 SHUFFLE_BUFFER = 1000
 # What a line says where a stream cannot be read.
 UNREADABLE = "The data cannot be read to its end", "Check data.path, and what is there."
+
+
+# Documents by column. Those that are passed need not be made objects of Python.
+Block: TypeAlias = "pyarrow.Table | dict[str, list]"
 
 
 class Counts(Protocol):
@@ -128,8 +133,7 @@ class SequenceStream(TorchIterableDataset):
 
         return islice(map(found.pop, in_order()), self._begin - passed, None)
 
-    def _blocks(self) -> Iterator[dict[str, list]]:
-        """The documents, by column."""
+    def _blocks(self) -> Iterator[Block]:
         documents = self.documents.select_columns(self.columns)
         # Arrow knows nothing of rows that differ in kind, nor of what `datasets` makes of them.
         types = "json" if documents.features is None else str(documents.features.arrow_schema)
@@ -140,7 +144,7 @@ class SequenceStream(TorchIterableDataset):
                 block = next(blocks, None)
             if block is None:
                 return
-            yield block.to_pydict() if by_arrow else block
+            yield block
 
     @contextmanager
     def counted(self, tally: Tally, whose: str) -> Iterator[list[Tally]]:
@@ -184,7 +188,7 @@ class SequenceStream(TorchIterableDataset):
             del out[:gone]
         return buffer, passed, out, number
 
-    def _wanted(self, blocks: Iterator[dict[str, list]], count: int, wanted: set[int]) -> dict[int, Row]:
+    def _wanted(self, blocks: Iterator[Block], count: int, wanted: set[int]) -> dict[int, Row]:
         """Reads the first `count` blocks, and cuts those that hold a sequence that is wanted."""
         found: dict[int, Row] = {}
         start = 0
@@ -198,8 +202,8 @@ class SequenceStream(TorchIterableDataset):
                 bar.update(len(documents[self.columns[0]]))
         return found
 
-    def _cut(self, number: int, documents: dict[str, list]) -> list[Row]:
-        by_column = self.cut(documents)
+    def _cut(self, number: int, documents: Block) -> list[Row]:
+        by_column = self.cut(documents if isinstance(documents, dict) else documents.to_pydict())
         found = by_column.pop(LEFT_OUT, [])
         columns = [[np.asarray(ids, dtype=np.int32) for ids in sequences] for sequences in by_column.values()]
         rows = [dict(zip(by_column, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -30,15 +30,15 @@ def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
         `InputError`: with the reason, if they cannot be read.
     """
     path = arguments.path
-    is_there = os.path.exists(path)
-    ends = "" if is_there or "data_files" in arguments.load_args else what_is_near(path).strip()
+    is_pattern, is_there = glob.has_magic(path), os.path.exists(path)
+    ends = "" if is_there or is_pattern or "data_files" in arguments.load_args else what_is_near(path).strip()
     with reading(f"data.path: {path!r} cannot be loaded", ends):
         if _is_saved(Path(path)):
             return _saved(arguments)
         if (files := find_files(arguments)) is not None:
             return _local(files, arguments)
-        if not is_there and glob.has_magic(path):
-            raise FileNotFoundError("no file matches it")
+        if not is_there and is_pattern:
+            raise FileNotFoundError(f"no file matches it.{what_is_near(path)}")
         if not is_there and is_local(path) and "://" not in path:
             raise FileNotFoundError("there is no such file or folder")
         options = {"split": arguments.split, "streaming": arguments.streaming, **_sampling(arguments)}

@@ -163,6 +163,7 @@ BESIDE = [
     "dataset_infos.json",
     "x.lock",
     "sha256sums.txt",
+    "cache-0a1b.arrow",
 ]
 
 
@@ -341,6 +342,7 @@ def test_lines_of_json_that_are_no_objects_are_refused():
         (b'{"text": "' + b"a" * 2**18 + b'"}\n', JSON, ("text",)),
         (b'{"a": 1}\n{"b": 2}\n{"c"', JSON, ("a", "b")),
         (b'{"text": "\xff\xfe"}\n{"text": "b"}\n', JSON, ("text",)),
+        (b'{"text": "a\n{"text": "b"}\n', JSON, ("text",)),
         (b"{} is an empty set.\n", TEXT, ()),
         (b"[1] A note.\n", TEXT, ()),
         (b'"A word," he said.\n', TEXT, ()),
@@ -350,7 +352,7 @@ def test_lines_of_json_that_are_no_objects_are_refused():
         (b"ARROW1..", ARROW, ()),
         (b"%PDF-1.4\n\xe2\xe3\xcf\xd3", OTHER, ()),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_the_first_bytes_tell_what_a_file_without_an_ending_holds(content, kind, columns):
     found = kind_of(write("a", content))

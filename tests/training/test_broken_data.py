@@ -49,7 +49,7 @@ def test_a_stream_goes_past_bad_rows_and_counts_them_alike_whether_it_stopped_or
     whole = train(place, tmp_path / "whole", path, **few)
     line = "3 rows of the 160 that were read were left out (1.9 %): the first is row 33, whose text is null."
     assert capsys.readouterr().err.count(line) == 1
-    for steps in (3, 11, 20):
+    for steps in (3, 17):
         train(place, tmp_path / "parts", path, **few, **GO_ON, **{"training.max_steps": steps})
     capsys.readouterr()
     resumed = train(place, tmp_path / "parts", path, **few, **GO_ON)
@@ -71,6 +71,16 @@ def test_a_run_saves_before_it_stops_at_a_row_and_goes_on_behind_it(place, tmp_p
     assert f"Saved {saved}." in str(raised.value) and int(saved.name.split("-")[1]) > 10
     resumed = train(place, tmp_path / "parts", path, **limit, **GO_ON)
     assert_equal(weights(resumed), weights(whole))
+
+
+def test_a_run_that_goes_on_stops_at_the_next_row_by_its_own_name(place, tmp_path):
+    rows = texts()
+    rows[61] = rows[101] = None
+    path, stops = write(tmp_path / "a.jsonl", rows), {"data.bad_rows": "stop"}
+    for number in (61, 101):
+        with pytest.raises(InputError, match=f"it is stop, and row {number} of the data cannot be used"):
+            train(place, tmp_path, path, **stops, **GO_ON)
+    assert train(place, tmp_path, path, **stops, **GO_ON).state.global_step == 30
 
 
 def test_a_run_whose_row_was_mended_goes_on(place, tmp_path):
