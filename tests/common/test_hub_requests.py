@@ -327,3 +327,29 @@ def test_ctrl_c_does_not_wait_for_a_push_that_the_hub_does_not_answer(hub, tmp_p
         trainer.train()
     (warned,) = [record.getMessage() for record in caplog.records if "did not arrive" in record.getMessage()]
     assert "the Hub has not answered" in warned and f"python -m sae_accel.push CHECKPOINT_FOLDER {NAME}" in warned
+
+
+def test_tokens_reach_the_hub_alone(hub, place, tmp_path, capfd):
+    hub.token, hub.users["hf_" + "a" * 30] = "hf_" + "a" * 30, "user"
+    secrets = [hub.token, "hf_" + "b" * 30, "hf_" + "c" * 30]
+    changes = {"model.token": secrets[1], "data.load_args.token": secrets[2], "training.push_to_hub": "true"}
+    changes |= {"training.report_to": "tensorboard", "training.hub_strategy": "checkpoint", "training.save_steps": 1}
+    assert train.main(command_words(place, tmp_path, **changes)) == 0
+    # And a run that fails in a way that nobody has foreseen, with a report.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_accel.training.trainer.SaeTrainer.train", lambda self: 1 / 0)
+        words = command_words(place, tmp_path, **changes | {"training.overwrite_output_dir": "true"})
+        assert train.main(words) == 1
+    written = b"".join(
+        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and hub.root not in path.parents
+    )
+    sent = b"".join(hub.files("user/run").values())
+    said = "".join(capfd.readouterr())
+    assert "is a defect" in said and b"ZeroDivisionError" in written and len(sent) > 10_000
+    for secret in secrets:
+        assert secret.encode() not in written and secret.encode() not in sent and secret not in said
+    # Storage of large files is another host.
+    uploads = [
+        headers for line, headers in zip(hub.requests, hub.headers, strict=True) if line.startswith("PUT /lfs/")
+    ]
+    assert uploads and not any("authorization" in headers for headers in uploads)
