@@ -39,6 +39,6 @@ def test_text_is_refused_in_one_line(bare, capsys):
 def test_a_tokenizer_that_cannot_be_read_is_refused(bare, name):
     assert load_tokenizer(ModelArguments(name_or_path=str(bare / "lm"))) is None
     (bare / "lm" / name).write_text("{")
-    with pytest.raises(InputError, match="cannot be loaded") as raised:
+    with pytest.raises(InputError, match="model.name_or_path: .*(cannot be loaded|no tokenizer)") as raised:
         load_tokenizer(ModelArguments(name_or_path=str(bare / "lm")))
     assert "\n" not in str(raised.value)
