@@ -80,7 +80,7 @@ FIELDS: dict[str, Check] = {
     "model.gguf_file": both(
         Shows(
             "refusal",
-            {None: Says("'gguf' cannot be loaded"), "none.gguf": Says("a file named none.gguf")},
+            {None: Says("Name its 'lm.gguf' as model.gguf_file"), "none.gguf": Says("a file named none.gguf")},
             {"model.name_or_path": "gguf"},
         ),
         Shows(
@@ -93,7 +93,7 @@ FIELDS: dict[str, Check] = {
     ),
     "model.trust_remote_code": Shows(
         lambda run: (run.refusal, type(run.lm).__name__, "Louder runs." in run.out),
-        {None: (Says("contains custom code"), "NoneType", False), "true": (None, "LouderModel", True)},
+        {None: (Says("model.trust_remote_code: true alone"), "NoneType", False), "true": (None, "LouderModel", True)},
         {"model.name_or_path": "louder"},
     ),
     "data.path": Shows(
