@@ -56,7 +56,7 @@ FIELDS: dict[str, Check] = {
         "names", {None: ["layers.1", "layers.2"], "small": ["layers.1"]}, {"model.name_or_path": "user/lm"}
     ),
     "model.token": both(
-        Shows("refusal", {None: Says("not a valid model"), "hf_secret": None}, {"model.name_or_path": "owner/lm"}),
+        Shows("refusal", {None: Says("or it is private"), "hf_secret": None}, {"model.name_or_path": "owner/lm"}),
         field_checks.is_never_saved,
     ),
     "model.dtype": both(
@@ -81,7 +81,7 @@ FIELDS: dict[str, Check] = {
     "model.gguf_file": both(
         Shows(
             "refusal",
-            {None: Says("'gguf' cannot be loaded"), "none.gguf": Says("a file named none.gguf")},
+            {None: Says("Name its 'lm.gguf' as model.gguf_file"), "none.gguf": Says("a file named none.gguf")},
             {"model.name_or_path": "gguf"},
         ),
         Shows(
@@ -94,7 +94,7 @@ FIELDS: dict[str, Check] = {
     ),
     "model.trust_remote_code": Shows(
         lambda run: (run.refusal, type(run.lm).__name__, "Louder runs." in run.out),
-        {None: (Says("contains custom code"), "NoneType", False), "true": (None, "LouderModel", True)},
+        {None: (Says("model.trust_remote_code: true alone"), "NoneType", False), "true": (None, "LouderModel", True)},
         {"model.name_or_path": "louder"},
     ),
     "data.path": Shows(
@@ -341,6 +341,14 @@ FIELDS: dict[str, Check] = {
             PUSH | {"training.save_steps": 2},
         ),
         Shows("refusal", {"end": Says("training.hub_strategy: nothing is pushed")}),
+    ),
+    "training.hub_timeout": both(
+        Shows(
+            "refusal",
+            {None: None, "1e-9": Says("the push was left after training.hub_timeout = 1e-09 s")},
+            PUSH | {"training.hub_strategy": "end"},
+        ),
+        Shows("refusal", {"5": Says("training.hub_timeout: nothing is pushed")}),
     ),
     "training.report_to": Shows(
         lambda run: any(run.folder.rglob("events.out.tfevents*")), {None: True, "tensorboard": True, "none": False}

@@ -61,7 +61,7 @@ def test_a_run_with_all_that_it_can_leave_is_deleted_whole_by_the_next(place, tm
     ("changes", "message"),
     [
         ({"model.name_or_path": "nobody/nothing"}, "model.name_or_path: 'nobody/nothing' cannot be loaded"),
-        ({"model.name_or_path": "{}/text.jsonl"}, "cannot be loaded"),
+        ({"model.name_or_path": "{}/text.jsonl"}, "is a file. Name the folder"),
         ({"data.path": "nobody/nothing"}, "data.path: 'nobody/nothing' cannot be loaded"),
         ({"data.text_column": "body"}, "no column 'body'; it has text"),
         ({"data.ctx_len": 5000}, "less than one sequence"),

@@ -40,7 +40,8 @@ def check_source(arguments: ModelArguments) -> None:
             f"{f', {lm!r},' if lm else ''} as model.name_or_path."
         )
     if arguments.gguf_file is None and not (path / _CONFIG).is_file():
-        raise InputError(f"{where} has no {_CONFIG}, which every LM's folder has.")
+        gguf = next((f" Name its {file.name!r} as model.gguf_file." for file in sorted(path.glob("*.gguf"))), "")
+        raise InputError(f"{where} has no {_CONFIG}, which every LM's folder has.{gguf}")
     if known_config(read_json(path / _CONFIG).get("model_type")) is not None:
         raise InputError(
             f"{where} is an SAE or transcoder, not an LM. To start heads from it, see training.init_from."

@@ -21,8 +21,9 @@ from .repository import Repository
 # What a user may say of a head that the files of its library do not tell.
 TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
 # What a damaged file, or one that holds something else than it should, makes a reader run into.
-_TELLING = (OSError, ValueError, RuntimeError, ImportError, AssertionError, StrictDataclassError)
 _BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
+# What readers raise with words that tell what is wrong.
+_TELLING = (OSError, ValueError, RuntimeError, ImportError, AssertionError, StrictDataclassError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER = {"W_dec", "W_skip"}
 
@@ -175,12 +176,13 @@ def reason_of(error: BaseException) -> str:
         error (`BaseException`): What a reader of them raised. Of a config's checks it is told what they say, and not
             which of them it was; of an error that says little, its kind.
     """
+    says_much = isinstance(error, _TELLING)
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     text = one_line(error)
     if isinstance(error, json.JSONDecodeError):
         return f"one of its files is not the JSON that it should be ({text})."
-    if not isinstance(error, _TELLING):
+    if not says_much:
         return f"its files hold what they should not ({type(error).__name__}: {text})."
     if kinds := re.findall(r"Field '(\w+)' expected (\w+), got (\w+) \(value: (.*?)\)", text):
         name, _, kind, value = kinds[0]

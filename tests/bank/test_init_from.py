@@ -125,15 +125,12 @@ def test_a_head_alone_in_its_folder_starts_the_one_head_of_a_run(tmp_path):
 
 
 def test_what_matched_is_shown_before_the_lm_is_loaded(place, tmp_path, trained, capsys, monkeypatch):
-    class Stopped(BaseException):
-        pass
-
     def load(*args, **kwargs):
-        raise Stopped
+        raise SystemExit("stopped")
 
     monkeypatch.setattr("sae_accel.training.run.load_lm", load)
     words = {"training.init_from": trained, "heads.hookpoints": "layers.2", "heads.k": 3}
-    with pytest.raises(Stopped):
+    with pytest.raises(SystemExit, match="stopped"):
         train.main(command_words(place, tmp_path, **words))
     _, *lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Heads start from {trained}:"

@@ -59,6 +59,7 @@ COMPANIONS = {
     "hub_model_id": {"training": {"push_to_hub": True}},
     "hub_private_repo": {"training": {"push_to_hub": True}},
     "hub_strategy": {"training": {"push_to_hub": True}},
+    "hub_timeout": {"training": {"push_to_hub": True}},
     "sparsity_weight": {"heads": {"activation": "jumprelu"}},
     "max_memory": {"model": {"device_map": "auto"}},
     "lr_scheduler_type": {"training": {"optim": "adam"}},
