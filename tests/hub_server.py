@@ -7,8 +7,11 @@ client uses it for all large files without asking the server.
 import base64
 import json
 import re
+import socket
+import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +37,7 @@ class Fault:
     body: bytes | None = None
     stalls: bool = False
     closes: bool = False
+    resets: bool = False
     # The number of the one request that it is for.
     at: int | None = None
 
@@ -117,11 +121,18 @@ class HubServer:
         self._faults.append(Fault(None, "", 1, 200, closes=True, at=len(self.requests) + at))
 
     def cut(
-        self, path: str, after: int = 0, times: int = 1, method: str | None = None, answer: bool | None = None
+        self,
+        path: str,
+        after: int = 0,
+        times: int = 1,
+        method: str | None = None,
+        answer: bool | None = None,
+        resets: bool = False,
     ) -> None:
         """Closes the connection after so many bytes of the next bodies longer than that: of the request, where it has
-        one, or else of the answer. With `answer` True the request is received and done, and its answer is cut."""
-        self._faults.append(Fault(method, path, times, after=after, answer=answer))
+        one, or else of the answer. With `answer` True the request is received and done, and its answer is cut; with
+        `resets` it does not end in good order."""
+        self._faults.append(Fault(method, path, times, after=after, answer=answer, resets=resets))
 
     def lie(self, path: str, body: bytes, times: int = 1, method: str | None = "GET") -> None:
         """Answers the next requests whose path holds `path` with this, as if it were what was asked for."""
@@ -168,6 +179,12 @@ class HubServer:
 
 
 class _Server(ThreadingHTTPServer):
+    def shutdown_request(self, request: Any) -> None:
+        # One that is to be reset must not be ended in good order before.
+        if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):
+            return self.close_request(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A client that has gone away is part of the tests.
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -467,6 +484,10 @@ class _Handler(BaseHTTPRequestHandler):
             lambda fault: fault.status is None and (fault.answer or not self.body) and len(content) > fault.after,
         )
         self.wfile.write(content[: cut.after] if cut else content)
+        if cut and cut.resets:
+            # Sent, then reset: what has arrived would be lost else.
+            time.sleep(0.2)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def log_message(self, *args) -> None:
         pass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http as client
@@ -20,6 +20,7 @@ from .errors import InputError, one_line
 from .signals import tell
 
 
+T = TypeVar("T")
 # The Hub client's own HTTP library has changed its name, so it is taken from where the client has it.
 http = importlib.import_module(HTTPError.__module__.partition(".")[0])
 
@@ -67,6 +68,16 @@ def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
         told.end()
         _patience.close()
         client_logging.set_verbosity(said)
+
+
+def read_again(work: Callable[[], T]) -> T:
+    """What `work` gives, done again where a connection drops while an answer is read, such as a large file."""
+    for tries in range(1, TRIES):
+        try:
+            return work()
+        except http.NetworkError:
+            time.sleep(_growing(tries))
+    return work()
 
 
 def ask_again() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..common.errors import InputError
 from ..common.hub_answers import COMMIT, Unreachable, commit_of, hub_errors
-from ..common.hub_requests import hub_requests
+from ..common.hub_requests import hub_requests, read_again
 from ..common.manifest import Manifest
 from ..common.run_files import NOT_HEADS
 
@@ -67,9 +67,9 @@ class Repository:
         at_hand = self._at_hand(file)
         if at_hand is not None:
             return at_hand
-        path = hf_hub_download(self.name, file, **options)
+        path = read_again(lambda: hf_hub_download(self.name, file, **options))
         if wrong := self._differs(file, path):
-            path = hf_hub_download(self.name, file, **options | {"force_download": True})
+            path = read_again(lambda: hf_hub_download(self.name, file, **options | {"force_download": True}))
             wrong = self._differs(file, path)
         if wrong:
             # Else the next call would find it in the cache.

@@ -561,6 +561,7 @@ def test_busy_answers_are_tried_again_or_told_and_a_download_that_was_cut_goes_o
     hub.fail("GET", "/tree/", status, times=2)
     hub.fail("HEAD", "/resolve/", status)
     hub.cut("layers.1/model.safetensors", after=7_500, times=2)
+    hub.cut("layers.1/config.json", after=50, resets=True)
     head = AutoSae.from_pretrained("user/saes", hookpoint="layers.1")
     assert torch.equal(head.W_dec, AutoSae.from_pretrained(run)["layers.1"].W_dec)
     assert [headers["range"] for headers in hub.headers if "range" in headers] == ["bytes=7000-", "bytes=14000-"]
