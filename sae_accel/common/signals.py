@@ -216,10 +216,12 @@ def _guarded(stream: TextIO, gone: Callable[[], None]) -> TextIO:
         # It was closed before Python began.
         return stream
     if reconfigure := getattr(stream, "reconfigure", None):
-        # A process that ends at once loses no line, and a reader that has gone is noticed. A name with characters
-        # that the terminal does not have is no reason to end.
-        strict = getattr(stream, "errors", None) == "strict"
-        reconfigure(line_buffering=True, errors="backslashreplace" if strict else None)
+        # A process that ends at once loses no line, and a reader that has gone is noticed.
+        reconfigure(line_buffering=True)
+        if getattr(stream, "errors", None) == "strict":
+            # A name with characters that the terminal does not have is no reason to end.
+            with suppress(OSError):
+                reconfigure(errors="backslashreplace")
     return cast(TextIO, _Guarded(stream, gone))
 
 

@@ -262,3 +262,11 @@ def test_a_file_that_the_machine_refuses_is_no_defect(place, tmp_path, monkeypat
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("sae_accel: '/somewhere/file' cannot be used: Permission denied.")
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_end(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": root}
+    words = [sys.executable, "-m", "sae_accel", "train", "wéïrd.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"sae_accel: There is no recipe 'w\\xe9\\xefrd.yaml'.\n"
