@@ -32,6 +32,8 @@ TO_CONNECT, TO_ANSWER, TO_COMMIT = 10.0, 30.0, 120.0
 TRIES, STALLED_TRIES = 5, 2
 # A Hub that asks to wait for longer, in seconds, is told of instead.
 LONGEST_WAIT = 300.0
+# The client asks these for statistics of its own, waits a moment at most, and does without.
+_UNIMPORTANT = ("/api/agent-harnesses", "/api/telemetry")
 _FOR_A_MOMENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -136,7 +138,7 @@ class _Patience:
             return time.monotonic() - min(self._asked.values()) if self._asked else 0.0
 
     def send(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-        if not self._open:
+        if not self._open or request.url.path.startswith(_UNIMPORTANT):
             return send(request, **options)
         _set_limits(request)
         with self._lock:

@@ -172,6 +172,22 @@ def test_requests_of_others_stay_as_they_were(hub, released, monkeypatch):
     assert limits
 
 
+@pytest.mark.parametrize("status", [None, 500])
+def test_what_the_client_asks_for_its_statistics_is_nobodys_loss(hub, released, monkeypatch, status):
+    monkeypatch.undo()
+    for name, value in hub.settings(hub.root / "cache").items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._REGISTRY_FETCH_TIMEOUT", 0.2)
+    monkeypatch.setattr("huggingface_hub.constants.AGENT_HARNESSES_PATH", str(hub.root / "harnesses.json"))
+    if status is None:
+        hub.stall("/api/agent-harnesses")
+    else:
+        hub.fail("GET", "/api/agent-harnesses", status)
+    assert len(AutoSae.open(NAME)) == 2
+    assert sum("/api/agent-harnesses" in line for line in hub.requests) == 1
+
+
 def test_the_cache_stands_in_where_the_hub_is_not_there_but_not_where_it_fails(
     hub, released, tmp_path, monkeypatch, capsys
 ):
