@@ -58,9 +58,6 @@ def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
     Raises:
         `HubFailed`: where the Hub fails for longer, even if whoever asked makes do with what is in the cache.
     """
-    # It would tell of each try in lines of its own.
-    said = client_logging.get_verbosity()
-    client_logging.set_verbosity_error()
     _patience.open()
     told = _Telling(task, shows_progress)
     try:
@@ -69,7 +66,6 @@ def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
     finally:
         told.end()
         _patience.close()
-        client_logging.set_verbosity(said)
 
 
 def read_again(work: Callable[[], T]) -> T:
@@ -103,6 +99,7 @@ class _Patience:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
+        self._said = client_logging.get_verbosity()
         self._failed: dict[str, Exception] = {}
         self._asked: dict[int, float] = {}
         self._told: set[str] = set()
@@ -110,6 +107,10 @@ class _Patience:
     def open(self) -> None:
         with self._lock:
             self._open += 1
+            if self._open == 1:
+                # The client would tell of each try in lines of its own.
+                self._said = client_logging.get_verbosity()
+                client_logging.set_verbosity_error()
             if client._GLOBAL_CLIENT_FACTORY is not _factory:
                 _wrapped.append(client._GLOBAL_CLIENT_FACTORY)
                 client.set_client_factory(_factory)
@@ -119,6 +120,7 @@ class _Patience:
             self._open -= 1
             if not self._open:
                 self._failed.clear()
+                client_logging.set_verbosity(self._said)
 
     def forget(self) -> None:
         self._failed.clear()
