@@ -135,7 +135,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
     """
     try:
         with lm_errors(arguments):
-            return AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
+            tokenizer = AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
+            # A damaged one may only fail at its first text.
+            tokenizer("text", add_special_tokens=False, verbose=False)
+            return tokenizer
     except InputError:
         if arguments.gguf_file is not None or _has_file_of_tokenizer(arguments):
             raise

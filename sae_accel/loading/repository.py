@@ -133,7 +133,11 @@ class Repository:
         api, revision = HfApi(token=self.options.get("token")), self.options.get("revision")
         self.commit = commit_of(api.model_info(self.name, revision=revision))
         tree = api.list_repo_tree(self.name, recursive=True, revision=self.commit)
-        self._told = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        for item in tree:
+            if isinstance(item, RepoFile):
+                if not (isinstance(item.path, str) and isinstance(item.size, int) and isinstance(item.blob_id, str)):
+                    raise LookupError("the listing is none of the Hub's")
+                self._told[item.path] = item
         return list(self._told)
 
     def _list_cache(self, reason: str) -> list[str]:
