@@ -130,8 +130,8 @@ def _tokenized(
         _check_is_text(dataset, first, columns, text_column)
         if tokenizer is None:
             raise InputError(
-                "The data is text, and model.name_or_path names an LM without a tokenizer. Put its tokenizer beside "
-                "it, or use data with input_ids."
+                "model.name_or_path: the LM has no tokenizer, and the data is text. Put its tokenizer beside it, or "
+                "use data with input_ids."
             )
         separator = separator_id(arguments.separator, tokenizer, vocab_size)
         cutting = cutting_of_text(text_column, columns, tokenizer, separator, ctx_len, vocab_size)

@@ -72,5 +72,5 @@ def test_ids_need_no_tokenizer_and_text_says_that_it_does(tmp_path, streaming):
     options = {"ctx_len": 12, "eval_examples": 0, "shuffle_seed": None, "streaming": streaming}
     train, _ = load_tokens(DataArguments(path=str(tmp_path / "ids"), **options), vocab_size=VOCAB)
     assert rows_of(train) == pieces(EOS)
-    with pytest.raises(InputError, match="data is text, and model.name_or_path names an LM without a tokenizer"):
+    with pytest.raises(InputError, match="model.name_or_path: the LM has no tokenizer, and the data is text"):
         load_tokens(DataArguments(path=str(tmp_path / "texts"), **options), vocab_size=VOCAB)

@@ -29,10 +29,8 @@ LARGE = {
 }
 WAYS = {
     "": (1, {}, {}),
-    "DDP": (2, {}, {}),
     "FSDP": (2, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
     "distribute_latents": (2, {"training.distribute_latents": "true"}, {}),
-    "distribute_modules": (2, {"training.distribute_modules": "true"}, {}),
 }
 
 

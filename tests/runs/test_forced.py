@@ -17,7 +17,7 @@ def _forced(folder, *words) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("mode", "count"), [("kills", 5), ("faults", 110)])
+@pytest.mark.parametrize(("mode", "count"), [("kills", 4), ("faults", 130)])
 def test_a_run_that_is_killed_or_whose_disk_fails_ends_as_one_that_was_never_stopped(tmp_path, mode, count):
     found = _forced(tmp_path, mode, count)
-    assert found["tried"] >= 5 and not found["lost"], "\n".join(found["lost"])
+    assert found["tried"] >= 4 and not found["lost"], "\n".join(found["lost"])

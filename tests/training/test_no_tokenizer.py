@@ -32,7 +32,7 @@ def test_they_train_on_ids(bare, capsys, loss):
 def test_text_is_refused_in_one_line(bare, capsys):
     assert main(command_words(bare, bare)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "The data is text, and model.name_or_path names an LM without a tokenizer." in last
+    assert "model.name_or_path: the LM has no tokenizer, and the data is text." in last
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
