@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..data.collate import token_mask
 from ..lm.hooks import Site, base_of, capture, capture_pieces, is_sharded, token_model
-from ..lm.positions import with_positions
+from ..lm.positions import without_unknown_positions
 from .trained_rows import Activations, Wanted, trained_rows
 
 
@@ -79,7 +79,9 @@ class RunningLM:
             return Activations({site: self._none(site, device) for site in self.sites}, 0)
         # Before the LM runs, so that the host waits for as little as can be.
         wanted = Wanted.of(token_mask(batch, self.exclude_tokens))
-        pieces = capture_pieces(self.base_model, self.sites, {**with_positions(self.reader, batch), **self.options})
+        pieces = capture_pieces(
+            self.base_model, self.sites, {**without_unknown_positions(self.reader, batch), **self.options}
+        )
         # An LM may be spread over devices; its activations meet where the tokens are.
         here = {site: [piece.to(device) for piece in pieces[site]] for site in self.sites if site in pieces}
         found = trained_rows(here, wanted, careful)

@@ -111,6 +111,7 @@ class _Patience:
                 # The client would tell of each try in lines of its own.
                 self._said = client_logging.get_verbosity()
                 client_logging.set_verbosity_error()
+            # A private name: the tests of this module fail without it.
             if client._GLOBAL_CLIENT_FACTORY is not _factory:
                 _wrapped.append(client._GLOBAL_CLIENT_FACTORY)
                 client.set_client_factory(_factory)

@@ -32,7 +32,8 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Tensor]:
 
     Returns:
         `dict`: `input_ids` and `attention_mask`, each `(batch, ctx_len)`, long; or `pixel_values`, `(batch, channels,
-        height, width)`.
+        height, width)`. If a row is filled up on the left, `position_ids` too, `(batch, ctx_len)`: its first token has
+        position 0, as it has without the filling.
     """
     if "pixel_values" in rows[0]:
         return {"pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]).float() for row in rows])}
@@ -42,10 +43,15 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Tensor]:
         for row, one in zip(rows, ids, strict=True)
     ]
     pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad(masks, batch_first=True, padding_value=0),
-    }
+    mask = pad(masks, batch_first=True, padding_value=0)
+    batch = {"input_ids": pad(ids, batch_first=True, padding_value=pad_token_id), "attention_mask": mask}
+    # Found here, where the host has the numbers at hand, and not on a device that it would wait for.
+    return batch if mask[:, :1].all() else {**batch, "position_ids": _positions(mask)}
+
+
+def _positions(mask: Tensor) -> Tensor:
+    filling = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return (torch.arange(mask.shape[1]) - filling).clamp(min=0)
 
 
 def token_mask(batch: dict[str, Tensor], exclude_tokens: Iterable[int]) -> Tensor | None:

@@ -103,23 +103,18 @@ def _runs(base_model: PreTrainedModel, tokens: int) -> bool:
     return True
 
 
-def with_positions(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_unknown_positions(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    A batch with `position_ids` of its own, `(batch, ctx_len)`, if some row is filled up on the left: its first token
-    has position 0, as it has without the filling.
+    A batch without its `position_ids` if what reads the tokens takes none, or finds them by its padding token as
+    RoBERTa does.
 
     Args:
-        module (`nn.Module`): What reads the tokens. One that takes no positions, or finds them by its padding token as
-            RoBERTa does, is given none.
-        batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`; or
-            `pixel_values`.
+        module (`nn.Module`): What reads the tokens.
+        batch (`dict[str, torch.Tensor]`): As `collate` makes it.
     """
-    mask = batch.get("attention_mask")
-    if mask is None or not mask.numel() or bool(mask[:, 0].all()) or not _takes_positions(module):
+    if "position_ids" not in batch or _takes_positions(module):
         return batch
-    filling = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-    positions = torch.arange(mask.shape[1], device=mask.device) - filling
-    return {**batch, "position_ids": positions.clamp(min=0)}
+    return {name: value for name, value in batch.items() if name != "position_ids"}
 
 
 def _takes_positions(module: nn.Module) -> bool:

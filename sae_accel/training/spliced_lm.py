@@ -14,7 +14,7 @@ from ..bank.bank import SaeBank, measured
 from ..data.collate import text_mask
 from ..lm.hooks import Site, base_of, record
 from ..lm.logit_loss import IGNORED, LogitLoss
-from ..lm.positions import with_positions
+from ..lm.positions import without_unknown_positions
 from ..lm.splice import Replacement, replaced
 from ..ops.finite import finite_rows, surely_finite
 
@@ -113,7 +113,7 @@ class SplicedLM:
             return self.losses(hidden[mask], self.labels(batch)[mask], None if clean is None else clean[mask])
 
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        return {**with_positions(self.base_model, batch), **self.options}
+        return {**without_unknown_positions(self.base_model, batch), **self.options}
 
 
 class SplicedHeads:
