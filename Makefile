@@ -34,6 +34,9 @@ style: .venv/test.stamp  ## Format the code
 quality: .venv/test.stamp  ## Check the code's format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+docs: .venv/docs.stamp  ## Build the documentation into build/site, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## Remove the environment and everything that was downloaded or made
 	rm -rf .venv quickstart runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
@@ -55,4 +58,9 @@ $(MODEL): .venv/test.stamp
 	$(INSTALL) --editable ".[test]"
 	@touch $@
 
-.PHONY: help quickstart test soak benchmark style quality clean
+.venv/docs.stamp: .venv/bin/python $(DEPENDENCIES)
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[docs]"
+	@touch $@
+
+.PHONY: help quickstart test docs soak benchmark style quality clean
