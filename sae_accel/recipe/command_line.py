@@ -98,7 +98,7 @@ def help_text(width: int) -> str:
         lines += ["", _filled(f"{section}: {meaning}", width, 0, 2), ""]
         hints = field_hints(arguments)
         for option in fields(arguments):
-            kind = type_name(hints[option.name]) + _range(option.metadata["help"])
+            kind = type_name(hints[option.name]) + range_of(option.metadata["help"])
             default = yaml.safe_dump(default_of(option), default_flow_style=True).splitlines()[0]
             lines.append(_filled(f"--{section}.{option.name}  {kind}; default {default}", width, 2, 6))
             lines.append(_filled(option.metadata["help"], width, 6, 6))
@@ -110,7 +110,7 @@ def _filled(text: str, width: int, first: int, rest: int) -> str:
     return textwrap.fill(text, width, initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False)
 
 
-def _range(help: Help) -> str:
+def range_of(help: Help) -> str:
     if help.minimum is not None:
         return f", at least {help.minimum:g}" + ("" if help.maximum is None else f" and at most {help.maximum}")
     return "" if help.above is None else f", above {help.above:g}"
