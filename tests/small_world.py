@@ -35,9 +35,8 @@ LAYERS = 12
 SMALLER = {"ctx_len": 16, "max_steps": 2, "per_device_train_batch_size": 4, "eval_examples": 4, "expansion_factor": 4}
 
 
-def write_small_world(folder: Path, monkeypatch) -> None:
-    """Writes everything into `folder`, which is made the current one."""
-    monkeypatch.chdir(folder)
+def write_small_world(folder: Path) -> None:
+    """Writes everything into `folder`, which is the current one."""
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(90)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

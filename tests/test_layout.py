@@ -1,6 +1,7 @@
 """The rooms of the package, and which may know which."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,3 +104,12 @@ def test_importing_the_package_prints_nothing_and_offers_what_it_says():
     code = "import sae_accel; [getattr(sae_accel, name) for name in sae_accel.__all__]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_page_of_the_architecture_has_each_room_in_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^### (\w+)$", page, re.MULTILINE) == ROOMS
+    listed = re.search(r"```text\n(.*?)```", page, re.DOTALL)
+    assert listed[1].split() == ROOMS
+    for path in re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)`", page):
+        assert (PACKAGE / path).is_file(), path

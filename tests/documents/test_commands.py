@@ -4,9 +4,12 @@ import argparse
 import configparser
 import re
 import subprocess
+from dataclasses import fields
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from sparsify import SparseCoderConfig
+from sparsify.__main__ import RunConfig
 from torch.distributed.run import get_args_parser
 from written import ROOT, blocks, command_lines, notebooks, pages, prose, recipes, words_of
 
@@ -52,7 +55,7 @@ def _command(words: list[str]) -> None:
         parser.parse_args(words[1:])
 
 
-def _launched(parser: argparse.ArgumentParser, words: list[str], processes_on_cpu: bool = False) -> None:
+def _launched(parser: argparse.ArgumentParser, words: list[str]) -> None:
     found = parser.parse_args(words)
     config = getattr(found, "config_file", None)
     assert config is None or (ROOT / config).is_file(), config
@@ -148,7 +151,8 @@ def _options_that_exist() -> set[str]:
     parsers = [push._parser(), convert._parser(), launch_command_parser(), get_args_parser()]
     typed = [option for parser in parsers for option in parser._option_string_actions]
     sources = [path.read_text() for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
-    return {*typed, *LISTS, *OTHERS, *OPTION.findall("\n".join([help_text(100), *sources]))}
+    of_sparsify = [f"--{field.name}" for config in (RunConfig, SparseCoderConfig) for field in fields(config)]
+    return {*typed, *of_sparsify, *LISTS, *OTHERS, *OPTION.findall("\n".join([help_text(100), *sources]))}
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w.-]*\w")

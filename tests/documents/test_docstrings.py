@@ -4,7 +4,7 @@ import inspect
 import re
 
 import pytest
-from small_world import names_for_an_example, smaller, write_small_world
+from small_world import names_for_an_example, smaller
 from written import ROOT, blocks
 
 import sae_accel
@@ -44,15 +44,15 @@ EXAMPLES = {
 
 
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
+def names(world):
     with pytest.MonkeyPatch.context() as patch:
-        write_small_world(tmp_path_factory.mktemp("world"), patch)
-        yield names_for_an_example()
+        patch.chdir(world)
+        return names_for_an_example()
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=EXAMPLES.values())
-def test_an_example_runs(code, small_world, capsys):
-    exec(compile(smaller(code), EXAMPLES[code], "exec"), dict(small_world))
+def test_an_example_runs(code, names, small_world, capsys):
+    exec(compile(smaller(code), EXAMPLES[code], "exec"), dict(names))
 
 
 def test_each_public_function_has_an_example():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_world import smaller, write_small_world
+from small_world import smaller
 from written import ROOT, blocks, pages
 
 from sae_accel.recipe.recipe import Recipe
@@ -28,14 +28,8 @@ def _blocks(language: str) -> dict[str, list]:
 
 
 PYTHON, YAML = _blocks("python"), _blocks("yaml")
-
-
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("world")
-        write_small_world(folder, patch)
-        yield folder
+# Tests of its own run the code of the front page, and look at what it does.
+del PYTHON["README.md"]
 
 
 @pytest.mark.parametrize("page", PYTHON)
