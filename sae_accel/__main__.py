@@ -8,23 +8,23 @@ from .common.signals import signals
 
 
 COMMANDS = {
-    "train": "Train SAEs and transcoders as a recipe says. On several processes: accelerate launch -m sae_accel.train",
+    "train": "Train SAEs and transcoders from a recipe. On several devices: accelerate launch -m sae_accel.train",
     "push": "Release the heads of a run to the Hub, with a model card.",
-    "convert": "Write heads of any library that AutoSae reads as another library reads them.",
+    "convert": "Write heads in the layout of another library.",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that the first word names, and lists all of them where there is none."""
+    """Runs the command that the first word names. Without a word it lists the commands."""
     given = list(sys.argv[1:] if argv is None else argv)
-    # It may stand before the command as well.
+    # --debug may stand before the command too.
     debug = [DEBUG] if DEBUG in given else []
     command, *words = [word for word in given if word != DEBUG] or ["--help"]
     if command in COMMANDS:
         words += debug
         return signals.command(lambda: import_module(f"sae_accel.{command}").main(words), owns_process=argv is None)
     lines = [f"  {name:<8} {meaning}" for name, meaning in COMMANDS.items()]
-    closing = f"Each has a --help of its own, and takes {DEBUG}, to\n{DEBUG_HELP}."
+    closing = f"Each command has its own --help. Each takes {DEBUG}:\n{DEBUG_HELP}."
     listing = "\n".join(["Usage: sae-accel COMMAND ...", "", *lines, "", closing])
     if command in ("-h", "--help"):
         print(listing)

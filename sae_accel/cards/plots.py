@@ -1,10 +1,14 @@
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..common.extras import how_to_install, is_installed
+from ..processes.agreement import say
 
 
 if TYPE_CHECKING:
@@ -45,9 +49,14 @@ def draw_plots(
         frequencies (`Mapping[str, np.ndarray]`, *optional*): By head, the part of tokens on which each latent is
             active, `(num_latents,)`.
 
+    Without matplotlib nothing is drawn, and a line says so.
+
     Returns:
         `list[Path]`: the images that were drawn: those for which there was something to draw.
     """
+    if not is_installed("matplotlib"):
+        _say_that_there_are_no_plots()
+        return []
     curves = {name: _curve(name, log_history) for name in names}
     curves = {name: curve for name, curve in curves.items() if curve}
     known = frequencies or {}
@@ -58,6 +67,12 @@ def draw_plots(
     if known:
         drawn.append(_save(_draw_frequencies(known), folder / FREQUENCY_PLOT))
     return drawn
+
+
+@cache
+def _say_that_there_are_no_plots() -> None:
+    """Once in a process, since a run writes its card at each save."""
+    say(f"The model card has no plots, since they need matplotlib. {how_to_install('matplotlib')}")
 
 
 def _curve(name: str, log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

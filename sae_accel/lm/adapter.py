@@ -2,10 +2,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -17,9 +15,14 @@ from transformers import (
 )
 
 from ..common.errors import InputError, is_out_of_memory
+from ..common.extras import require_extra
 from ..loading.head_files import reason_of
 from ..loading.repository import Repository
 from ..recipe.arguments import ModelArguments
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 # Names in an adapter's file begin with this, and go on as in the model that it was trained on.
@@ -43,6 +46,10 @@ class Adapter:
     """
 
     def __init__(self, arguments: ModelArguments):
+        require_extra("model.adapter", "peft")
+        from peft import PeftConfig, PromptLearningConfig
+        from peft.utils import load_peft_weights
+
         self.arguments = arguments
         with self._reading():
             self.folder = _fetch(arguments)
@@ -74,6 +81,8 @@ class Adapter:
         Raises:
             `InputError`: if it does not fit the LM.
         """
+        from peft import get_peft_model, get_peft_model_state_dict
+
         with self._reading():
             adapted = get_peft_model(architecture, self.config)
         expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
@@ -93,6 +102,8 @@ class Adapter:
         Raises:
             `InputError`: if it does not fit the LM.
         """
+        from peft import PeftModel
+
         with self._reading():
             PeftModel.from_pretrained(model, self.folder)
 
@@ -110,7 +121,7 @@ class Adapter:
             ) from error
 
 
-def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def unwrapped(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """
     The LM itself, in whose modules an adapter lies; what PEFT wraps around it is not needed.
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..common.errors import InputError, one_line
+from ..common.extras import require_extra
 
 
 def require_bitsandbytes(field: str, value: str) -> None:
@@ -18,6 +19,7 @@ def require_bitsandbytes(field: str, value: str) -> None:
     Raises:
         `InputError`: if it does not.
     """
+    require_extra(f"{field} {value}", "bitsandbytes")
     try:
         import bitsandbytes
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib

@@ -4,10 +4,10 @@ import os
 from copy import copy
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
@@ -29,6 +29,10 @@ from ..training.look_ahead import look_ahead
 from ..training.lora import add_lora, lora_targets
 from .launch import Launch
 from .rehearsal import Rehearsal, Share, rehearse
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 # Bytes of a weight of a linear layer that bitsandbytes holds, with the scales of its rows or of blocks of 64.
@@ -161,7 +165,7 @@ def _countable(plan: HeadPlan) -> HeadPlan:
     return replace(plan, config=config)
 
 
-def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> PeftModel:
+def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> "PeftModel":
     return add_lora(lm, lora_targets(base_of(lm), plans, lora), lora)
 
 

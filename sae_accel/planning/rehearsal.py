@@ -1,10 +1,9 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +20,10 @@ from ..training.assembly import assemble
 from ..training.k_schedule import k_at
 from ..training.optim import Signum
 from .peak_memory import PeakMemory
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Rehearsal(NamedTuple):
     evaluation: int
 
 
-def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: PeftModel | None, share: Share, bf16: bool) -> Rehearsal:
+def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: "PeftModel | None", share: Share, bf16: bool) -> Rehearsal:
     """
     Trains and evaluates a process's heads on tensors without memory, and notes what they would take.
 
@@ -103,7 +106,7 @@ class _Stage:
         self,
         recipe: Recipe,
         lm: PreTrainedModel,
-        adapter: PeftModel | None,
+        adapter: "PeftModel | None",
         share: Share,
         bf16: bool,
         device: torch.device,

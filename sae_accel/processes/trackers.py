@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from ..common.errors import InputError, one_line
+from ..common.extras import require_extra
 from ..recipe.arguments import SaeTrainingArguments, secret_fields
 from .agreement import say
 
@@ -20,6 +21,8 @@ def wanted_trackers(report_to: list[str]) -> list[str] | None:
         `InputError`: if one is not installed.
     """
     wanted = [tracker for tracker in report_to if tracker != "none"]
+    if "tensorboard" in wanted:
+        require_extra("training.report_to tensorboard", "tensorboard")
     available = [tracker.value for tracker in get_available_trackers()]
     if missing := [tracker for tracker in wanted if tracker not in [*available, "all"]]:
         raise InputError(

@@ -339,7 +339,7 @@ class SaeTrainingArguments:
         "push it by hand.",
         above=0.0,
     )
-    report_to: list[str] = _option(["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
+    report_to: list[str] = _option(["none"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
 
     def __post_init__(self) -> None:
         if not self.output_dir.strip():

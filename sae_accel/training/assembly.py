@@ -1,8 +1,7 @@
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +14,10 @@ from .end_to_end_objective import EndToEndObjective
 from .local_objective import LocalObjective
 from .optim import build_optimizer
 from .spliced_lm import SplicedLM
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 Objective = LocalObjective | EndToEndObjective
@@ -50,7 +53,7 @@ def assemble(
     widths: Mapping[Site, int],
     exclude_tokens: list[int],
     lora: LoraArguments | None = None,
-    adapter: PeftModel | None = None,
+    adapter: "PeftModel | None" = None,
 ) -> Assembly:
     """
     Puts together what takes a step.

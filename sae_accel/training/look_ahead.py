@@ -12,6 +12,7 @@ from ..lm.hooks import base_of
 from ..lm.load import load_architecture
 from ..lm.positions import settled_ctx_len
 from ..lm.probe import ProbeFailed
+from ..recipe.extras import check_extras
 from ..recipe.recipe import Recipe
 from ..runs.checkpoint import load_state
 from ..runs.differences import Differences
@@ -55,6 +56,7 @@ def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
         `InputError`: if something in the recipe cannot be used.
     """
     training, output_dir = recipe.training, Path(recipe.training.output_dir)
+    check_extras(recipe)
     if writes:
         check_writable(output_dir, [])
     if training.optim == "adam8bit":

@@ -1,17 +1,22 @@
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..bank.plans import HeadPlan
 from ..common.errors import InputError
+from ..common.extras import require_extra
 from ..lm.adapter import quiet_peft
 from ..lm.hooks import base_of
 from ..lm.modules import hookpoint_names, layer_list, match_modules
 from ..lm.other_names import no_match
 from ..recipe.arguments import LoraArguments
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
@@ -47,7 +52,7 @@ def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraA
     return behind
 
 
-def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) -> PeftModel:
+def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) -> "PeftModel":
     """
     Puts a new LoRA, whose parameters alone are trained, onto a frozen LM, in place. It starts as nothing.
 
@@ -56,6 +61,9 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
         targets (`list[str]`): Of `lora_targets`.
         lora ([`LoraArguments`]): Its rank and scale.
     """
+    require_extra("lora", "peft")
+    from peft import LoraConfig, get_peft_model
+
     within = f"{model.base_model_prefix}."
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -68,7 +76,7 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
         return get_peft_model(model, config).eval()
 
 
-def save_lora(adapted: PeftModel, folder: Path) -> None:
+def save_lora(adapted: "PeftModel", folder: Path) -> None:
     """Writes an adapter as `peft` reads it, without the card that PEFT makes for a repo of its own."""
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)

@@ -3,11 +3,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,6 +34,10 @@ from .optim import Signum
 from .sizes import checkpoint_bytes
 from .skips import Skips
 from .sums import FiringCounts, RunningMeans
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class RunState:
@@ -75,7 +78,7 @@ class RunState:
         plans: dict[str, HeadPlan],
         bank: SaeBank,
         spread: Spread,
-        adapter: PeftModel | None = None,
+        adapter: "PeftModel | None" = None,
         recipe: Recipe | None = None,
         identity: dict[str, Any] | None = None,
     ):

@@ -1,10 +1,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,10 @@ from ..lm.logit_loss import IGNORED, LogitLoss
 from ..lm.positions import without_unknown_positions
 from ..lm.splice import Replacement, replaced
 from ..ops.finite import finite_rows, surely_finite
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class SplicedLM:
@@ -32,7 +35,7 @@ class SplicedLM:
         `InputError`: if the LM has no head.
     """
 
-    def __init__(self, model: PreTrainedModel, exclude_tokens: list[int], adapter: PeftModel | None = None):
+    def __init__(self, model: PreTrainedModel, exclude_tokens: list[int], adapter: "PeftModel | None" = None):
         self.losses = LogitLoss(model)
         self.model = model
         self.exclude_tokens = exclude_tokens

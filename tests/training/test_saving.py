@@ -155,7 +155,7 @@ def test_the_best_are_kept_at_the_next_evaluation(tmp_path, disk):
 def test_the_exit_status_tells_that_something_is_missing(place, tmp_path, disk, capsys):
     disk.add(".checkpoint-3.partial")
     assert main(command_words(place, tmp_path)) == 1
-    assert "Not all was saved: " in capsys.readouterr().err.splitlines()[-1]
+    assert "Something was not saved: " in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "run" / "layers.1" / "model.safetensors").is_file()
 
 
