@@ -213,7 +213,7 @@ def test_several_kinds_are_refused_by_name(path, one, other, words):
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.txt", "UTF-16", "holds UTF-16 (set --data.load_args.encoding NAME)"),
+        ("a.txt", "UTF-16", r"holds UTF-16 \(set --data.load_args.encoding NAME\)"),
         ("a.txt", "NUL", "holds bytes that are not UTF-8"),
         ("a.txt", "Latin-1", "holds bytes that are not UTF-8"),
         ("a.jsonl", "words", "does not hold JSON objects"),

@@ -103,7 +103,7 @@ def test_latents_that_are_weighed_by_their_decoder_rows(tmp_path, architecture):
 
 def test_the_average_norm_of_inputs_is_folded_into_the_weights(tmp_path):
     sae = _peer(tmp_path, "standard", normalize_activations="expected_average_only_in")
-    with pytest.raises(InputError, match="Give that number as input_scale"):
+    with pytest.raises(InputError, match="Give it as input_scale"):
         AutoSae.from_pretrained(tmp_path)
     given = AutoSae.from_pretrained(tmp_path, input_scale=0.3)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.3}')
