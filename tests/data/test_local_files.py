@@ -248,7 +248,7 @@ def test_a_compression_whose_package_is_missing_is_refused_with_its_name(monkeyp
 def test_a_stream_of_text_that_hides_its_compression_is_refused_with_what_to_do():
     write("a.txt", gzip.compress(TEXTS[0].encode()))
     assert sequences("a.txt") == pieces(ids_by_hand(TEXTS[:1]))
-    with pytest.raises(InputError, match="'a.txt' is compressed with gzip, and a stream knows that only from the ending"):
+    with pytest.raises(InputError, match="'a.txt' is compressed with gzip, and a stream knows that only"):
         sequences("a.txt", streaming=True)
 
 
@@ -279,7 +279,8 @@ def test_a_folder_whose_files_are_named_for_splits_is_read_by_split(streaming, c
     write("d/train.txt", TEXTS[0].encode()), write("d/test.txt", TEXTS[1].encode()), write("d/more.txt", b"w1 w2")
     assert sequences("d", streaming=streaming) == pieces(ids_by_hand(TEXTS[:1]))
     assert sequences("d", split="test", streaming=streaming) == pieces(ids_by_hand(TEXTS[1:2]))
-    assert "without more.txt, left out because other files are named for the splits train, test" in capsys.readouterr().err
+    reason = "because other files are named for the splits train, test"
+    assert f"without more.txt, left out {reason}" in capsys.readouterr().err
 
 
 CARD = b"---\nconfigs:\n- {config_name: default, data_files: [{split: train, path: b.txt}]}\n---\n"
