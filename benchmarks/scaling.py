@@ -383,14 +383,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def print_notes(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     print("\nSpeed-up and efficiency compare with one process of the same package. Bytes per token are the sum over")
-    print(
-        "all processes, as counted and by theory. FVU is the first step's; rows that do the same work have the same."
-    )
+    print("all processes, as counted and in theory. FVU is the first step's; it is the same for the same work.")
     counted = [row for row in rows if row.get("bytes_per_token") is not None]
     if any(row["way"] in ("FSDP", "ZeRO-2") for row in counted):
-        print(
-            "Gloo and DeepSpeed scatter with an all-reduce: FSDP and ZeRO-2 send the parameters once more than in theory."
-        )
+        print("Gloo and DeepSpeed scatter with an all-reduce, so FSDP and ZeRO-2 send the parameters once more.")
     idle = max((row["idle_bytes_per_second"] for row in counted), default=0)
     if idle > NEGLIGIBLE:
         print(f"Bytes include up to {idle:,.0f} per second that are sent even when nothing trains.")
