@@ -109,7 +109,7 @@ def test_the_average_norm_of_inputs_is_folded_into_the_weights(tmp_path):
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.3}')
     found = AutoSae.from_pretrained(tmp_path)
     for wrong in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=f"input_scale is {wrong}; it is .* above 0"):
+        with pytest.raises(InputError, match=f"input_scale is {wrong}; it must be .* above 0"):
             AutoSae.from_pretrained(tmp_path, input_scale=wrong)
     sae.fold_activation_norm_scaling_factor(0.3)
     for head in (given, found):
