@@ -1,15 +1,15 @@
 """
-What several processes gain, and what they send each other, in every way in which sae_accel and sparsify (PyPI:
-eai-sparsify) spread heads over processes: each package through its own trainer, on the same LM, tokens, heads and
-optimizer.
+Measures how much faster several processes train, and how many bytes they send to each other. The table has a row for
+each way in which sae_accel and sparsify (PyPI: eai-sparsify) spread heads over processes. Each package runs its own
+trainer, on the same LM, tokens, heads and optimizer.
 
-Each row of the table is started by torchrun, some steps at a time and in turns with the others, so that a busy minute
-of the machine falls on all. A step trains on the same number of tokens in every row, dealt out evenly to the
-processes. What counts is the time from the end of one optimizer step to the end of the next, without each turn's first
-steps; shown is the median over all turns. Where there are fewer GPUs than processes, all rows run on CPUs, with one
-thread a process, one process alone too.
+Torchrun starts each row for some steps, in turns with the other rows, so that a busy minute of the machine slows down
+all rows alike. A step trains on the same number of tokens in every row, dealt out evenly to the processes. The
+benchmark measures the time from the end of one optimizer step to the end of the next, without each turn's first
+steps, and shows the median over all turns. If there are fewer GPUs than processes, all rows run on CPUs with one
+thread per process, also the rows with one process.
 
-Bytes are counted on CPUs, where processes talk by gloo over TCP: the kernel keeps count for each connection.
+Bytes are counted on CPUs, where processes send them by gloo over TCP: the kernel counts them for each connection.
 
   python benchmarks/scaling.py                         # SmolLM2-135M-Instruct, SAEs on two layers, 2 processes
   python benchmarks/scaling.py --turns 5 --patience 20 --save benchmarks/results/my-machine-scaling.json
@@ -45,11 +45,11 @@ from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "eai-sparsify")
-# Where the kernel's struct tcp_info has tcpi_bytes_acked, 64 bits.
+# Offset of tcpi_bytes_acked, 64 bits, in the kernel's struct tcp_info.
 BYTES_ACKED = 120
-# Bytes a second that no row's figure would show.
+# Bytes per second that are too few to change a row's figure.
 NEGLIGIBLE = 1000
-# Part of the cores that others may take in a turn.
+# Share of the cores that other programs may take during a turn.
 CALM = 0.1
 
 
@@ -79,24 +79,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart/SmolLM2-135M-Instruct", help="Hub id or folder of the LM")
     parser.add_argument(
-        "--hookpoints", nargs="+", default=["layers.1", "layers.3"], help="one SAE each, of the LM's width"
+        "--hookpoints", nargs="+", default=["layers.1", "layers.3"], help="modules of the LM; each gets one SAE"
     )
     parser.add_argument("--expansion-factor", type=int, default=8)
     parser.add_argument("--k", type=int, default=32)
-    # With 8, the largest tensor of one process, but not of two, is beyond what malloc keeps for the next step.
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences in a step, over all processes")
+    # With 8, malloc keeps the largest tensor of two processes for the next step, but not that of one process.
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per step, over all processes")
     parser.add_argument("--ctx-len", type=int, default=256)
-    parser.add_argument("--processes", type=int, default=2, help="how many to compare with one")
+    parser.add_argument("--processes", type=int, default=2, help="processes that are compared with one")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in a turn")
-    parser.add_argument("--warmup", type=int, default=1, help="of which the first are not counted")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per turn")
+    parser.add_argument("--warmup", type=int, default=1, help="first steps of a turn that are not measured")
     parser.add_argument(
-        "--patience", type=float, default=0, help="minutes in which a turn is done again if others use the cores too"
+        "--patience", type=float, default=0, help="minutes in which a turn runs again if other programs use the cores"
     )
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="which to run; all by default")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="rows to run; all by default")
     parser.add_argument("--save", type=Path, help="file for the figures")
-    parser.add_argument("--worker", choices=ROWS, help="what torchrun starts: one turn of this row, on one process")
-    parser.add_argument("--folder", type=Path, help="where workers leave their figures")
+    parser.add_argument("--worker", choices=ROWS, help="for torchrun: run one turn of this row on one process")
+    parser.add_argument("--folder", type=Path, help="folder for the figures of workers")
     options = parser.parse_args()
     if options.batch_size % options.processes:
         parser.error(f"--batch-size {options.batch_size} cannot be dealt out evenly to {options.processes} processes")
@@ -109,8 +109,8 @@ def calm_launch(
     name: str, options: argparse.Namespace, on_gpus: bool, deadline: float
 ) -> tuple[list[dict] | str, float]:
     """
-    One turn of a row, with the part of the cores that other programs took: done again until the deadline, if that is
-    too much.
+    Runs one turn of a row, and returns the share of the cores that other programs took. If this share is too large,
+    the turn runs again until the deadline.
     """
     while True:
         before = core_seconds()
@@ -123,7 +123,7 @@ def calm_launch(
 
 
 def launch(name: str, options: argparse.Namespace, on_gpus: bool) -> list[dict] | str:
-    """One turn of a row: what each of its processes noted, or why it cannot run."""
+    """Runs one turn of a row: returns the notes of each process, or why the row cannot run."""
     row = ROWS[name]
     processes = options.processes if row.theory else 1
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | row.environment
@@ -139,7 +139,7 @@ def launch(name: str, options: argparse.Namespace, on_gpus: bool) -> list[dict] 
 
 
 def core_seconds() -> tuple[float, float]:
-    """Seconds of all cores that have passed, and those of them that something else than our processes took."""
+    """Returns the seconds that have passed on all cores, and the part of them that other programs took."""
     times = psutil.cpu_times()._asdict()
     passed, idle = time.monotonic() * os.cpu_count(), times["idle"] + times.get("iowait", 0.0)
     ours = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -147,13 +147,13 @@ def core_seconds() -> tuple[float, float]:
 
 
 def reason(stderr: str) -> str:
-    """The first error in what processes said, which is the one that the others follow from."""
+    """Returns the first error in the processes' output; the others follow from it."""
     found = re.search(r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception): .+)", stderr, re.MULTILINE)
     return found[1] if found else stderr.strip()[-200:]
 
 
 class StepClock(TrainerCallback):
-    """Notes when each optimizer step has ended, what this process had sent by then, and FVUs of the first step."""
+    """Notes when each optimizer step ends, the bytes that this process has sent by then, and the first step's FVUs."""
 
     def __init__(self):
         self.times, self.sent, self.fvus = [], [], []
@@ -166,7 +166,7 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.tick()
-        # The first step is logged, which does not count, and no checkpoint is written.
+        # Only the first step, which is not measured, is logged, and no checkpoint is written.
         control.should_log, control.should_save = state.global_step == 1, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -175,9 +175,9 @@ class StepClock(TrainerCallback):
 
 def bytes_sent() -> int:
     """
-    Bytes that have arrived from this process over the TCP connections that it has, without headers.
+    Returns the bytes that have arrived from this process over its open TCP connections, without headers.
 
-    The counters of a network interface would do, but for whatever else goes over it at the same time.
+    The counters of a network interface would also count the traffic of other programs.
     """
     total = 0
     for descriptor in os.listdir("/proc/self/fd") if sys.platform == "linux" else []:
@@ -192,7 +192,7 @@ def bytes_sent() -> int:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One turn of a row on this process; what it notes goes to a file."""
+    """Runs one turn of a row on this process, and writes its notes to a file."""
     row, index = ROWS[options.worker], int(os.environ["RANK"])
     on_gpu = torch.cuda.is_available()
     lm = AutoModel.from_pretrained(options.model, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
@@ -210,7 +210,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def train_ours(row: Row, lm, data: Dataset, options: argparse.Namespace, clock: StepClock) -> None:
-    """One turn of ours; the environment says whether by FSDP or ZeRO."""
+    """Trains one turn of sae_accel; the environment selects FSDP or ZeRO."""
     head = HeadArguments(hookpoints=options.hookpoints, k=options.k, expansion_factor=options.expansion_factor)
     arguments = SaeTrainingArguments(
         output_dir=str(options.folder / "run"),
@@ -223,7 +223,7 @@ def train_ours(row: Row, lm, data: Dataset, options: argparse.Namespace, clock: 
 
 
 def train_sparsify(row: Row, lm, data: Dataset, options: argparse.Namespace, clock: StepClock) -> None:
-    """One turn of sparsify's, begun as its command line begins, which asks for GPUs."""
+    """Trains one turn of sparsify, set up like its command line, which needs GPUs."""
     import sparsify.trainer
     from sparsify import SaeConfig, TrainConfig, Trainer
 
@@ -235,10 +235,10 @@ def train_sparsify(row: Row, lm, data: Dataset, options: argparse.Namespace, clo
         dist.init_process_group("nccl" if on_gpu else "gloo")
     if not on_gpu:
         wrapper = sparsify.trainer.DDP
-        # The trainer names the process's GPU to DDP, which refuses that for parameters on a CPU.
+        # The trainer gives the process's GPU to DDP, and DDP refuses it for parameters on a CPU.
         sparsify.trainer.DDP = lambda sae, device_ids: wrapper(sae)
     size = options.batch_size // processes
-    # As in ours, each process reads its own part of each step's sequences.
+    # As in sae_accel, each process reads its own part of each step's sequences.
     own = [i for i in range(len(data)) if i % options.batch_size // size == index]
     config = TrainConfig(
         SaeConfig(expansion_factor=options.expansion_factor, k=options.k),
@@ -255,7 +255,7 @@ def train_sparsify(row: Row, lm, data: Dataset, options: argparse.Namespace, clo
 
 
 def watch(trainer: Any, clock: StepClock) -> None:
-    """Has sparsify's trainer tell the clock of its steps and of its first FVUs, and write nothing."""
+    """Makes sparsify's trainer report its steps and its first FVUs to the clock, and write no files."""
     step = trainer.optimizers[0].step
 
     def timed_step(*args, **kwargs):
@@ -279,7 +279,7 @@ def report(
     others: list[float],
     on_gpus: bool,
 ) -> None:
-    """Prints the table, and saves the figures if asked to."""
+    """Prints the table, and saves the figures on request."""
     sizes = sizes_of(options, on_gpus)
     rows = [
         {"package": ROWS[name].package, "way": ROWS[name].way}
@@ -323,7 +323,7 @@ def sizes_of(options: argparse.Namespace, on_gpus: bool) -> Sizes:
 
 
 def figures(row: Row, turns: list[list[dict]], options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
-    """What a row's turns come to. Time is that of the first process; bytes are those of all."""
+    """Returns a row's results over all turns. Times are the first process's; bytes are the sum over processes."""
     times = [turn[0]["times"][options.warmup - 1 :] for turn in turns]
     seconds = [after - before for ends in times for before, after in zip(ends, ends[1:], strict=False)]
     sent = [sum(process["sent"][-1] - process["sent"][options.warmup - 1] for process in turn) for turn in turns]
@@ -342,7 +342,7 @@ def figures(row: Row, turns: list[list[dict]], options: argparse.Namespace, size
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row what it gains over one process of the same package, if that was run."""
+    """Adds to each row its gain over one process of the same package, if that row ran."""
     alone = {row["package"]: row["tokens_per_second"] for row in rows if row.get("processes") == 1}
     for row in rows:
         if row["package"] in alone and "processes" in row:
@@ -361,7 +361,7 @@ def machine(on_gpus: bool) -> str:
 def print_setting(setting: dict[str, Any], sizes: Sizes) -> None:
     heads = f"SAEs on {', '.join(setting['hookpoints'])}, {setting['expansion_factor']}x, k {setting['k']}"
     print(f"{setting['model']}, {heads}, {setting['optimizer']},")
-    print(f"{sizes.tokens:,} tokens a step over all processes, {setting['machine']}, one thread a process,")
+    print(f"{sizes.tokens:,} tokens per step over all processes, {setting['machine']}, one thread per process,")
     print(", ".join(f"{name} {version}" for name, version in sorted(setting["packages"].items())) + "\n")
 
 
@@ -382,16 +382,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def print_notes(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    print("\nSpeed-up and efficiency are over the same package alone. Bytes are what all processes together send for")
-    print("each token that trains: as counted, and by theory. FVU is the first step's, alike where the work is.")
+    print("\nSpeed-up and efficiency compare with one process of the same package. Bytes per token are the sum over")
+    print("all processes, as counted and in theory. FVU is the first step's; it is the same for the same work.")
     counted = [row for row in rows if row.get("bytes_per_token") is not None]
     if any(row["way"] in ("FSDP", "ZeRO-2") for row in counted):
-        print("Gloo and DeepSpeed scatter by an all-reduce: once the parameters more than FSDP and ZeRO-2 must send.")
+        print("Gloo and DeepSpeed scatter with an all-reduce, so FSDP and ZeRO-2 send the parameters once more.")
     idle = max((row["idle_bytes_per_second"] for row in counted), default=0)
     if idle > NEGLIGIBLE:
-        print(f"Bytes include up to {idle:,.0f} a second that are sent even when nothing trains.")
+        print(f"Bytes include up to {idle:,.0f} per second that are sent even when nothing trains.")
     others = setting["cores_taken_by_others"]
-    print(f"Other programs took {others['median']:.0%} of the cores, at most {others['most']:.0%} in a turn of a row.")
+    print(f"Other programs took {others['median']:.0%} of the cores, at most {others['most']:.0%} during one turn.")
 
 
 if __name__ == "__main__":

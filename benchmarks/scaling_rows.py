@@ -1,11 +1,16 @@
-"""The rows of the table of scaling.py: ways to spread heads over processes, and the bytes that each must send."""
+"""
+The rows of the table in scaling.py: the ways to spread heads over processes, and the bytes that each way must send.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Sizes(NamedTuple):
-    """What decides how much is sent: `width` and `itemsize` are those of an activation, `sites` are hookpoints."""
+    """
+    The sizes that decide how much is sent: `width` and `itemsize` of an activation, `sites` as the number of
+    hookpoints.
+    """
 
     processes: int
     tokens: int
@@ -17,21 +22,25 @@ class Sizes(NamedTuple):
 
 
 def parameters(times: int) -> Callable[[Sizes], float]:
-    """Parameters or gradients, in float32: `times` is 1 for each gathering or scattering, and 2 for an all-reduce."""
+    """Bytes per token for parameters or gradients in float32: `times` is 1 per gather or scatter, 2 per all-reduce."""
     return lambda sizes: times * (sizes.processes - 1) * 4 * sizes.parameters / sizes.tokens
 
 
 def activations_to_all(sizes: Sizes) -> float:
+    """Bytes per token if every process sends its activations to all others."""
     return sizes.sites * sizes.width * sizes.itemsize * (sizes.processes - 1)
 
 
 def activations_to_one(sizes: Sizes) -> float:
-    """Of the processes, the one that holds the hookpoint's head has its own tokens already."""
+    """Bytes per token if the activations of a hookpoint go only to the process that holds its head."""
     return activations_to_all(sizes) / sizes.processes
 
 
 def latents(sizes: Sizes) -> float:
-    """Activations to all; k candidates of each process to all; and an all-reduce of the reconstruction's parts."""
+    """
+    Bytes per token for activations to all, k candidates of each process to all, and an all-reduce of the
+    reconstruction.
+    """
     others = sizes.processes - 1
     candidates = sizes.processes * others * 4 * sizes.k
     return activations_to_all(sizes) + sizes.sites * (candidates + 2 * others * 4 * sizes.width)
@@ -39,7 +48,7 @@ def latents(sizes: Sizes) -> float:
 
 class Row(NamedTuple):
     """
-    A row of the table: how it is started, and how many bytes all processes must send for each token; None for one
+    A row of the table: how it is started, and the bytes per token that all processes together must send; None for one
     process alone.
     """
 
@@ -52,8 +61,8 @@ class Row(NamedTuple):
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-# FSDP gathers parameters for the forward and for the backward pass and scatters gradients; ZeRO-2 scatters gradients
-# and gathers what was updated.
+# FSDP gathers parameters for the forward and the backward pass and scatters gradients; ZeRO-2 scatters gradients and
+# gathers the updated parameters.
 ROWS = {
     "ours": Row("sae_accel", "alone"),
     "ours-ddp": Row("sae_accel", "DDP", parameters(2)),

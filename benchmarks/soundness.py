@@ -1,6 +1,7 @@
 """
-What soundness costs: the part of a training step that goes into looking whether its numbers are finite, and how fast a
-run that goes on in a stream comes to where it was, beside `datasets`, whose `skip` makes all sequences anew.
+Measures the cost of two safeguards: the share of a training step that checks whether its numbers are finite, and the
+speed at which a resumed run reaches its old position in a stream. The second is compared with `skip` of `datasets`,
+which makes all sequences again.
 
   python benchmarks/soundness.py
   python benchmarks/soundness.py --documents 100000 --save benchmarks/results/my-machine-soundness.json
@@ -35,8 +36,8 @@ from sae_accel.spread.base import Spread
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart/SmolLM2-135M-Instruct", help="Hub id or folder of the LM")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, of which the first two do not count")
-    parser.add_argument("--documents", type=int, default=20_000, help="documents of the stream, of 600 characters")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps; the first two are not measured")
+    parser.add_argument("--documents", type=int, default=20_000, help="documents of 600 characters in the stream")
     parser.add_argument("--save", type=Path, help="file for the figures")
     options = parser.parse_args()
     disable_progress_bars()
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def finite_checks(options: argparse.Namespace, tokenizer) -> dict[str, float]:
-    """Milliseconds of a step, and of the checks within it, on the device's own clock where it has one."""
+    """Returns the milliseconds of a step and of the checks in it, by the device's own clock if it has one."""
     spent: list[float] = []
 
     def timed(function):
@@ -92,7 +93,7 @@ def finite_checks(options: argparse.Namespace, tokenizer) -> dict[str, float]:
 
 
 def skipping(options: argparse.Namespace, tokenizer) -> dict[str, float]:
-    """Documents a second on the way to the last tenth of a stream."""
+    """Returns the documents and tokens per second on the way to the last tenth of a stream."""
     texts = "".join(topics.values())
     with tempfile.TemporaryDirectory() as folder, silence():
         path = Path(folder) / "text.jsonl"
@@ -129,7 +130,7 @@ def now() -> float:
 
 
 def processor() -> str:
-    """What `lscpu` calls it."""
+    """Returns the processor's name, as `lscpu` shows it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
 

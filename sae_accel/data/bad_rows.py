@@ -1,6 +1,9 @@
 """
-Rows of which no sequence can be made. They are looked for in a block of rows at once, and one by one only in a block
-that has some; they are left out, counted, and told of at the end, up to `data.max_bad_rows`.
+Finds and counts the rows that cannot become a sequence, such as a null text or ids that the LM does not know.
+
+Almost every block of rows is good, so a block is checked at once, and row by row only if it holds a bad row. Bad rows
+are left out of the data. The run reports how many it left out: before training for data with a length, at its end for
+a stream. It stops if there are more than `data.max_bad_rows`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,21 +13,21 @@ from ..common.errors import InputError
 from ..processes.agreement import say
 
 
-# A column in which a reader says why a row is not what it should be; null for all others.
+# Column in which a reader says why a row cannot be used; null for every row that can.
 WHY = "_why_left_out"
-# Of a block that was cut: what was left out, as pairs of a place in the block and a reason.
+# Key of a block that was cut: its left-out rows, as pairs of an index in the block and a reason.
 LEFT_OUT = "_left_out"
 
 
 class Tally(NamedTuple):
     """
-    What was left out.
+    The number of rows that were checked and that were left out, with the first bad row.
 
     Args:
-        seen (`int`): Rows that were looked at.
-        bad (`int`): How many of them were left out.
-        row (`str`): The first of those, in words.
-        why (`str`): The reason, as a clause that follows on the row.
+        seen (`int`): Rows that were checked.
+        bad (`int`): Rows that were left out.
+        row (`str`): The first row that was left out, in words.
+        why (`str`): Why that row was left out, as a clause that follows `row`.
     """
 
     seen: int = 0
@@ -33,23 +36,25 @@ class Tally(NamedTuple):
     why: str = ""
 
     def plus(self, other: "Tally") -> "Tally":
-        """Both together, of which this is the first."""
+        """Returns the sum of this tally and a later one."""
         first = self if self.bad else other
         return Tally(self.seen + other.seen, self.bad + other.bad, first.row, first.why)
 
 
 class BadRows:
     """
-    What a run has left out of its data, and whether that is too much.
+    Counts the rows that a run leaves out, and stops the run if there are too many.
 
     Args:
-        policy (`str`, defaults to `"skip"`): `data.bad_rows`.
-        most (`float`, defaults to 0.01): `data.max_bad_rows`.
-        whole (`bool`, defaults to `False`): Whether it is of all rows; else of those that have been read so far.
+        policy (`str`, defaults to `"skip"`): `data.bad_rows`: `"skip"` or `"stop"`.
+        most (`float`, defaults to 0.01): `data.max_bad_rows`: a share of the rows if it is below 1, else a number of
+            rows.
+        whole (`bool`, defaults to `False`): Whether the counts cover all rows. If not, they cover the rows that were
+            read so far.
 
     Attributes:
-        tally ([`Tally`]): Counts.
-        passed (`int`): Rows at which the run has stopped already: one that goes on does not stop there again.
+        tally ([`Tally`]): The counts.
+        passed (`int`): Bad rows at which the run has already stopped. A run that resumes does not stop there again.
     """
 
     def __init__(self, policy: str = "skip", most: float = 0.01, whole: bool = False):
@@ -58,24 +63,25 @@ class BadRows:
 
     def add(self, tally: Tally) -> None:
         """
-        Counts more rows.
+        Adds the tally of new rows.
 
         Raises:
-            `InputError`: if there are too many bad ones among all. These are not counted then: whoever mends them
-                finds them as they are.
+            `InputError`: if the data has too many bad rows now. The new rows are not counted in this case, so that
+                they are checked again after somebody has mended them.
         """
         self.settle(self.tally.plus(tally), tally)
 
     def settle(self, tally: Tally, newest: Tally | None = None) -> None:
         """
-        Counts what has been counted elsewhere. Rows at which the run has stopped before are not held against it again.
+        Replaces the tally by a total that was counted elsewhere. The run does not stop again at bad rows at which it
+        has already stopped.
 
         Args:
-            tally ([`Tally`]): Of all rows.
-            newest ([`Tally`], *optional*): Of those that are new in it, where they are known.
+            tally ([`Tally`]): The total over all rows.
+            newest ([`Tally`], *optional*): The part of the total that is new, if it is known.
 
         Raises:
-            `InputError`: if too many of them are bad.
+            `InputError`: if too many rows are bad.
         """
         if tally.bad > max(self.passed, self.tally.bad):
             self._check(tally, newest or tally)
@@ -85,10 +91,10 @@ class BadRows:
         if self.policy == "stop":
             self.passed = tally.bad
             raise InputError(
-                f"data.bad_rows: it is stop, and {newest.row} of the data cannot be used, {newest.why}. Mend it, or "
-                "set skip, which leaves such rows out."
+                f"data.bad_rows: it is stop, and {newest.row} of the data cannot be used, {newest.why}. Mend the row, "
+                "or set --data.bad_rows skip to leave bad rows out."
             )
-        # A stream is looked at a thousand rows at a time, so that one bad row at its start ends nothing.
+        # A stream is checked a thousand rows at a time, so one bad row at its start does not end the run.
         is_part = self.most < 1
         if tally.bad > (self.most * tally.seen if is_part else self.most):
             self.passed = tally.bad
@@ -96,11 +102,11 @@ class BadRows:
             raise InputError(
                 f"data.max_bad_rows: {tally.bad:,} of {tally.seen:,} rows of the data cannot be used, "
                 f"{more or f'more than {self.most:g}'}; the first is {tally.row}, {tally.why}. Mend them, use other "
-                "data, or raise it."
+                "data, or raise data.max_bad_rows."
             )
 
     def tell(self) -> None:
-        """Says what was left out, if there is something."""
+        """Reports the rows that were left out, if there are any."""
         tally = self.tally
         if tally.bad:
             rows = "1 row" if tally.bad == 1 else f"{tally.bad:,} rows"
@@ -110,23 +116,23 @@ class BadRows:
             say(f"{rows} of {of} {were} left out ({share}): {first} is {tally.row}, {tally.why}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns the counts for a checkpoint."""
         return {"tally": list(self.tally), "passed": self.passed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint has kept."""
+        """Restores the counts from a checkpoint."""
         self.tally, self.passed = Tally(*state["tally"]), state["passed"]
 
 
 def left_out(block: Iterable[tuple[int, str]], start: int, seen: int, whose: str = "") -> Tally:
     """
-    What was left out of a block.
+    Returns the tally of one block of rows.
 
     Args:
-        block (`Iterable[tuple[int, str]]`): Places in the block, with reasons.
-        start (`int`): Rows before it.
-        seen (`int`): Rows in it.
-        whose (`str`): What the rows are counted in, in words that follow on a row's number.
+        block (`Iterable[tuple[int, str]]`): Index in the block of each row that was left out, with the reason.
+        start (`int`): Rows before the block.
+        seen (`int`): Rows in the block.
+        whose (`str`): Words that follow a row's number and say among which rows it is counted.
     """
     found = list(block)
     if not found:
@@ -136,7 +142,7 @@ def left_out(block: Iterable[tuple[int, str]], start: int, seen: int, whose: str
 
 
 def bad_texts(texts: Sequence[Any], column: str, whys: Sequence[str | None] | None = None) -> list[tuple[int, str]]:
-    """The places of what is no text that a tokenizer takes, with reasons."""
+    """Returns the index of each value that is not a text for a tokenizer, with the reason."""
     if set(map(type, texts)) <= {str} and _all_unicode(texts):
         return []
     return _found(lambda i: (whys[i] if whys else None) or why_no_text(texts[i], column), len(texts))
@@ -145,7 +151,7 @@ def bad_texts(texts: Sequence[Any], column: str, whys: Sequence[str | None] | No
 def bad_ids(
     rows: Sequence[Any], masks: Sequence[Any] | None, vocab_size: int, whys: Sequence[str | None] | None = None
 ) -> list[tuple[int, str]]:
-    """The places of rows that are no sequences of ids that the LM knows, or whose mask is none of theirs."""
+    """Returns the index of each row whose ids the LM does not know or whose mask does not fit, with the reason."""
     if all(_are_ids(ids, vocab_size) for ids in rows) and (
         masks is None or all(_is_mask(mask, ids) for mask, ids in zip(masks, rows, strict=True))
     ):
@@ -159,38 +165,38 @@ def bad_ids(
 
 
 def why_no_text(text: Any, column: str) -> str | None:
-    """Why something is no text, as a clause that follows on a row; None if it is."""
+    """Returns why a value is not a text, as a clause that follows a row's name; None if it is a text."""
     if text is None:
         return f"whose {column} is null"
     if not isinstance(text, str):
         return f"whose {column} is {_kind(text)}, not text"
     if not _all_unicode([text]):
-        return f"whose {column} holds half of a surrogate pair, or bytes that are no UTF-8"
+        return f"whose {column} holds half of a surrogate pair, or bytes that are not UTF-8"
     return None
 
 
 def why_no_ids(ids: Any, vocab_size: int | None = None) -> str | None:
-    """Why something is no list of ids, as a clause that follows on a row; None if it is."""
+    """Returns why a value is not a list of ids, as a clause that follows a row's name; None if it is one."""
     if ids is None:
         return "whose input_ids are null"
     if not isinstance(ids, list):
         return f"whose input_ids are {_kind(ids)}, not a list"
     if (wrong := next((one for one in ids if type(one) is not int), ids)) is not ids:
-        return f"whose input_ids hold {_kind(wrong)}, not whole numbers alone"
+        return f"whose input_ids hold {_kind(wrong)}, not only whole numbers"
     if vocab_size is not None and not _are_ids(ids, vocab_size):
         return f"whose input_ids go from {min(ids)} to {max(ids)}, but the LM knows {vocab_size} ids, from 0"
     return None
 
 
 def why_no_mask(mask: Any, ids: list[int]) -> str | None:
-    """Why something is no mask of some ids, as a clause that follows on a row; None if it is."""
+    """Returns why a value is not a mask of these ids, as a clause that follows a row's name; None if it is one."""
     if mask is None:
         return "whose attention_mask is null"
     if not isinstance(mask, list):
         return f"whose attention_mask is {_kind(mask)}, not a list"
     if len(mask) != len(ids):
         return f"which has {len(ids)} input_ids, but an attention_mask of {len(mask)}"
-    return None if _is_mask(mask, ids) else "whose attention_mask holds something else than 0 and 1"
+    return None if _is_mask(mask, ids) else "whose attention_mask holds values other than 0 and 1"
 
 
 def _percent(share: float) -> str:
@@ -205,7 +211,7 @@ def _found(why: Callable[[int], str | None], count: int) -> list[tuple[int, str]
 def _all_unicode(texts: Sequence[str]) -> bool:
     try:
         for text in texts:
-            # That it is ASCII, a text knows of itself.
+            # `isascii` takes no time: Python stores this fact with each text.
             if not text.isascii():
                 text.encode()
     except UnicodeEncodeError:
@@ -214,7 +220,7 @@ def _all_unicode(texts: Sequence[str]) -> bool:
 
 
 def _are_ids(ids: Any, vocab_size: int) -> bool:
-    # A bool is an int by another name, and no id.
+    # In Python a bool is an int, but it is not an id.
     whole = isinstance(ids, list) and set(map(type, ids)) <= {int}
     return whole and (not ids or (min(ids) >= 0 and max(ids) < vocab_size))
 

@@ -1,3 +1,13 @@
+"""
+Deals the training data out to processes as batches, from any position in the data.
+
+A run that resumes must see the batches that it would have seen without a stop, so the order depends only on the seed,
+the epoch and the number of processes. Data with a length are split by index: process `r` of `n` reads batches `r`,
+`r + n`, ... A stream is split by its files, or by rows where its files cannot be dealt out evenly. All processes yield
+the same number of batches, since a process without a batch would make the others wait forever; a process that has no
+rows left yields batches without sequences.
+"""
+
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,33 +37,34 @@ T = TypeVar("T")
 
 class Position(NamedTuple):
     """
-    A place in the training data.
+    A position in the training data.
 
     Args:
-        epoch (`int`): Passes over the data that are complete.
-        batches (`int`): Batches of each process that are done in the present one.
+        epoch (`int`): Complete passes over the data.
+        batches (`int`): Batches of each process that are done in the current pass.
     """
 
     epoch: int = 0
     batches: int = 0
 
 
-# The batches of an optimizer step, with the place in the data that comes after them.
+# The batches of one optimizer step, and the position in the data after them.
 Window = tuple[list[dict[str, Tensor]], Position]
 
 
 class Batches:
     """
-    The batches of tokens that this process reads, in an order that any process can start from anywhere.
+    The batches of tokens that this process reads, in a fixed order that can start at any position.
 
-    Of data with a length, process `r` of `n` reads batches `r`, `r + n`, ... Of a stream it reads its own part. Every
-    process gives as many batches as every other; one whose part of a stream has ended gives batches of no sequence.
+    From data with a length, process `r` of `n` reads batches `r`, `r + n`, ... From a stream it reads its own part.
+    Every process yields the same number of batches; a process whose part of a stream has ended yields batches without
+    sequences.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or alike): Rows with `input_ids`.
         args (`SaeTrainingArguments`): Batch size, accumulation and seed.
-        accelerator (`Accelerator`): Which process this is, and its device.
-        pad_token_id (`int`): Fills up rows that are shorter than others.
+        accelerator (`Accelerator`): The index of this process, and its device.
+        pad_token_id (`int`): Id that pads rows that are shorter than others.
     """
 
     def __init__(self, dataset: Rows | None, args: SaeTrainingArguments, accelerator: Accelerator, pad_token_id: int):
@@ -64,7 +75,7 @@ class Batches:
         self.has_length = isinstance(dataset, IndexedRows)
 
     def windows(self, position: Position) -> Iterator[Window]:
-        """The batches of each optimizer step, without end, with the position that comes after them."""
+        """Yields the batches of each optimizer step, without end, with the position in the data after them."""
         epoch, done = position
         while True:
             batches = self._one_pass(epoch, skip=done, drop_last=True, counts=not epoch)
@@ -73,19 +84,20 @@ class Batches:
                 yield window, Position(epoch, done)
             if not done:
                 raise InputError(
-                    "The training data has no full batch. Use more data, or a smaller batch or data.ctx_len."
+                    "The training data has no full batch. Use more data, or lower "
+                    "training.per_device_train_batch_size or data.ctx_len."
                 )
             epoch, done = epoch + 1, 0
 
     def one_pass(self, epoch: int = 0, skip: int = 0, drop_last: bool = True) -> Iterator[dict[str, Tensor]]:
         """
-        One pass over the data, from the batch after `skip`: the first keeps the dataset's order, each later one has an
-        order of its own. What fills no batch is left out with `drop_last`.
+        Yields one pass over the data, from the batch after `skip`. The first pass keeps the dataset's order; each
+        later pass has an order of its own. With `drop_last`, rows that do not fill a batch are left out.
         """
         return self._one_pass(epoch, skip, drop_last, counts=False)
 
     def _one_pass(self, epoch: int, skip: int, drop_last: bool, counts: bool) -> Iterator[dict[str, Tensor]]:
-        """As `one_pass`; with `counts` it is the pass of which it is counted what is left out of a stream."""
+        """Like `one_pass`; with `counts`, the rows that this pass leaves out of a stream count as the run's."""
         if self.has_length:
             batches = self._from_rows(epoch, skip, drop_last)
         else:
@@ -95,17 +107,20 @@ class Batches:
 
     def max_steps(self) -> int:
         """
-        Optimizer steps of the run: the shortest of `max_steps` and `max_tokens`, or one pass.
+        Returns the optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, or one pass if neither is
+        set.
 
         Raises:
-            `InputError`: if the data is streamed and neither is set, or there is less than a batch.
+            `InputError`: if the data is streamed and neither is set, or the data is less than a batch.
         """
         window = self.args.gradient_accumulation_steps
         limits = [] if self.args.max_steps is None else [self.args.max_steps]
         if self.args.max_tokens is not None:
             batch = next(self.one_pass())
             if "input_ids" not in batch:
-                raise InputError("training.max_tokens counts tokens of text, and the data has none. Set max_steps.")
+                raise InputError(
+                    "training.max_tokens counts tokens of text, and the data has none. Set training.max_steps."
+                )
             tokens = max(gather_objects(batch["input_ids"].numel())) * self.accelerator.num_processes * window
             limits.append(math.ceil(self.args.max_tokens / tokens))
         if limits:
@@ -117,7 +132,7 @@ class Batches:
         return math.ceil(len(self._batch_rows(0, drop_last=True)) / window)
 
     def _batch_rows(self, epoch: int, drop_last: bool) -> list[Tensor]:
-        """Where in the data each batch of this process lies; those that others read alone are empty."""
+        """Returns the row numbers of each batch of this process, `(batch,)`; empty where only others have rows."""
         length, size, processes = (
             len(self._indexed()),
             self.args.per_device_train_batch_size,
@@ -126,7 +141,7 @@ class Batches:
         if drop_last:
             self._check_size(length)
         generator = torch.Generator().manual_seed(self.args.seed + epoch)
-        order = torch.randperm(length, generator=generator) if epoch else torch.arange(length)
+        order = torch.randperm(length, generator=generator) if epoch else torch.arange(length)  # (length,)
         together = size * processes
         rounds = length // together if drop_last else math.ceil(length / together)
         start = self.accelerator.process_index * size
@@ -143,7 +158,7 @@ class Batches:
     def _from_stream(self, epoch: int, skip: int, drop_last: bool, counts: bool) -> Iterator[dict[str, Tensor]]:
         reader = _Reader(self.dataset, self.accelerator, counts)
         own = raise_together(lambda: reader.read(lambda: self._own_part(epoch, skip, drop_last)))
-        nothing = torch.zeros(0, 1, dtype=torch.long)
+        nothing = torch.zeros(0, 1, dtype=torch.long)  # (0 sequences, 1 token)
         batch = {"input_ids": nothing, "attention_mask": nothing}
         while True:
             found, everyone = gather_together(
@@ -156,16 +171,16 @@ class Batches:
             yield batch
 
     def _loader(self, rows: Any, **options: Any) -> DataLoader:
-        # A generator of its own, since a loader draws from it as it starts: so a run that goes on from a checkpoint
-        # finds torch's own where one that never stopped has it.
+        # A loader draws from its generator as it starts. With a generator of its own, torch's generator is in the same
+        # state in a run that resumes and in one that never stopped.
         return DataLoader(rows, collate_fn=self.collate, generator=torch.Generator(), **options)
 
     def _indexed(self) -> IndexedRows:
-        assert isinstance(self.dataset, IndexedRows), "asked for only where there is a length"
+        assert isinstance(self.dataset, IndexedRows), "only data with a length has indexed rows"
         return self.dataset
 
     def _own_part(self, epoch: int, skip: int, drop_last: bool) -> Iterator[dict[str, Tensor]]:
-        """This process's batches of a stream, from the one after `skip`."""
+        """Returns this process's batches of a stream, from the one after `skip`."""
         if epoch and (set_epoch := getattr(self.dataset, "set_epoch", None)):
             set_epoch(epoch)
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -197,29 +212,29 @@ class Batches:
 
 class _Reader:
     """
-    Reads this process's part of a stream, and keeps count of the rows that all processes leave out.
+    Reads this process's part of a stream, and counts the rows that all processes leave out.
 
     Args:
         dataset (`Rows`, *optional*): The stream.
-        accelerator (`Accelerator`): Which process this is.
-        counts (`bool`): Whether what is left out is counted as the run's.
+        accelerator (`Accelerator`): The index of this process.
+        counts (`bool`): Whether the rows that are left out count as the run's.
 
     Attributes:
-        tally ([`Tally`]): What this process has left out.
+        tally ([`Tally`]): Rows that this process has left out.
     """
 
     def __init__(self, dataset: Rows | None, accelerator: Accelerator, counts: bool):
-        # One process counts as it cuts.
+        # A single process counts while it cuts.
         is_dealt = isinstance(dataset, SequenceStream) and accelerator.num_processes > 1
         self.stream = cast(SequenceStream, dataset) if is_dealt else None
         self.counts, self.tally = counts, Tally()
         if self.stream is not None:
-            # Files that cannot be dealt out evenly are read by every process, each of which keeps some sequences.
+            # If the files cannot be dealt out evenly, every process reads all of them and keeps some of the sequences.
             self.apart = self.stream.whole.num_shards % accelerator.num_processes == 0
-            self.whose = f" of those that process {accelerator.process_index} reads" if self.apart else ""
+            self.whose = f" of the rows that process {accelerator.process_index} reads" if self.apart else ""
 
     def read(self, work: Callable[[], T]) -> T:
-        """What `work` gives, which reads the stream."""
+        """Returns the result of `work`, which reads the stream."""
         if self.stream is None:
             return work()
         with self.stream.counted(self.tally, self.whose) as found:
@@ -229,34 +244,37 @@ class _Reader:
 
     def settle(self, everyone: list[Tally]) -> None:
         """
-        Makes of each process's count that of the run.
+        Adds up the counts of all processes to the run's count.
 
         Raises:
-            `InputError`: on every process, if there are too many.
+            `InputError`: on every process, if there are too many bad rows.
         """
         if self.stream is None or not self.counts:
             return
         total = reduce(Tally.plus, everyone) if self.apart else max(everyone)
         bad_rows = self.stream.bad_rows
-        # A pass that begins anew, to find where a run goes on, comes to what it had counted.
+        # A run that resumes reads the stream from its start, so its count is too small until it is past the old
+        # position.
         if total.seen >= bad_rows.tally.seen:
             bad_rows.settle(total)
 
 
 def sequence_length(dataset: Rows | None) -> int:
-    """Tokens of a row, to weigh heads by; a usual number where rows have none, or are those of a stream."""
+    """
+    Returns the tokens per row, which the spread of heads is planned with: 1 for rows without ids, 2,048 for a stream.
+    """
     if not isinstance(dataset, IndexedRows) or not len(dataset):
         return 2048
     return len(dataset[0].get("input_ids", [0]))
 
 
 def fingerprint(dataset: Rows | None) -> str | None:
-    """What tells training rows from others at the same place: a hash of the first; None for a stream."""
+    """Returns a hash of the first rows, to tell apart datasets at the same path; None for a stream."""
     if not isinstance(dataset, IndexedRows):
         return None
     found = hashlib.sha256()
     for row in (dataset[i] for i in range(min(3, len(dataset)))):
-        # Of columns that nobody reads, such as text, it knows nothing.
+        # The hash covers only columns that training reads.
         for name in ("input_ids", "attention_mask", "pixel_values"):
             if name in row:
                 found.update(np.asarray(row[name], dtype=np.float64).tobytes())
@@ -264,7 +282,7 @@ def fingerprint(dataset: Rows | None) -> str | None:
 
 
 class _EveryNth(TorchIterableDataset):
-    """Rows `first`, `first + step`, ... of a stream that knows nothing of processes."""
+    """Yields rows `first`, `first + step`, ... of a stream that cannot deal out its files itself."""
 
     def __init__(self, stream: Iterable[Row], first: int, step: int):
         self.stream, self.first, self.step = stream, first, step

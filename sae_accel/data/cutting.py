@@ -1,4 +1,11 @@
-"""How rows become sequences: texts are tokenised, joined and cut, rows of ids are cut."""
+"""
+Turns rows into sequences of tokens.
+
+Texts are tokenised, joined with a separator after each, and cut into sequences of exactly `ctx_len` tokens. The rest
+of each block of 1,000 documents, less than one sequence, is dropped. Rows that already hold token ids are only cut
+into pieces of at most `ctx_len`. One function does this for a block of rows by column, so that it serves both
+`Dataset.map`, which caches its result, and a stream. The function also returns which rows it left out, and why.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,22 +20,22 @@ from .bad_rows import LEFT_OUT, WHY, BadRows, Tally, bad_ids, bad_texts, left_ou
 from .sequence_stream import DOCUMENTS_AT_ONCE
 
 
-# A column that a row has which is no sequence, but says what was left out of a block; null for all others.
+# Column that holds the report of the rows that a block left out, in a row of its own; null for every sequence.
 _REPORT = "_report"
 
 
 @dataclass(frozen=True)
 class Cutting:
     """
-    How documents become sequences.
+    The function and the columns by which documents become sequences.
 
     Args:
-        function (`Callable[..., dict[str, list]]`): Makes sequences of documents, both by column, and says in
-            `LEFT_OUT` of which it made none.
-        options (`dict[str, Any]`): What else it is called with.
-        reads (`list[str]`): The documents' columns that it needs.
-        gives (`list[str]`): The sequences' columns.
-        verb (`str`): What it does, in a word.
+        function (`Callable[..., dict[str, list]]`): Makes sequences from documents, both by column. Its result also
+            holds, under `LEFT_OUT`, the documents that gave no sequence.
+        options (`dict[str, Any]`): Further arguments of the function.
+        reads (`list[str]`): The columns of the documents that the function needs.
+        gives (`list[str]`): The columns of the sequences.
+        verb (`str`): One word for the progress bar, such as `"Tokenizing"`.
     """
 
     function: Callable[..., dict[str, list]]
@@ -38,22 +45,22 @@ class Cutting:
     verb: str
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """The sequences of some documents, and in `LEFT_OUT` of which there are none."""
+        """Returns the sequences of a block of documents, and the left-out documents under `LEFT_OUT`."""
         return self.function(rows, **self.options)
 
     @property
     def features(self) -> Features:
-        """Types of the sequences' columns, stated as they cannot be told from a block that gives no sequence."""
+        """The types of the sequences' columns; a block without sequences would not show them."""
         return Features({name: List(Value("int8" if name == "attention_mask" else "int32")) for name in self.gives})
 
 
 def cutting_of_ids(kept: list[str], columns: list[str], ctx_len: int, vocab_size: int) -> Cutting:
     """
-    How rows of ids become sequences.
+    Returns the cutting of rows that hold token ids.
 
     Args:
         kept (`list[str]`): `input_ids`, and `attention_mask` if there is one.
-        columns (`list[str]`): All that the rows have.
+        columns (`list[str]`): All columns of the rows.
         ctx_len (`int`): Tokens in a sequence.
         vocab_size (`int`): Ids that the LM knows.
     """
@@ -70,13 +77,13 @@ def cutting_of_text(
     vocab_size: int | None,
 ) -> Cutting:
     """
-    How texts become sequences.
+    Returns the cutting of rows that hold texts.
 
     Args:
         text_column (`str`): The column with the text.
-        columns (`list[str]`): All that the rows have.
+        columns (`list[str]`): All columns of the rows.
         tokenizer (`PreTrainedTokenizerBase`): The LM's tokenizer.
-        separator (`int`): What stands after each.
+        separator (`int`): Id that follows each document.
         ctx_len (`int`): Tokens in a sequence.
         vocab_size (`int`, *optional*): Ids that the LM knows.
     """
@@ -87,15 +94,18 @@ def cutting_of_text(
 
 def cut(dataset: Dataset, columns: list[str], cutting: Cutting, num_proc: int | None) -> tuple[Dataset, Tally]:
     """
-    The sequences of rows that have a length, and what was left out of them.
+    Cuts rows that have a length.
 
     Args:
         dataset (`datasets.Dataset`): The rows.
-        columns (`list[str]`): All that they have.
-        cutting ([`Cutting`]): How they are cut.
+        columns (`list[str]`): All columns of the rows.
+        cutting ([`Cutting`]): How the rows are cut.
         num_proc (`int`, *optional*): Processes; one if not given.
+
+    Returns:
+        `tuple`: the sequences, and the tally of the rows that gave none.
     """
-    # What was left out is a column of the result, so that it is known as well where that comes out of a cache.
+    # The report of left-out rows is a column of the result, so that it also comes out of a cache.
     mapped = dataset.map(
         _cut_with_report,
         batched=True,
@@ -120,15 +130,15 @@ def cut(dataset: Dataset, columns: list[str], cutting: Cutting, num_proc: int | 
 
 class Dealt:
     """
-    Cuts the rows of a stream that `datasets` deals out to processes, and counts what it leaves out.
+    Cuts the rows of a stream that `datasets` deals out to processes, and counts the rows that it leaves out.
 
     Args:
-        cutting ([`Cutting`]): How they are cut.
-        bad_rows ([`BadRows`], *optional*): Told of each block, where nobody else keeps count.
+        cutting ([`Cutting`]): How the rows are cut.
+        bad_rows ([`BadRows`], *optional*): Also counts each block, for a stream without another counter.
 
     Attributes:
-        tally ([`Tally`]): What was left out since it was last set.
-        whose (`str`): What rows are counted in, in words that follow on a row's number.
+        tally ([`Tally`]): Rows that were left out since this attribute was last set.
+        whose (`str`): Words that follow a row's number and say among which rows it is counted.
     """
 
     def __init__(self, cutting: Cutting, bad_rows: BadRows | None = None):
@@ -136,7 +146,7 @@ class Dealt:
         self.tally, self.whose = Tally(), ""
 
     def __call__(self, rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        """The sequences of some documents."""
+        """Returns the sequences of a block of documents, and counts the documents that gave none."""
         sequences = self.cutting(rows)
         found = sequences.pop(LEFT_OUT, [])
         tally = left_out(found, numbers[0], len(numbers), self.whose)
@@ -146,7 +156,7 @@ class Dealt:
         return sequences
 
     def of(self, documents: IterableDataset, columns: list[str]) -> IterableDataset:
-        """The sequences of a stream."""
+        """Returns the sequences of a stream of documents."""
         return documents.map(
             self,
             batched=True,
@@ -158,9 +168,9 @@ class Dealt:
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of some texts."""
-    # verbose=False: documents longer than the LM's context are cut later, so the tokenizer's warning says nothing. It
-    # would also leave a mark in the tokenizer, by which datasets takes it for another one and misses its cache.
+    """Returns the ids of each text, without special tokens."""
+    # verbose=False: the documents are cut later, so the tokenizer's warning about their length is wrong. The warning
+    # would also leave a mark in the tokenizer, and `datasets` would take it for another one and miss its cache.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
@@ -197,7 +207,7 @@ def _pack_documents(
     if bad := bad_texts(texts, text_column, rows.get(WHY)):
         texts = _without(texts, bad)
     documents = tokenize(texts, tokenizer) if texts else []
-    ids = [token for document in documents for token in (*document, separator)]
+    ids = [token for document in documents for token in (*document, separator)]  # All documents of the block, joined.
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
         raise InputError(
             f"The tokenizer gives id {max(ids)}, but the LM knows {vocab_size} ids. Use the tokenizer of the LM."
@@ -206,7 +216,7 @@ def _pack_documents(
 
 
 def _cut_rows(rows: dict[str, list], ctx_len: int, columns: list[str], vocab_size: int) -> dict[str, list]:
-    """Rows that are longer than a sequence, in pieces; shorter ones as they are."""
+    """Cuts rows that are longer than a sequence into pieces; keeps shorter rows as they are."""
     values = {column: rows[column] for column in columns}
     if bad := bad_ids(rows["input_ids"], values.get("attention_mask"), vocab_size, rows.get(WHY)):
         values = {column: _without(found, bad) for column, found in values.items()}

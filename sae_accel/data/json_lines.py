@@ -1,4 +1,10 @@
-"""JSON lines in which a row may be anything. `datasets` would make others of all rows that are near one that is."""
+"""
+Reads JSON lines in which some rows may be broken, and keeps every good row as it is.
+
+The JSON reader of `datasets` finds one type for a whole column, so one odd row changes the rows near it. This builder
+states the types first. It reads 10 MB of lines at once with pyarrow. If pyarrow refuses the piece, Python parses it
+row by row: a bad row becomes null, and the column `WHY` holds the reason.
+"""
 
 import io
 import json
@@ -17,18 +23,18 @@ from .bad_rows import WHY, why_no_ids, why_no_mask, why_no_text
 from .file_kinds import kind_of
 
 
-# Bytes that are read at once.
+# Bytes of a file that are read at once.
 _PIECE = 10 * 2**20
 
 
 @dataclass
 class JsonLinesConfig(datasets.BuilderConfig):
     """
-    What is read of each row.
+    The keys that are read from each row.
 
     Args:
-        text_column (`str`, *optional*): The key of its text; without it, `input_ids`.
-        masks (`bool`, defaults to `False`): With `input_ids`, whether `attention_mask` is read as well.
+        text_column (`str`, *optional*): The key of the row's text; `input_ids` are read if it is not given.
+        masks (`bool`, defaults to `False`): Whether `attention_mask` is read too, with `input_ids`.
     """
 
     text_column: str | None = None
@@ -36,7 +42,7 @@ class JsonLinesConfig(datasets.BuilderConfig):
 
     @property
     def types(self) -> dict[str, Any]:
-        """Types of the columns, by which no row has a say in those of others."""
+        """The types of the columns; they do not depend on the rows."""
         if self.text_column is not None:
             return {self.text_column: Value("string")}
         return {name: List(Value("int64")) for name in ("input_ids", *(("attention_mask",) if self.masks else ()))}
@@ -44,8 +50,8 @@ class JsonLinesConfig(datasets.BuilderConfig):
 
 class JsonLines(datasets.ArrowBasedBuilder):
     """
-    Rows of local files of JSON lines, or of lists in JSON, compressed or not. A row that is not what it should be is
-    kept as null, with the reason in the column `WHY`.
+    Reads local files of JSON lines, or of JSON lists, compressed or not. A bad row becomes null, with the reason in
+    the column `WHY`.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -86,10 +92,10 @@ class JsonLines(datasets.ArrowBasedBuilder):
                 passed += piece.count(b"\n")
 
     def _fast(self, piece: bytes) -> pyarrow.Table | None:
-        """The rows of some lines, if all are as they should be or null."""
+        """Reads some lines with pyarrow; None if one of them is neither good nor null."""
         schema = pyarrow.schema([field for field in self._schema() if field.name != WHY])
         options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        # No less than the longest line.
+        # A block must hold the longest line.
         block = pyarrow.json.ReadOptions(block_size=max(len(piece), 2**20))
         try:
             table = pyarrow.json.read_json(io.BytesIO(piece), read_options=block, parse_options=options)
@@ -114,14 +120,14 @@ class JsonLines(datasets.ArrowBasedBuilder):
 
     def _why(self, row: Any) -> str | None:
         if not isinstance(row, dict):
-            return f"which is no JSON object but {type(row).__name__}"
+            return f"which is not a JSON object but {type(row).__name__}"
         if (column := self.config.text_column) is not None:
             return why_no_text(row.get(column), column)
         ids, mask = row.get("input_ids"), row.get("attention_mask")
         if (why := why_no_ids(ids)) or ids is None:
             return why
         if ids and not -(2**63) <= min(ids) <= max(ids) < 2**63:
-            return "whose input_ids hold what is no id of any LM"
+            return "whose input_ids hold a number of more than 64 bits"
         return why_no_mask(mask, ids) if self.config.masks else None
 
     def _schema(self) -> pyarrow.Schema:
@@ -129,13 +135,13 @@ class JsonLines(datasets.ArrowBasedBuilder):
 
 
 def _parsed(piece: bytes, passed: int) -> list[Any]:
-    """Rows of some lines, of which `passed` came before in the file."""
+    """Parses some lines; `passed` is the number of lines before them in the file."""
     rows = []
     for number, line in enumerate(piece.split(b"\n"), passed + 1):
         if line.strip():
             try:
-                # What is no UTF-8 stays as surrogates, by which the row is known.
+                # Bytes that are not UTF-8 become surrogates, and these mark the row as bad.
                 rows.append(json.loads(line.decode("utf-8", "surrogateescape")))
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error.msg}, at character {error.colno}") from error
+                raise ValueError(f"line {number} is not JSON: {error.msg}, at character {error.colno}") from error
     return rows

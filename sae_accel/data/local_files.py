@@ -1,4 +1,10 @@
-"""Which local files a `data.path` names, and what they hold."""
+"""
+Finds the local files that `data.path` names: one file, the files that match a pattern, or all files in a folder.
+
+A folder of data often holds other files too, such as checksums, hidden files or a README. Names and first bytes tell
+them from data; the run prints which files it leaves out. The files that remain must be of one kind. A folder that says
+itself how it must be loaded, like a copy of a dataset on the Hub, is left to `datasets`.
+"""
 
 import glob
 import os
@@ -18,24 +24,24 @@ from ..recipe.arguments import DataArguments
 from .file_kinds import ENDINGS, IDS, OTHER, TEXT, FileKind, ending_of, kind_of
 
 
-# What stands beside data and is none: of Spark, Hive, Hadoop and datasets, checksums, locks and cut-off downloads.
+# Files beside data that are not data: of Spark, Hive, Hadoop and datasets, checksums, locks and partial downloads.
 _NO_DATA = re.compile(
     r"[._].*|cache-[0-9a-f]+.*\.arrow|.*\.(crc|lock|md5|sha1|sha256|sha512|tmp|part|incomplete)|(md5|sha\d+)sums?(\.txt)?|dataset_infos?\.json"
     r"|dataset_dict\.json|state\.json|manifest\.json|thumbs\.db|desktop\.ini",
     re.IGNORECASE,
 )
-# What tells of tables that it stands beside. Among texts it is one of them.
+# Texts that describe tables beside them. Among texts they are data like the others.
 _ABOUT_TABLES = re.compile(r"(readme|licen[cs]e|notice|changelog|citation|dataset_?card)\b.*", re.IGNORECASE)
 _NAMED = 4
 
 
 class LocalFiles(NamedTuple):
     """
-    Files of one kind.
+    Local files of one kind, by split.
 
     Args:
-        kind (`str`): What they hold, one of those of `file_kinds`.
-        splits (`dict[str, list[FileKind]]`): By split, in the order of their paths.
+        kind (`str`): What the files hold, one of the kinds of `file_kinds`.
+        splits (`dict[str, list[FileKind]]`): The files of each split, in the order of their paths.
     """
 
     kind: str
@@ -49,16 +55,18 @@ class LocalFiles(NamedTuple):
 
 def find_files(arguments: DataArguments) -> LocalFiles | None:
     """
-    The files that `data.path` names: one, those that match a pattern, or all in a folder. What is no data is left out,
-    and named in a line. None where it is for `datasets` to say: a folder that says itself how it is to be loaded, one
-    that holds nothing that is read here, and what is not on this machine.
+    Finds the files that `data.path` names, leaves out files that hold no data, and prints their names.
 
     Args:
         arguments ([`DataArguments`]): The recipe's `data`.
 
+    Returns:
+        [`LocalFiles`] or `None`: None if `datasets` must load the path: a folder that says how it is loaded, a folder
+        without a readable file, or a path that is not on this machine.
+
     Raises:
         `InputError`: if the files are of several kinds.
-        `ValueError`: if one is of none that can be read.
+        `ValueError`: if a file is of no kind that can be read.
     """
     path, options = arguments.path, arguments.load_args
     is_utf8 = "encoding" not in options
@@ -74,11 +82,11 @@ def find_files(arguments: DataArguments) -> LocalFiles | None:
 
 
 def what_is_near(path: str) -> str:
-    """What there is in the place of a path that names nothing, as a sentence after a blank; empty if nothing is."""
+    """Returns a sentence, after a blank, on the files next to a path that does not exist; empty if there are none."""
     parent, name = os.path.split(path)
     if glob.has_magic(parent) or not os.path.isdir(parent or "."):
         return ""
-    # Names of other files are no business of who means a dataset on the Hub, unless one is like it.
+    # A path without a folder may mean a dataset on the Hub, so only names that are like it are shown.
     names = sorted(entry for entry in os.listdir(parent or ".") if not entry.startswith(".") and entry != name)
     if not parent or not names:
         return near(name, names)
@@ -86,7 +94,7 @@ def what_is_near(path: str) -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path can only be meant for this machine, whether or not there is something."""
+    """Whether a path can only mean a file or folder on this machine, even if it does not exist."""
     return bool(path.startswith(("/", "./", "../")) or path.count("/") > 1 or ending_of(path) in ENDINGS)
 
 
@@ -100,13 +108,13 @@ def _of_folder(folder: str, is_utf8: bool) -> LocalFiles | None:
         return _of_one_kind(folder, {"train": found})
     splits = {split: [file for file in found if os.path.abspath(file.path) in by_split[split]] for split in by_split}
     if others := [file.path for file in found if not any(file in files for files in splits.values())]:
-        _say_left_out(folder, others, f"since others are named for the splits {', '.join(by_split)}")
+        _say_left_out(folder, others, f"because other files are named for the splits {', '.join(by_split)}")
     return _of_one_kind(folder, {split: files for split, files in splits.items() if files})
 
 
 def _data_among(where: str, paths: list[str], is_utf8: bool) -> list[FileKind]:
-    """What the files are that are data, by their names and by what is in them."""
-    # Who writes out a dot or a dash at the start of a name means it.
+    """Returns the files that hold data, by their names and by their first bytes."""
+    # A pattern that begins with a dot or an underscore asks for hidden files.
     asked = os.path.basename(where)[:1] in ("_", ".")
     base = "" if glob.has_magic(where) and not os.path.isdir(where) else where
     kept, left_out = list[str](), list[str]()
@@ -117,13 +125,13 @@ def _data_among(where: str, paths: list[str], is_utf8: bool) -> list[FileKind]:
     found = [kind_of(path, is_utf8) for path in kept]
     tables = {file.kind for file in found} - {TEXT, OTHER}
     about = [f for f in found if tables and f.kind == TEXT and _ABOUT_TABLES.fullmatch(os.path.basename(f.path))]
-    # What claims to be data, but is none, is refused; a picture beside texts claims nothing.
+    # A file with a data ending that holds no data is refused; a picture beside texts is left out.
     strange = [f for f in found if f.kind == OTHER and not _claims_data(f)]
     if len(strange) + len(about) == len(found):
         strange = []
     left_out += [file.path for file in (*about, *strange)]
     if left_out and len(left_out) < len(paths):
-        _say_left_out(where, sorted(left_out), "as no data")
+        _say_left_out(where, sorted(left_out), "because they hold no data")
     dropped = set(left_out)
     return [file for file in found if file.path not in dropped]
 
@@ -141,16 +149,14 @@ def _of_one_kind(path: str, splits: dict[str, list[FileKind]]) -> LocalFiles:
             "Parquet, Arrow, and a .bin of token ids"
         )
     if ids := next((file for file in files if file.kind == IDS), None):
-        raise InputError(
-            f"data.path: {ids.path!r} holds token ids. Such a file is named by itself, and one at a time."
-        )
+        raise InputError(f"data.path: {ids.path!r} holds token ids. Set data.path to this one file.")
     kinds = Counter(file.kind for file in files)
     if len(kinds) > 1:
         examples = {kind: os.path.basename(next(f.path for f in files if f.kind == kind)) for kind in kinds}
         words = ", ".join(f"{count} of {kind} ({examples[kind]})" for kind, count in kinds.most_common())
         raise InputError(
-            f"data.path: {path!r} holds files of several kinds: {words}. Name those of one kind by a pattern, such as "
-            f"{_pattern(path, examples[kinds.most_common(1)[0][0]])!r}."
+            f"data.path: {path!r} holds files of several kinds: {words}. Name the files of one kind by a pattern, "
+            f"such as {_pattern(path, examples[kinds.most_common(1)[0][0]])!r}."
         )
     if not files:
         raise InputError(f"data.path: {path!r} holds no data. Name a file, a folder or a pattern of files.")
@@ -163,7 +169,7 @@ def _pattern(path: str, example: str) -> str:
 
 
 def _is_configured(folder: Path) -> bool:
-    """Whether a folder says itself what is to be loaded of it, as copies of datasets on the Hub do."""
+    """Whether a folder says itself how it is loaded, as copies of datasets on the Hub do."""
     if (folder / REPOYAML_FILENAME).is_file() or (folder / f"{folder.name}.py").is_file():
         return True
     card = folder / REPOCARD_FILENAME
@@ -172,7 +178,7 @@ def _is_configured(folder: Path) -> bool:
 
 
 def _splits(folder: str) -> dict[str, set[str]] | None:
-    """The files of each split, if names in the folder are those of splits, as `datasets` reads them."""
+    """Returns the files of each split, if names in the folder are names of splits for `datasets`."""
     base = glob.escape(os.path.abspath(folder))
     try:
         patterns = get_data_patterns(base)

@@ -1,4 +1,9 @@
-"""What `datasets` raises where data cannot be read, in one line."""
+"""
+Turns an error of `datasets` into one line that says which data cannot be read, and why.
+
+`datasets` passes on the errors of its builders and decompressors. The line names the file that was being read and the
+Hub's answer, where there is one.
+"""
 
 import logging
 import lzma
@@ -14,12 +19,12 @@ from ..common.hub_answers import answer_behind, clause, needs_token
 from ..common.hub_requests import HubFailed
 
 
-# It passes on whatever its builders and decompressors raise; these are what wrong arguments and files cause.
+# `datasets` passes on every error of its builders and decompressors; wrong arguments and files cause these.
 _RAISED = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, DatasetGenerationError, DatasetNotFoundError),
     *(zlib.error, lzma.LZMAError),
 )
-# They say on the screen what they raise as well.
+# These loggers would print the same error a second time.
 _LOGGERS = [f"datasets.packaged_modules.{name}.{name}" for name in ("arrow", "csv", "json", "parquet", "text")]
 
 
@@ -29,14 +34,14 @@ _BUILDERS_AT_WORK = ("_generate_tables", "_split_generators")
 @contextmanager
 def reading(begins: str, ends: str = "") -> Iterator[None]:
     """
-    While open, what cannot be read is refused with the reason.
+    Turns errors while the data is read into one-line errors.
 
     Args:
-        begins (`str`): What the line says before the reason.
-        ends (`str`, defaults to `""`): What it says after it, as sentences that follow on a full stop.
+        begins (`str`): Words of the line before the reason.
+        ends (`str`, defaults to `""`): Sentences of the line after the reason.
 
     Raises:
-        `InputError`: if something cannot be read.
+        `InputError`: if the data cannot be read.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
@@ -51,7 +56,7 @@ def reading(begins: str, ends: str = "") -> Iterator[None]:
         if (answer := answer_behind(error)) is not None:
             token = " Set data.load_args.token, or run `hf auth login`." if needs_token(answer) else ""
             raise InputError(f"{begins}: {clause(answer)}.{token}{ends and f' {ends}'}") from error
-        # It wraps what happens while it writes its cache.
+        # `datasets` wraps an error that comes while it writes its cache.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = _with_file(cause or error).rstrip(".")
         raise InputError(f"{begins}: {reason}.{ends and f' {ends}'}") from error
@@ -65,7 +70,7 @@ def _is_no_error(record: logging.LogRecord) -> bool:
 
 
 def _with_file(error: BaseException) -> str:
-    """What an error says, after the file that a builder was at when it came."""
+    """Returns the message of an error, after the file that a builder was reading."""
     reason = one_line(error)
     for frame, _ in traceback.walk_tb(error.__traceback__):
         file = frame.f_locals.get("file") if frame.f_code.co_name in _BUILDERS_AT_WORK else None

@@ -1,3 +1,5 @@
+"""Finds the token that separates documents."""
+
 from transformers import PreTrainedTokenizerBase
 
 from ..common.errors import InputError, near
@@ -7,11 +9,11 @@ def separator_id(
     separator: str | int | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 ) -> int:
     """
-    The id of what stands after each document.
+    Returns the id of the token that follows each document.
 
     Args:
-        separator (`str` or `int`, *optional*): A token, or its id; EOS if not given, or SEP if there is no EOS.
-        tokenizer (`PreTrainedTokenizerBase`): Whose token it is.
+        separator (`str` or `int`, *optional*): A token, or its id. If not given, EOS, or SEP if there is no EOS.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer that knows the token.
         vocab_size (`int`, *optional*): Ids that the LM knows.
 
     Raises:
@@ -21,15 +23,15 @@ def separator_id(
         found = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if found is None:
             raise InputError(
-                "data.separator: the tokenizer has no EOS token to put between documents, and no SEP token. Set it to "
-                "a token of the tokenizer or to the id of one, or use data with input_ids."
+                "data.separator: the tokenizer has no EOS token to put between documents, and no SEP token. Set "
+                "--data.separator to a token of the tokenizer or its id, or use data with input_ids."
             )
     elif isinstance(separator, str):
         vocabulary = tokenizer.get_vocab()
         if separator not in vocabulary:
             raise InputError(
-                f"data.separator: {separator!r} is no token of the tokenizer.{near(separator, vocabulary)} Name one, "
-                "or the id of one as a number."
+                f"data.separator: {separator!r} is not a token of the tokenizer.{near(separator, vocabulary)} Give "
+                "a token, or its id as a number."
             )
         found = vocabulary[separator]
     else:
@@ -37,7 +39,7 @@ def separator_id(
     known = len(tokenizer) if vocab_size is None else vocab_size
     if not 0 <= found < known:
         raise InputError(
-            f"data.separator: the id {found} is none of the {known} that are known. Name a token of the tokenizer, or "
-            "the id of one."
+            f"data.separator: the id {found} is not one of the {known} ids that are known. Give a token of the "
+            "tokenizer, or its id."
         )
     return found

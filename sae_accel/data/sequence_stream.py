@@ -1,3 +1,13 @@
+"""
+Cuts streamed documents into sequences and shuffles them, and resumes without tokenising everything again.
+
+A stream has no index, so a run that resumes must read again all documents that it has passed. To cut and tokenise them
+is the slow part, and this file avoids it. A checkpoint keeps how many sequences each block of 1,000 documents gave.
+From these counts the shuffle buffer is replayed with the numbers of sequences alone. Only the blocks with sequences
+that still wait in the buffer are cut again. With several processes, `datasets` deals out the files of the stream
+instead (`whole`).
+"""
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,22 +27,22 @@ from .collate import Row
 from .reading import reading
 
 
-# Documents that are cut into sequences at once, as `map` does it to those that are not streamed: what is left over
-# from each such block, less than one sequence, is dropped. More would lose less, but a thousand books already fill
-# gigabytes, and a stream gives nothing until it has read as many.
+# Documents that are cut into sequences together, in a stream as in `map`. The rest of each block, less than one
+# sequence, is dropped. Larger blocks would drop less, but a thousand books already fill gigabytes, and a stream gives
+# no sequence before it has read a whole block.
 DOCUMENTS_AT_ONCE = 1000
-# Sequences among which streamed data is shuffled.
+# Sequences in the shuffle buffer of a stream.
 SHUFFLE_BUFFER = 1000
-# What a line says where a stream cannot be read.
+# Begin and end of the error for a stream that cannot be read.
 UNREADABLE = "The data cannot be read to its end", "Check data.path, and what is there."
 
 
-# Documents by column. Those that are passed need not be made objects of Python.
+# Documents by column. Documents that are only passed stay in Arrow, without a Python object for each.
 Block: TypeAlias = "pyarrow.Table | dict[str, list]"
 
 
 class Counts(Protocol):
-    """What counts the rows that it leaves out."""
+    """Counts the rows that it leaves out."""
 
     tally: Tally
     whose: str
@@ -40,20 +50,20 @@ class Counts(Protocol):
 
 class SequenceStream(TorchIterableDataset):
     """
-    Sequences that are cut from streamed documents, for one process. Going on from the midst of it, it reads the
-    documents before, but cuts and tokenises those alone that are still waiting in the shuffle buffer.
+    Sequences that are cut from streamed documents, for one process. A stream that resumes reads the documents before
+    its position, but cuts and tokenises only the ones that still wait in the shuffle buffer.
 
     Args:
-        documents (`datasets.IterableDataset`): What is read.
-        columns (`list[str]`): Those that are needed to cut them.
-        cut (`Callable[[dict[str, list]], dict[str, list]]`): Makes sequences of a block of documents, by column.
-        whole (`datasets.IterableDataset`): The same sequences as `datasets` gives them, which knows how to deal out a
-            stream's files to processes.
-        bad_rows ([`BadRows`], *optional*): What may be left out. A checkpoint keeps what was.
-        dealt ([`Counts`], *optional*): What is left out of `whole`.
+        documents (`datasets.IterableDataset`): The documents.
+        columns (`list[str]`): The columns of the documents that `cut` needs.
+        cut (`Callable[[dict[str, list]], dict[str, list]]`): Makes sequences from a block of documents, by column.
+        whole (`datasets.IterableDataset`): The same sequences as a stream of `datasets`, which can deal out its files
+            to processes.
+        bad_rows ([`BadRows`], *optional*): Counts the rows that are left out. A checkpoint keeps the counts.
+        dealt ([`Counts`], *optional*): Counts the rows that are left out of `whole`.
 
     Attributes:
-        counts (`list[int]`): How many sequences each block that was cut has given. A checkpoint keeps them.
+        counts (`list[int]`): The number of sequences that each block gave. A checkpoint keeps these numbers.
     """
 
     def __init__(
@@ -77,38 +87,38 @@ class SequenceStream(TorchIterableDataset):
         return islice(self._sequences(), end)
 
     def skip(self, count: int) -> "SequenceStream":
-        """Without the first `count` sequences, in the order of the documents."""
+        """Returns the stream without its first `count` sequences, in the order of the documents."""
         return self._with(_first=count, whole=self.whole.skip(count))
 
     def take(self, count: int) -> "SequenceStream":
-        """The first `count` sequences."""
+        """Returns the first `count` sequences of the stream."""
         return self._with(_limit=count, whole=self.whole.take(count))
 
     def shuffle(self, seed: int) -> "SequenceStream":
-        """Each sequence is drawn from `SHUFFLE_BUFFER` of those that come next."""
+        """Returns the stream shuffled: each sequence is drawn from the next `SHUFFLE_BUFFER` ones."""
         return self._with(_seed=seed, whole=self.whole.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
 
     def begun(self, count: int, tells: bool) -> "SequenceStream":
         """
-        The same, as it goes on after `count` sequences.
+        Returns the same stream from the position after `count` sequences.
 
         Args:
-            count (`int`): How many.
-            tells (`bool`): Whether a progress bar says how far it is, where this takes more than a moment.
+            count (`int`): Sequences that have trained.
+            tells (`bool`): Whether a progress bar is shown if this takes more than a moment.
         """
         return self._with(_begin=count, _tells=tells)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffles in another order."""
+        """Sets the epoch, which gives the next pass another order."""
         self._epoch = epoch
         self.whole.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of what has been read."""
+        """Returns the counts for a checkpoint."""
         return {"counts": self.counts, "bad_rows": self.bad_rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint has kept. The first blocks may have been read anew already."""
+        """Restores the counts from a checkpoint, except for blocks that have been read since."""
         self.counts[len(self.counts) :] = state["counts"][len(self.counts) :]
         self.bad_rows.load_state_dict(state["bad_rows"])
 
@@ -135,7 +145,7 @@ class SequenceStream(TorchIterableDataset):
 
     def _blocks(self) -> Iterator[Block]:
         documents = self.documents.select_columns(self.columns)
-        # Arrow knows nothing of rows that differ in kind, nor of what `datasets` makes of them.
+        # Arrow does not know the type that `datasets` gives to rows of several types.
         types = "json" if documents.features is None else str(documents.features.arrow_schema)
         by_arrow = "json" not in types.lower()
         blocks = iter((documents.with_format("arrow") if by_arrow else documents).iter(batch_size=DOCUMENTS_AT_ONCE))
@@ -149,14 +159,14 @@ class SequenceStream(TorchIterableDataset):
     @contextmanager
     def counted(self, tally: Tally, whose: str) -> Iterator[list[Tally]]:
         """
-        While open, what is read of `whole` adds what it leaves out to a count.
+        Adds the rows that `whole` leaves out while it is read to a count.
 
         Args:
             tally ([`Tally`]): The count so far.
-            whose (`str`): What rows are counted in, in words that follow on a row's number.
+            whose (`str`): Words that follow a row's number and say among which rows it is counted.
 
         Returns:
-            `list[Tally]`: the count, once it is closed.
+            `list[Tally]`: the count, in a list that is filled when the context closes.
         """
         found = [tally]
         if self.dealt is None:
@@ -169,11 +179,11 @@ class SequenceStream(TorchIterableDataset):
 
     def _passed(self) -> tuple["_Buffer", int, list[int], int]:
         """
-        Goes past the sequences before `_begin` by their numbers alone, as far as it is known how many each block has.
+        Replays the shuffle buffer up to `_begin` with numbers of sequences, as far as the counts of blocks are known.
 
         Returns:
-            `tuple`: the shuffle buffer, how many were passed, the numbers of those that come next, and how many blocks
-            that took.
+            `tuple`: the shuffle buffer, the sequences that were passed, the numbers of the sequences that come next,
+            and the number of blocks that were replayed.
         """
         buffer = _Buffer(0 if self._seed is None else SHUFFLE_BUFFER, (self._seed or 0, self._epoch))
         out: list[int] = []
@@ -189,7 +199,7 @@ class SequenceStream(TorchIterableDataset):
         return buffer, passed, out, number
 
     def _wanted(self, blocks: Iterator[Block], count: int, wanted: set[int]) -> dict[int, Row]:
-        """Reads the first `count` blocks, and cuts those that hold a sequence that is wanted."""
+        """Reads the first `count` blocks, and cuts the blocks that hold a wanted sequence."""
         found: dict[int, Row] = {}
         start = 0
         with skipping(count * DOCUMENTS_AT_ONCE, "documents", self._tells) as bar:
@@ -212,23 +222,23 @@ class SequenceStream(TorchIterableDataset):
             self.counts.append(len(rows))
         elif len(rows) != self.counts[number]:
             raise InputError(
-                f"The data is no longer what it was: documents from {number * DOCUMENTS_AT_ONCE:,} on gave "
-                f"{self.counts[number]} sequences and give {len(rows)}. Restore it, or start anew in another "
-                "training.output_dir."
+                f"The data has changed since the checkpoint: documents from {number * DOCUMENTS_AT_ONCE:,} on gave "
+                f"{self.counts[number]} sequences and now give {len(rows)}. Restore the data, or start a new run in "
+                "another training.output_dir."
             )
         return rows
 
 
 def skipping(total: int, unit: str, tells: bool) -> tqdm:
     """
-    A progress bar while a run that goes on passes what has trained, if that takes more than a moment.
+    Returns a progress bar for the time in which a run that resumes passes the data that has trained.
 
     Args:
-        total (`int`): How much there is to pass.
-        unit (`str`): What is counted.
-        tells (`bool`): Whether this process is the one that shows it.
+        total (`int`): Units to pass.
+        unit (`str`): Name of the unit.
+        tells (`bool`): Whether this process shows the bar.
     """
-    # In a file each sign of progress is a line of its own.
+    # In a log file each update of the bar is a line of its own.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,
@@ -243,7 +253,7 @@ def skipping(total: int, unit: str, tells: bool) -> tqdm:
 
 
 class _Buffer:
-    """Numbers of sequences. For each that comes one is drawn and goes out; of size 0 it mixes nothing."""
+    """Mixes numbers of sequences: for each one that comes in, a random one goes out. Size 0 mixes nothing."""
 
     def __init__(self, size: int, seed: tuple[int, int]):
         self.size, self.places = size, list[int]()
@@ -251,7 +261,7 @@ class _Buffer:
         self._slots: list[int] = []
 
     def put(self, place: int) -> list[int]:
-        """Those that come out: one, or none as long as there is room."""
+        """Takes in a number, and returns the number that goes out; nothing as long as there is room."""
         if not self.size:
             return [place]
         if len(self.places) < self.size:
@@ -264,5 +274,5 @@ class _Buffer:
         return [out]
 
     def rest(self) -> list[int]:
-        """All that are left, mixed."""
+        """Returns all numbers that are left, mixed."""
         return self._random.permutation(self.places).tolist()

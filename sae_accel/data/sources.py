@@ -1,3 +1,10 @@
+"""
+Opens the rows that `data.path` names.
+
+A path can be a folder that `save_to_disk` wrote, local files, or a dataset on the Hub. Local files are read by what
+they hold, whatever their names are; JSON lines go through a reader of our own that can leave out broken rows.
+"""
+
 import glob
 import os
 from contextlib import nullcontext
@@ -21,13 +28,14 @@ DOCUMENT = "document"
 
 def open_dataset(arguments: DataArguments) -> Dataset | IterableDataset:
     """
-    The rows that `data.path` names: a folder saved by `save_to_disk`, local files, or what `load_dataset` takes.
+    Opens the rows that `data.path` names: a folder from `save_to_disk`, local files, or anything that `load_dataset`
+    takes.
 
     Args:
         arguments ([`DataArguments`]): The recipe's `data`.
 
     Raises:
-        `InputError`: with the reason, if they cannot be read.
+        `InputError`: if the rows cannot be read, with the reason.
     """
     path = arguments.path
     is_pattern, is_there = glob.has_magic(path), os.path.exists(path)
@@ -60,23 +68,23 @@ def _saved(arguments: DataArguments) -> Dataset | IterableDataset:
             )
         rows = rows[arguments.split]
     elif "[" in arguments.split:
-        raise InputError(f"data.split: {arguments.path!r} is one saved split; slices are not taken of it.")
+        raise InputError(f"data.split: {arguments.path!r} is one saved split, and a slice of it cannot be taken.")
     return rows.to_iterable_dataset() if arguments.streaming else rows
 
 
 def _local(files: LocalFiles, arguments: DataArguments) -> Dataset | IterableDataset:
     if files.kind != TEXT and arguments.sample_by != DOCUMENT:
         raise InputError(
-            f"data.sample_by: it cuts texts, and {arguments.path!r} holds {files.kind}, of which each row is a "
-            "document. Remove it."
+            f"data.sample_by: it cuts texts, and {arguments.path!r} holds {files.kind}, where each row is a "
+            "document. Remove data.sample_by."
         )
     if arguments.streaming and (hidden := next((file for file in files.files if file.hides_compression), None)):
         if files.kind != JSON or arguments.load_args:
             raise InputError(
-                f"data.path: {hidden.path!r} is compressed by {hidden.compression}, which a stream sees by the ending "
-                "alone. Rename it, or set data.streaming to false."
+                f"data.path: {hidden.path!r} is compressed with {hidden.compression}, and a stream knows that only "
+                "from the ending. Rename the file, or set --data.streaming false."
             )
-    # Names are no patterns, whatever is in them.
+    # A name with `*` or `[` in it must not be read as a pattern.
     paths = {split: [glob.escape(os.path.abspath(f.path)) for f in found] for split, found in files.splits.items()}
     if files.kind == JSON and not arguments.load_args and all(file.columns for file in files.files):
         return _json_lines(files, paths, arguments)
@@ -84,10 +92,10 @@ def _local(files: LocalFiles, arguments: DataArguments) -> Dataset | IterableDat
     if files.kind == TEXT:
         options |= {"sample_by": arguments.sample_by, "encoding": "utf-8-sig"}
     elif files.kind in (CSV, TSV):
-        # An empty cell, or one that says "null", is a text.
+        # An empty cell, or a cell that says "null", is a text.
         options |= {"keep_default_na": False, "sep": "\t" if files.kind == TSV else ","}
     elif files.kind == JSON:
-        # Else it takes texts for JSON where others near them are none.
+        # Without this, `datasets` parses texts as JSON if texts near them are of another type.
         options["on_mixed_types"] = None
     return load_dataset(BUILDERS[files.kind], **(options | arguments.load_args))
 
@@ -107,5 +115,5 @@ def _json_lines(files: LocalFiles, paths: dict[str, list[str]], arguments: DataA
 
 
 def _sampling(arguments: DataArguments) -> dict[str, str]:
-    """What is not the default is for `datasets` to take, or to refuse."""
+    """Returns `sample_by` for `datasets`, unless it is the default; `datasets` refuses it where it has no meaning."""
     return {} if arguments.sample_by == DOCUMENT else {"sample_by": arguments.sample_by}

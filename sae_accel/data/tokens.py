@@ -1,3 +1,11 @@
+"""
+Makes sequences for training and evaluation from a recipe's `data`.
+
+This file holds the steps in their order: open the data, check the columns on the first row, tokenise and cut the rows,
+hold out the first sequences for evaluation, and shuffle the rest. Data with a length is cut before training, and
+`datasets` caches the result. A stream is cut while it trains.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -27,27 +35,39 @@ def chunk_and_tokenize(
     """
     Tokenises documents, joins them with a separator after each, and cuts the result into sequences.
 
-    No token but the separator is added: a BOS would stand in the middle of sequences. Of every 1,000 documents (of a
-    process's share, if that is less) what does not fill a last sequence is dropped. Rows without a text are left out,
-    up to a hundredth of them. How many is told, but of a stream, of which nobody knows when it has been read to its
-    end.
+    The separator is the only token that is added: a BOS would stand in the middle of sequences. The rest of every
+    1,000 documents (or of a process's share, if that is less) that does not fill a last sequence is dropped. Rows
+    without a text are left out, up to 1 % of all rows, and their number is printed; for a stream it is not printed,
+    since its end is not known.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of them): Rows of text.
         tokenizer (`PreTrainedTokenizerBase`): The LM's tokenizer.
         ctx_len (`int`, defaults to 2048): Tokens in a sequence.
         text_column (`str`, defaults to `"text"`): Column with the text.
-        num_proc (`int`, *optional*): Processes; one if not given. Not used when streaming.
-        separator (`str` or `int`, *optional*): What stands after each document: a token, or its id; EOS if not given,
-            or SEP if the tokenizer has no EOS.
+        num_proc (`int`, *optional*): Processes; one if not given. A stream does not use it.
+        separator (`str` or `int`, *optional*): The token that follows each document, or its id. If not given, EOS, or
+            SEP if the tokenizer has no EOS.
 
     Returns:
         A dataset of the same kind with one column, `input_ids`, of `ctx_len` ids each.
 
     Raises:
-        `InputError`: if there is no such column of text, the tokenizer has nothing to put between documents, more than
-            a hundredth of the rows have no text, or there is less than one sequence. What is wrong in a stream beyond
-            its first row is raised when it is read.
+        `InputError`: if there is no such column of text, the tokenizer has no separator, more than 1 % of the rows
+            have no text, or the data is less than one sequence. Errors in a stream after its first row are raised when
+            it is read.
+
+    Examples:
+        ```python
+        from sae_accel import chunk_and_tokenize
+
+        tokenized = chunk_and_tokenize(dataset, tokenizer, ctx_len=2048)
+        tokenized[0]["input_ids"]  # ctx_len ids
+
+        # A stream is tokenised while it is read.
+        stream = chunk_and_tokenize(dataset.to_iterable_dataset(), tokenizer, ctx_len=2048)
+        next(iter(stream))["input_ids"]
+        ```
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         options: dict[str, Any] = {"ctx_len": ctx_len, "text_column": text_column}
@@ -71,22 +91,31 @@ def load_tokens(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase | None = None, *, vocab_size: int
 ) -> tuple[Any, Any]:
     """
-    The sequences that a recipe's `data` describes: for training, shuffled, and held out for evaluation.
+    Makes the sequences that a recipe's `data` describes: for training, shuffled, and held out for evaluation.
 
-    The first `eval_examples` sequences, in the dataset's own order, are held out. Rows of which no sequence can be
-    made are left out, as `bad_rows` and `max_bad_rows` say; that is told here, or of a stream at the end of a run.
+    The first `eval_examples` sequences, in the dataset's own order, are held out. Rows that cannot become a sequence
+    are left out, up to `max_bad_rows`. Their number is printed here, or for a stream at the end of a run.
 
     Args:
-        arguments ([`DataArguments`]): What to read.
+        arguments ([`DataArguments`]): The recipe's `data`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The LM's tokenizer. Only text needs one.
         vocab_size (`int`): Ids that the LM knows.
 
     Returns:
-        `tuple`: rows with `input_ids` for training, and for evaluation or None. Both work in a `DataLoader` with
+        `tuple`: rows with `input_ids` for training, and rows for evaluation or None. Both work in a `DataLoader` with
         `collate`.
 
     Raises:
-        `InputError`: if the data cannot be found or read, has too many rows that cannot be used, or is too little.
+        `InputError`: if the data cannot be found or read, has too many bad rows, or is too little.
+
+    Examples:
+        ```python
+        from sae_accel import DataArguments, load_tokens
+
+        data = DataArguments(path="quickstart/text", ctx_len=256, eval_examples=8)
+        train, evaluation = load_tokens(data, tokenizer, vocab_size=len(tokenizer))
+        len(evaluation)  # 8 sequences of 256 ids
+        ```
     """
     sequences: Any
     bad_rows = BadRows(arguments.bad_rows, arguments.max_bad_rows, whole=not arguments.streaming)
@@ -97,7 +126,7 @@ def load_tokens(
         sequences = _tokenized(open_dataset(arguments), arguments, tokenizer, vocab_size, bad_rows)
     held_out = arguments.eval_examples
     if isinstance(sequences, SequenceStream):
-        # A stream's length is not known, but that it goes beyond what is held out is found by reading as far.
+        # A stream's length is not known, so reading shows whether it goes on after the held-out sequences.
         _check_enough(sum(1 for _ in sequences.take(held_out + 1)), arguments)
         train, evaluation = sequences.skip(held_out), sequences.take(held_out)
     else:
@@ -160,8 +189,8 @@ def _refuse_too_few(dataset: Dataset, cutting: Cutting, num_proc: int | None) ->
     count = sum(len(document) + 1 for document in tokenize(texts, cutting.options["tokenizer"])) if texts else 0
     if count < ctx_len:
         raise InputError(
-            f"The data has {count} tokens, less than one sequence of data.ctx_len = {ctx_len}. Lower it, or use "
-            "more data."
+            f"The data has {count} tokens, less than one sequence of data.ctx_len = {ctx_len}. Lower "
+            "data.ctx_len, or use more data."
         )
     raise InputError(
         f"The data has {count} tokens in {len(dataset)} documents, but no sequence of data.ctx_len = {ctx_len}: "
@@ -174,15 +203,15 @@ def _check_enough(sequences: int, arguments: DataArguments) -> None:
     if sequences <= arguments.eval_examples:
         raise InputError(
             f"The data has {sequences} sequences of data.ctx_len = {arguments.sequence_length}, and "
-            f"data.eval_examples holds out {arguments.eval_examples}, so that none is left to train on. Lower one of "
-            "them, or use more data."
+            f"data.eval_examples holds out {arguments.eval_examples}, so that none is left to train on. Lower one "
+            "of these two fields, or use more data."
         )
 
 
 def _check_is_text(
     dataset: Dataset | IterableDataset, first: dict[str, Any], columns: list[str], text_column: str
 ) -> None:
-    """Refuses a column that holds something else as a rule; one row of another kind is a bad row."""
+    """Refuses a column that does not hold text; a single row without text is a bad row."""
     if text_column not in columns:
         raise InputError(
             f"data.text_column: the data has no column {text_column!r}; it has {', '.join(columns)}. Name one of them."
@@ -200,20 +229,22 @@ def _check_are_ids(dataset: Dataset | IterableDataset, first: dict[str, Any], ke
 
     for column in kept:
         if not _holds(dataset, column, first, are_whole):
-            raise InputError(f"The data's column {column!r} does not hold lists of whole numbers. Rename or mend it.")
+            raise InputError(
+                f"The data's column {column!r} does not hold lists of whole numbers. Rename or mend the column."
+            )
 
 
 def _holds(
     dataset: Dataset | IterableDataset, column: str, first: dict[str, Any], is_right: Callable[[Any], bool]
 ) -> bool:
-    """Whether a column may hold what it should: by its first row, or where rows may differ in kind by none."""
+    """Whether a column may hold the right values, judged by its first row; yes if rows may differ in type."""
     kind = None if dataset.features is None else str(dataset.features.arrow_schema.field(column).type)
     rows_differ = kind is None or "json" in kind.lower()
     return first[column] is None or rows_differ or is_right(first[column])
 
 
 def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    # A stream opens its files only here.
+    # A stream opens its files only when its first row is read.
     with reading("The data cannot be read", "Check data.path, and what is there."):
         first = next(iter(dataset), None)
     if first is None:
@@ -222,5 +253,5 @@ def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
 
 
 def _columns(dataset: Dataset | IterableDataset, first: dict[str, Any]) -> list[str]:
-    """Names of a dataset's columns; of a stream that does not state them, those of its first row."""
+    """Returns the names of a dataset's columns; if a stream does not state them, the keys of its first row."""
     return dataset.column_names or list(first)

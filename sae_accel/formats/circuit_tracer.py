@@ -1,4 +1,4 @@
-"""Sets of transcoders for circuit-tracer: a `layer_<i>.safetensors` for each layer, and `config.yaml`."""
+"""Reads sets of transcoders for circuit-tracer: a `layer_<i>.safetensors` for each layer, and `config.yaml`."""
 
 import re
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from .tensor_file import open_tensors
 
 CONFIG_FILE = "config.yaml"
 _WEIGHTS_FILE = re.compile(r"layer_(\d+)\.safetensors")
-# The MLP's own input, and nothing before the norm in front of it.
+# This hook is the MLP's own input, after the norm in front of it.
 _MLP_INPUT = "mlp.hook_in"
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     for folder, inside in folders_of(files):
         for name, path in inside.items():
             if match := _WEIGHTS_FILE.fullmatch(name):
@@ -33,10 +33,10 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
 
 def open_head(place: Place) -> ForeignHead:
     """
-    Finds a head's tensors.
+    Reads the configuration, and finds the tensors of one layer's transcoder.
 
     Raises:
-        `InputError`: if a file cannot be read, or it does not tell k.
+        `InputError`: if a file cannot be read, or the configuration says `topk` without a k.
     """
     keys, file = _keys(place), open_tensors(place.paths["weights"])
     sources: dict[str, Any] = {
@@ -53,7 +53,7 @@ def open_head(place: Place) -> ForeignHead:
         sources["threshold"] = Source(threshold)
     k = place.given.get("k", keys.get("k"))
     if by_rank and k is None:
-        raise InputError("its configuration says topk, but not how many latents are active. Give k.")
+        raise InputError("its configuration says topk, but not how many latents are active per token. Give k.")
     layer, lm = number_in(place.paths["weights"].name, _WEIGHTS_FILE.pattern), keys.get("model_name")
     hooks = [f"blocks.{layer}.{keys.get(f'feature_{side}_hook', default)}" for side, default in _DEFAULT_HOOKS]
     own_input = keys.get("feature_input_hook", _MLP_INPUT) == _MLP_INPUT

@@ -1,4 +1,4 @@
-"""dictionary_learning, of saprmarks: `ae.pt` and `config.json`."""
+"""Reads heads of saprmarks' dictionary_learning: `ae.pt` and `config.json`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from .tensor_file import TensorFile, open_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "ae.pt"
-# By class: the activation, and whether the decoder's bias is taken from the input.
+# For each class: the activation, and whether the decoder's bias is subtracted from the input.
 _CLASSES = {
     "AutoEncoder": ("relu", True),
     "AutoEncoderNew": ("relu", False),
@@ -26,7 +26,7 @@ _CLASSES = {
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     for folder, inside in folders_of(files):
         if {CONFIG_FILE, WEIGHTS_FILE} <= inside.keys():
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
@@ -40,7 +40,8 @@ def open_head(place: Place) -> ForeignHead:
     Reads a head's configuration, and finds its tensors.
 
     Raises:
-        `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
+        `InputError`: if a file cannot be read, the configuration and the weights disagree, or this kind of head is not
+            known.
     """
     keys = place.json("config").get("trainer") or {}
     kind, file = keys.get("dict_class"), open_tensors(place.paths["weights"])
@@ -75,7 +76,7 @@ def _sources(file: TensorFile, activation: str) -> dict[str, Any]:
     if activation == "gated":
         sources |= {"encoder.bias": Source("gate_bias"), "b_mag": Source("mag_bias"), "r_mag": Source("r_mag")}
     if activation in ("jumprelu", "batchtopk"):
-        # A topk head has a threshold as well, but selects by rank.
+        # A topk head has a threshold too, but it selects by rank.
         require(file, "threshold", "b_enc" if own else "encoder.bias")
         num_latents = file.shapes["b_enc" if own else "encoder.bias"][0]
         sources["threshold"] = full(file.whole("threshold"), num_latents)

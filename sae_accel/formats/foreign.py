@@ -1,4 +1,11 @@
-"""What the readers of other libraries' files have in common."""
+"""
+The parts that the readers of all other libraries share.
+
+A reader says for each of our tensors where it comes from (`Source`): the name in the file, whether it is stored
+transposed, and a factor. From the shapes alone, `foreign_head` finds the widths, checks that they agree, and builds
+the config. The tensors are read later, when the head is loaded, and a tensor that needs no change stays mapped from
+its file, so that the head is never in memory twice.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +27,8 @@ class ForeignHead(NamedTuple):
     A head of another library.
 
     Args:
-        config (`HeadConfig`): What it is, in our words.
-        read (`Callable`): Gives its tensors by our names.
+        config (`HeadConfig`): The head's config, in our words.
+        read (`Callable`): Reads the head's tensors, under our names.
     """
 
     config: HeadConfig
@@ -30,13 +37,13 @@ class ForeignHead(NamedTuple):
 
 class Source(NamedTuple):
     """
-    Where one of our tensors comes from.
+    The place that one of our tensors is read from.
 
     Args:
-        name (`str`): Its name in the file.
-        transposed (`bool`): Whether the file has it transposed.
-        factor (`float`): What it is multiplied by.
-        copied (`bool`): Whether it is to be changed in place, so that it must not be mapped from its file.
+        name (`str`): The name of the tensor in the file.
+        transposed (`bool`): Whether the file stores it transposed.
+        factor (`float`): The number that it is multiplied by.
+        copied (`bool`): Whether it will be changed in place, so that it must not be mapped from the file.
     """
 
     name: str
@@ -46,7 +53,7 @@ class Source(NamedTuple):
 
     @property
     def as_it_is(self) -> bool:
-        """Whether the file's own bytes do."""
+        """Whether the tensor can be used exactly as it is in the file."""
         return not (self.transposed or self.copied) and self.factor == 1.0
 
 
@@ -61,16 +68,19 @@ def foreign_head(
     **fields: Any,
 ) -> ForeignHead:
     """
-    A head whose widths are those of its tensors.
+    Builds a head of another library. Its widths are the widths of its tensors.
 
     Args:
-        file ([`TensorFile`]): Its weights.
-        sources (`dict[str, Source | torch.Tensor]`): By our name, where a tensor comes from, or the tensor.
-        place ([`Place`]): Where it lies.
-        transcoder (`bool`, defaults to `False`): Whether it predicts another activation than it reads.
-        declared (`dict[str, int | None]`, *optional*): Widths by the head's own configuration, to be compared.
-        finish (`Callable`, *optional*): Changes the tensors, which are then this process's own, in place.
-        fields (*optional*): Of the config.
+        file ([`TensorFile`]): The head's weights.
+        sources (`dict[str, Source | torch.Tensor]`): For each of our names, the place that the tensor is read from, or
+            the tensor.
+        place ([`Place`]): The head's files.
+        transcoder (`bool`, defaults to `False`): Whether the head predicts another activation than the one that it
+            reads.
+        declared (`dict[str, int | None]`, *optional*): Widths in the head's configuration, which must agree with its
+            tensors.
+        finish (`Callable`, *optional*): Changes the tensors in place after they are read; they are copies then.
+        fields (*optional*): Fields of the config.
 
     Raises:
         `InputError`: if a tensor is missing, or shapes disagree.
@@ -96,11 +106,11 @@ def foreign_head(
     own = {"d_out": d_out, "skip_connection": skips} if transcoder else {}
     fields = {"d_in": d_in, "num_latents": num_latents, "normalize_decoder": False, **own, **fields}
     if "input_scale" in place.given:
-        raise InputError("input_scale was given, but its inputs are not multiplied by a number that is unknown.")
+        raise InputError("input_scale was given, but no scale of its inputs is missing. Leave input_scale out.")
     config = kind(**fields | place.given)
 
     def read() -> dict[str, Tensor]:
-        # What is copied comes first, so that its file's pages are let go of before others are mapped.
+        # Copies come first, so that the pages of their file are freed before other tensors are mapped.
         order = sorted(sources, key=lambda name: getattr(sources[name], "as_it_is", True))
         tensors = {name: _take(file, sources[name]) for name in order}
         if finish is not None:
@@ -111,19 +121,19 @@ def foreign_head(
 
 
 def last_part(origin: str) -> str:
-    """The name of a folder or repo without what it lies in."""
+    """Returns the name of a folder or repo without the folders or user before it."""
     return origin.rstrip("/").split("/")[-1]
 
 
 def names_in(file: TensorFile) -> str:
-    """Some of the names of a file's tensors, for a message."""
+    """Returns some names of a file's tensors, for an error."""
     names = sorted(file.shapes)
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "none"
 
 
 def require(file: TensorFile, *names: str) -> None:
     """
-    Checks that tensors are there.
+    Checks that a file has these tensors.
 
     Raises:
         `InputError`: if one is missing.
@@ -134,13 +144,13 @@ def require(file: TensorFile, *names: str) -> None:
 
 
 def number_in(name: str, pattern: str) -> int | None:
-    """The number that the group of a pattern finds in a name."""
+    """Returns the number that the group of a pattern matches in a name; None if nothing matches."""
     match = re.search(pattern, name)
     return int(match[1]) if match else None
 
 
 def full(value: float | Tensor, num_latents: int) -> Tensor:
-    """One number for every latent; numbers by latent as they are."""
+    """Returns one number per latent, `(num_latents,)`: the same for all, or the given vector."""
     if isinstance(value, Tensor) and value.ndim == 1:
         return value
     return torch.full((num_latents,), float(value))
@@ -148,10 +158,12 @@ def full(value: float | Tensor, num_latents: int) -> Tensor:
 
 def weigh_by_norms(tensors: dict[str, Tensor]) -> None:
     """
-    Brings the decoder's rows to norm 1 and gives their norms to the encoder, in place: for heads whose latents
-    compete, or are gated, by what they add to the reconstruction, which stays the same.
+    Scales the decoder's rows to norm 1 and multiplies the encoder by their old norms, in place.
+
+    Some libraries weigh a latent by the norm of its decoder row before they select or gate it. After this change our
+    heads select the same latents, and the reconstruction stays the same.
     """
-    norms = tensors["W_dec"].norm(dim=-1).clamp_min(1e-8)
+    norms = tensors["W_dec"].norm(dim=-1).clamp_min(1e-8)  # (num_latents,)
     tensors["W_dec"].div_(norms[:, None])
     tensors["encoder.weight"].mul_(norms[:, None])
     tensors["encoder.bias"].mul_(norms)
@@ -175,7 +187,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], num_latents: int, d_in: in
     for name, shape in shapes.items():
         wanted = expected.get(name, (num_latents, d_in) if name == "encoder.weight" else (num_latents,))
         if shape != wanted:
-            raise InputError(f"{name} has shape {shape}, but by the other tensors it should be {wanted}.")
+            raise InputError(f"{name} has shape {shape}, but the other tensors need {wanted}.")
 
 
 def _take(file: TensorFile, source: Source | Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Gemma Scope (arXiv:2408.05147), `params.npz`, and Gemma Scope 2, `params.safetensors` with `config.json`."""
+"""
+Reads Gemma Scope (arXiv:2408.05147), `params.npz`, and Gemma Scope 2, `params.safetensors` with `config.json`.
+
+The first Gemma Scope has no configuration: the names of the repo and its folders tell the LM, the layer and the kind
+of activation.
+"""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +23,7 @@ _LMS = {"2b": "google/gemma-2-2b", "9b": "google/gemma-2-9b", "27b": "google/gem
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     for folder, inside in folders_of(files):
         for name in WEIGHTS_FILES:
             if name in inside:
@@ -31,10 +36,10 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
 
 def open_head(place: Place) -> ForeignHead:
     """
-    Finds a head's tensors. All are JumpReLU, and none takes `b_dec` from its input.
+    Finds a head's tensors. All heads are JumpReLU, and none subtracts `b_dec` from its input.
 
     Raises:
-        `InputError`: if the file cannot be read, or there is no such head here.
+        `InputError`: if a file cannot be read, or this kind of head is not known.
     """
     keys = place.json("config") if "config" in place.paths else {}
     if keys.get("architecture", "jump_relu") != "jump_relu":
@@ -42,8 +47,8 @@ def open_head(place: Place) -> ForeignHead:
     file = open_tensors(place.paths["weights"])
     names = {name.lower(): name for name in file.shapes}
     if len(file.shapes.get(names.get("w_dec", ""), (0, 0))) != 2:
-        raise InputError("it writes to several layers, and a head here writes to one.")
-    # These were trained on embeddings that Gemma had not yet multiplied by sqrt(d).
+        raise InputError("it writes to several layers, and sae_accel reads heads that write to one.")
+    # The embedding SAEs were trained on embeddings before Gemma multiplies them by sqrt(d).
     scale = file.shapes[names["w_dec"]][1] ** 0.5 if _embeds(place.name) and "w_dec" in names else 1.0
     sources = {
         "encoder.weight": Source(names.get("w_enc", "W_enc"), transposed=True, factor=1 / scale),
@@ -77,7 +82,7 @@ def _embeds(folder: str) -> bool:
 
 
 def _hook(folder: str, origin: str) -> str | None:
-    """The TransformerLens hook, by the layer in the folder's name and the kind of place in it or in the repo's."""
+    """Returns the TransformerLens hook, by the layer in the folder's name and the kind in its name or the repo's."""
     layer, where = number_in(folder, r"layer_(\d+)"), f"{last_part(origin)}/{folder}"
     if _embeds(folder):
         return "hook_embed"

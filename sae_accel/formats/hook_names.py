@@ -1,29 +1,35 @@
-"""Names of other libraries for places in an LM, and ours."""
+"""
+Translates the names that other libraries give to places in an LM into modules, and back.
+
+TransformerLens says `blocks.3.hook_mlp_out`; a Llama calls this place `layers.3.mlp`, and a GPT-2 `h.3.mlp`. So the
+translation needs the name of the LM.
+"""
 
 import re
 from collections.abc import Iterator
 
 
-# By what an LM's name has in it: its layers, attention and MLP, as modules of the base model.
+# A pattern of LM names, with the modules for a layer, its attention and its MLP.
 _FAMILIES = (
     (r"gpt-?2|gpt-neo(?!x)|tiny-?stories", "h.{}", "attn", "mlp"),
     (r"pythia|neox", "layers.{}", "attention", "mlp"),
     (r"llama|mistral|qwen|gemma|deepseek|smollm|olmo|phi-?3", "layers.{}", "self_attn", "mlp"),
 )
-# These normalise what attention and MLP give, before it is added to the residual stream.
+# These LMs normalise the outputs of attention and MLP before they add them to the residual stream.
 _NORMED_OUTPUTS = re.compile(r"gemma-?(scope-)?[23]|gemma-scope")
 
 
 def module_of(hook: str | None, lm: str | None) -> str | None:
     """
-    The module of an LM's base model whose output a hook of another library reads.
+    Returns the module of an LM's base model whose output a hook of another library reads.
 
     Args:
-        hook (`str`, *optional*): Such as `blocks.12.hook_resid_post` (TransformerLens), or `model.layers.12.output`.
-        lm (`str`, *optional*): The LM's name, or one that has it in it.
+        hook (`str`, *optional*): A hook such as `blocks.12.hook_resid_post` (TransformerLens) or
+            `model.layers.12.output`.
+        lm (`str`, *optional*): The LM's name, or a text that contains it.
 
     Returns:
-        `str` or `None`: None if the LM is not known, or there is no such module.
+        `str` or `None`: None if the LM is not known, or has no such module.
     """
     if hook is None:
         return None
@@ -46,23 +52,26 @@ def module_of(hook: str | None, lm: str | None) -> str | None:
 
 def inner_names(name: str) -> Iterator[str]:
     """
-    What a name is without the first modules in it, outermost first.
+    Yields a name without its first modules: first without one, then without two, and so on.
 
     Args:
         name (`str`): A name or glob, such as `model.layers.3`, which gives `layers.3`.
     """
     parts = name.split(".")
-    # A layer's number is none without the list that it counts in.
+    # A layer's number means nothing without the list before it.
     yield from (".".join(parts[i:]) for i in range(1, len(parts)) if re.match("[A-Za-z_]", parts[i]))
 
 
 def lens_name(hookpoint: str, output: bool = True) -> str | None:
     """
-    The TransformerLens hook that reads what a module gives, or for a transcoder's MLP what it reads.
+    Returns the TransformerLens hook for a module's output, or for its input.
 
     Args:
-        hookpoint (`str`): Such as `layers.10` or `h.3.mlp`.
-        output (`bool`, defaults to `True`): `False` for the module's input.
+        hookpoint (`str`): A module such as `layers.10` or `h.3.mlp`.
+        output (`bool`, defaults to `True`): Whether the hook reads the module's output; if not, its input.
+
+    Returns:
+        `str` or `None`: None if TransformerLens has no such hook.
     """
     match = re.fullmatch(r"(?:layers|h)\.(\d+)(?:\.(mlp|attn|self_attn|attention))?", hookpoint)
     if match is None:

@@ -1,4 +1,9 @@
-"""Llama Scope (arXiv:2410.20526) and what OpenMOSS's Llamascopium writes."""
+"""
+Reads Llama Scope (arXiv:2410.20526) and heads that OpenMOSS's Llamascopium writes.
+
+Most of these heads were trained on inputs that one number scales to an average norm of sqrt(d). Our heads read raw
+activations, so this number is folded into the weights here.
+"""
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -17,13 +22,13 @@ from .tensor_file import TensorFile, open_tensors
 OLD_FILES = ("hyperparams.json", "checkpoints/final.safetensors")
 NEW_FILES = ("config.json", "sae_weights.safetensors")
 _LLAMA = "meta-llama/Llama-3.1-8B"
-# How inputs are normalised: by one number, that is folded into the weights or has been; each by its own norm.
+# For each way to normalise inputs: None if a constant factor is folded into the weights, or else our name for it.
 _NORMS = {"dataset-wise": None, "inference": None, "none": None, None: None, "token-wise": "constant_norm"}
 _ACTIVATIONS = {"jumprelu": "jumprelu", "relu": "relu", "topk": "topk", "batchtopk": "batchtopk"}
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     there = set(files)
     for folder, inside in folders_of(files):
         for names in (OLD_FILES, NEW_FILES):
@@ -34,11 +39,11 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
 
 def open_head(place: Place) -> ForeignHead:
     """
-    Reads a head's configuration, and finds its tensors. The average norm of its inputs is folded into these. Llama
-    Scope's threshold, one number for all latents, is multiplied by the same factor as SAELens does.
+    Reads a head's configuration, and finds its tensors. The average norm of the inputs is folded into the tensors.
+    Llama Scope has one threshold for all latents; it is multiplied by the same factor, as SAELens does.
 
     Raises:
-        `InputError`: if a file cannot be read, or there is no such head here.
+        `InputError`: if a file cannot be read, or this kind of head is not known.
     """
     keys, file = place.json("config"), open_tensors(place.paths["weights"])
     kind = keys.get("sae_type", "sae")
@@ -106,7 +111,7 @@ def _threshold(file: TensorFile, keys: dict[str, Any], num_latents: int, scale: 
 
 
 def _scale(keys: dict[str, Any], file: TensorFile, side: str, d: int) -> float:
-    """What activations are multiplied by, by their average norm in the configuration or else in the weights."""
+    """Returns the factor for activations: sqrt(d) over their average norm, from the configuration or the weights."""
     hook, norms = keys.get(f"hook_point_{side}"), keys.get("dataset_average_activation_norm") or {}
     norm = norms.get(side) or norms.get(hook)
     name = f"dataset_average_activation_norm.{hook}"

@@ -1,3 +1,5 @@
+"""A `Place` names the files of one head in a folder or repo, before anything is read."""
+
 import json
 import re
 from dataclasses import dataclass, field
@@ -8,23 +10,23 @@ from typing import Any
 from ..common.errors import InputError
 
 
-# The part of a foreign name that its hookpoint takes the place of.
+# The part of a foreign name that tells the place in the LM; the hookpoint replaces it.
 _SAYS_WHERE = re.compile(r"^blocks\.|layer|^L?\d+|embedding")
 
 
 @dataclass
 class Place:
     """
-    Where a head lies.
+    One head among the files of a folder or repo.
 
     Args:
-        name (`str`): What its own library calls it: a folder, or a file without its ending; empty at the top.
-        files (`dict[str, str]`): Its files in the repo, by role.
+        name (`str`): The head's name in its own library: a folder, or a file without its ending; empty at the top.
+        files (`dict[str, str]`): The head's files in the repo, by role.
         origin (`str`): The folder or repo.
-        hookpoint (`str`, *optional*): Where it sits, in our words, as far as names of files tell.
-        paths (`dict[str, Path]`): Those of the files that are on this machine.
-        given (`dict[str, Any]`): Fields of the config that the user gave, for what files do not tell.
-        layout (`ModuleType`, *optional*): Whose layout it is; ours if not given.
+        hookpoint (`str`, *optional*): The head's hookpoint, if the names of its files tell it.
+        paths (`dict[str, Path]`): The files that are on this machine, by role.
+        given (`dict[str, Any]`): Fields of the config that the user gave, because no file tells them.
+        layout (`ModuleType`, *optional*): The layout of the files; our own if not given.
     """
 
     name: str
@@ -37,7 +39,10 @@ class Place:
 
     @property
     def label(self) -> str:
-        """Its name here: `<hookpoint>` or `<hookpoint>/<what else its name says>`; its own if that is not known."""
+        """
+        The head's name here: `<hookpoint>`, `<hookpoint>/<rest of its own name>`, or its own name if the hookpoint is
+        not known.
+        """
         if self.hookpoint is None or self.name.split("/")[0] == self.hookpoint:
             return self.name
         parts = self.name.split("/")
@@ -46,10 +51,10 @@ class Place:
 
     def json(self, role: str) -> dict[str, Any]:
         """
-        A JSON file's content.
+        Returns the content of a JSON file.
 
         Raises:
-            `InputError`: if it is none.
+            `InputError`: if the file is not JSON, or does not hold an object.
         """
         path = self.paths[role]
         try:
@@ -57,5 +62,5 @@ class Place:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{str(path)!r} is not JSON: {error}.") from error
         if not isinstance(content, dict):
-            raise InputError(f"{str(path)!r} holds no settings by name.")
+            raise InputError(f"{str(path)!r} does not hold a JSON object.")
         return content

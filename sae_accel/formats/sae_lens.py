@@ -1,4 +1,9 @@
-"""SAELens, before and since version 6: `cfg.json` and `sae_weights.safetensors`."""
+"""
+Reads and writes heads of SAELens, before and since version 6: `cfg.json` and `sae_weights.safetensors`.
+
+The keys of older versions are first translated into the keys of version 6. A scale of the inputs
+(`expected_average_only_in`) is folded into the weights, so that the loaded head reads raw activations.
+"""
 
 import json
 import math
@@ -25,7 +30,7 @@ from .tensor_file import TensorFile, open_tensors
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SCALER_FILE = "activation_scaler.json"
-# Files without a version, or with one before this, are read by rules of the time before.
+# Files without a version, or with an older one, are read by the rules of the time before.
 VERSION = "6.0.0"
 
 _ACTIVATIONS = {
@@ -41,7 +46,7 @@ _ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-# Tensors that only some activations have.
+# Tensors that only heads with some activations have.
 _OF_ACTIVATIONS = {
     "threshold": ("jumprelu", "batchtopk"),
     "log_threshold": ("jumprelu", "batchtopk"),
@@ -60,7 +65,7 @@ _NORMS = {
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     for folder, inside in folders_of(files):
         if {CONFIG_FILE, WEIGHTS_FILE} <= inside.keys():
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
@@ -71,11 +76,12 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
 
 def open_head(place: Place) -> ForeignHead:
     """
-    Reads a head's configuration, and finds its tensors. The average norm of its inputs is folded into them, and so are
-    the norms of its decoder's rows where its latents are weighed by them.
+    Reads a head's configuration, and finds its tensors. The average norm of the inputs is folded into the tensors, and
+    so are the norms of decoder rows if the head weighs its latents by them.
 
     Raises:
-        `InputError`: if a file cannot be read, the two disagree, or there is no such head here.
+        `InputError`: if a file cannot be read, the configuration and the weights disagree, or this kind of head is not
+            known.
     """
     stored = place.json("config")
     keys = _current(stored)
@@ -86,7 +92,7 @@ def open_head(place: Place) -> ForeignHead:
     _check_tensors(file, architecture, is_named="architecture" in stored)
     norm = keys.get("normalize_activations")
     if norm not in _NORMS or (transcoder and norm not in (None, "none")):
-        raise InputError(f"its inputs are normalised by {norm!r}, which is not done here.")
+        raise InputError(f"its inputs are normalised by {norm!r}, which is not supported.")
     scale = _scale(place) if norm == "expected_average_only_in" else 1.0
     metadata = keys["metadata"]
     lm, hooks = metadata.get("model_name"), (metadata.get("hook_name"), metadata.get("hook_name_out"))
@@ -112,15 +118,20 @@ def open_head(place: Place) -> ForeignHead:
 
 def write_head(folder: Path, config: HeadConfig, tensors: dict[str, Tensor]) -> None:
     """
-    Writes a head as SAELens 6 reads it.
+    Writes a head in the layout of SAELens 6.
+
+    Args:
+        folder (`Path`): The folder to write; made if it does not exist.
+        config (`HeadConfig`): The head's config.
+        tensors (`dict[str, torch.Tensor]`): The head's state dict.
 
     Raises:
         `InputError`: if SAELens has no such head.
     """
     keys = config_of(config)
     weights = {
-        "W_enc": tensors["encoder.weight"].t(),
-        "W_dec": tensors["W_dec"],
+        "W_enc": tensors["encoder.weight"].t(),  # (d_in, num_latents)
+        "W_dec": tensors["W_dec"],  # (num_latents, d_out)
         "b_dec": tensors["b_dec"],
     }
     if keys["architecture"] == "gated":
@@ -136,7 +147,7 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, Tensor]) -> 
 
 def config_of(config: HeadConfig) -> dict[str, Any]:
     """
-    The `cfg.json` of a head, for SAELens 6.
+    Returns a head's `cfg.json` for SAELens 6.
 
     Raises:
         `InputError`: if SAELens has no such head.
@@ -193,7 +204,7 @@ def _metadata(config: HeadConfig, transcoder: bool) -> dict[str, Any]:
 
 
 def _current(keys: dict[str, Any]) -> dict[str, Any]:
-    """The keys of any version as those since version 6, with `metadata`."""
+    """Translates the keys of any version into the keys of version 6, with `metadata`."""
     metadata = keys.get("metadata") or {}
     version = keys.get("sae_lens_version") or metadata.get("sae_lens_version")
     if version and int(str(version).split(".")[0]) >= 6:
@@ -203,37 +214,41 @@ def _current(keys: dict[str, Any]) -> dict[str, Any]:
     if activation == "topk" and keys["architecture"] == "standard":
         keys |= {"architecture": "topk", "k": (keys.get("activation_fn_kwargs") or {}).get("k")}
     elif activation not in ("relu", "topk"):
-        raise InputError(f"its activation is {activation!r} of SAELens, which is not done here.")
+        raise InputError(f"its activation is {activation!r} of SAELens, which is not supported.")
     if isinstance(keys.get("normalize_activations"), bool):
         keys["normalize_activations"] = "expected_average_only_in" if keys["normalize_activations"] else "none"
     return keys | {"metadata": metadata | keys}
 
 
 def _scale(place: Place) -> float:
-    """What inputs are multiplied by, `sqrt(d_in)` over their average norm."""
+    """Returns the number that inputs are multiplied by: `sqrt(d_in)` over their average norm."""
     scale = place.given.pop("input_scale", None)
     if scale is None and "scaler" in place.paths:
         scale = place.json("scaler").get("scaling_factor")
     if scale is None:
         raise InputError(
-            "its inputs are multiplied by sqrt(d_in) over their average norm, which its files do not tell. Give that "
-            "number as input_scale, or input_scale=1 for inputs that have been multiplied."
+            "its inputs are multiplied by sqrt(d_in) over their average norm, and its files do not hold this number. "
+            "Give it as input_scale, or give input_scale=1 if your inputs are multiplied already."
         )
     if not 0 < float(scale) < math.inf:
-        raise InputError(f"input_scale is {scale}; it is sqrt(d_in) over the average norm of inputs, above 0.")
+        raise InputError(
+            f"input_scale is {scale}; it must be sqrt(d_in) over the average norm of the inputs, above 0."
+        )
     return float(scale)
 
 
 def _check_tensors(file: TensorFile, architecture: str, is_named: bool) -> None:
-    """Holds weights to an architecture, which is `standard` where a file of before the key existed tells nothing."""
+    """
+    Checks that the weights fit the architecture. Files from before the key `architecture` existed count as `standard`.
+    """
     activation, transcoder = _ACTIVATIONS[architecture], "transcoder" in architecture
     unused = [name for name in file.shapes if activation not in _OF_ACTIVATIONS.get(name, (activation,))]
     unused += ["W_skip"] if "W_skip" in file.shapes and not transcoder else []
     if unused:
         says = f"says {architecture!r}" if is_named else f"names no architecture, for which {architecture!r} is taken"
         raise InputError(
-            f"its {CONFIG_FILE} {says}, but its weights hold {', '.join(sorted(unused))}, which that does not have. "
-            f"Set its architecture to one of {', '.join(_ACTIVATIONS)}."
+            f"its {CONFIG_FILE} {says}, but its weights hold {', '.join(sorted(unused))}, which this architecture "
+            f"does not have. Set its architecture to one of {', '.join(_ACTIVATIONS)}."
         )
 
 
@@ -264,7 +279,7 @@ def _threshold(file: TensorFile) -> Source | Tensor:
 
 
 def _factors(file: TensorFile) -> Tensor | None:
-    """What latents were multiplied by in a fine-tuning of old, if by anything."""
+    """Returns the factor per latent, `(num_latents,)`, that an old kind of fine-tuning left; None if all are 1."""
     factors = file.whole("scaling_factor") if "scaling_factor" in file.shapes else None
     return None if factors is None or torch.allclose(factors, torch.ones_like(factors)) else factors
 
@@ -278,7 +293,7 @@ def _hookpoint(metadata: dict[str, Any], transcoder: bool) -> str | None:
         return None
     if not transcoder:
         return _module(metadata, "hf_hook_name", "hook_name")
-    # A transcoder's own input is its module's, unless it reads another module's output.
+    # A transcoder reads its module's own input, unless it reads another module's output.
     reads_mlp = str(metadata.get("hook_name")).endswith("mlp.hook_in")
     known = _read_module(metadata) or reads_mlp
     return _module(metadata, "hf_hook_name_out", "hook_name_out") if known else None

@@ -1,4 +1,9 @@
-"""EleutherAI's sparsify, in any version of its format since June 2024: `cfg.json` and `sae.safetensors`."""
+"""
+Reads and writes heads of EleutherAI's sparsify: `cfg.json` and `sae.safetensors`.
+
+The format has changed several times since June 2024 without a version number, so the reader tells the variants apart
+by their keys and by the names of their tensors.
+"""
 
 import json
 import re
@@ -25,13 +30,15 @@ _HOOKPOINT = re.compile(r"(layers|h)\.\d+(\.\w+)*|layer_\d+|embed_tokens")
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo. Names are hookpoints, but for those of before July 2024."""
+    """
+    Yields the heads among the files of a folder or repo. Their names are hookpoints, except from before July 2024.
+    """
     for folder, inside in folders_of(files):
         if {CONFIG_FILE, WEIGHTS_FILE} <= inside.keys():
             roles = {"config": inside[CONFIG_FILE], "weights": inside[WEIGHTS_FILE]}
             if folder and RUN_FILE in files:
                 roles["run"] = RUN_FILE
-            # A head's own folder was named, which says where it sits, if it is named like that.
+            # If the path is one head's own folder, the folder's name can be its hookpoint.
             named = folder or (last_part(origin) if _HOOKPOINT.fullmatch(last_part(origin)) else "")
             yield Place(folder, roles, origin, hookpoint=_hookpoint(named))
 
@@ -40,13 +47,13 @@ def open_head(place: Place) -> ForeignHead:
     """
     Reads a head's configuration, and finds its tensors.
 
-    What keys mean where they are absent: no transcoder, no skip connection, `topk`. A file with `signed` selects
-    latents by magnitude and keeps their sign. A file with a skip connection is a transcoder, whatever it says.
-    Transcoders of before February 2025 took `b_dec` from their input, which no file tells: load those with
+    A key that is absent means: no transcoder, no skip connection, `topk`. A file with `signed` selects latents by
+    magnitude and keeps their sign. A file with a skip connection is a transcoder, even if it says otherwise.
+    Transcoders from before February 2025 subtracted `b_dec` from their input, and no file tells this: load these with
     `apply_b_dec_to_input=True`.
 
     Raises:
-        `InputError`: if a file cannot be read, or the two disagree.
+        `InputError`: if a file cannot be read, or the configuration and the weights disagree.
     """
     keys, file = place.json("config"), open_tensors(place.paths["weights"])
     # The oldest files call the encoder W_enc, of shape (d_in, num_latents).
@@ -62,7 +69,7 @@ def open_head(place: Place) -> ForeignHead:
     transcoder = bool(keys.get("transcode") or keys.get("skip_connection"))
     declared = {"d_in": keys.get("d_in"), "num_latents": keys.get("num_latents") or keys.get("d_sae")}
     if not declared["num_latents"] and keys.get("d_in") and keys.get("expansion_factor"):
-        # The files of runs that gave an expansion factor say 0.
+        # Runs that set an expansion factor wrote 0 for num_latents.
         declared["num_latents"] = keys["d_in"] * keys["expansion_factor"]
     fields: dict[str, Any] = {} if transcoder else {"normalize_decoder": keys.get("normalize_decoder", True)}
     if transcoder and "W_skip" not in sources and keys.get("skip_connection"):
@@ -85,7 +92,7 @@ def open_head(place: Place) -> ForeignHead:
 
 def config_of(config: HeadConfig) -> dict[str, Any]:
     """
-    The `cfg.json` of a head, for sparsify 1.3.
+    Returns a head's `cfg.json` for sparsify 1.3.
 
     Raises:
         `InputError`: if sparsify has no such head.
@@ -99,7 +106,7 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
         f"apply_b_dec_to_input {config.apply_b_dec_to_input}": config.apply_b_dec_to_input == transcoder,
     }
     if wrong := [what for what, lacking in lacks.items() if lacking]:
-        raise InputError(f"it has {wrong[0]}, which sparsify's format cannot say.")
+        raise InputError(f"it has {wrong[0]}, which sparsify's format cannot express.")
     return {
         "activation": config.activation,
         "expansion_factor": config.expansion_factor or 0,
@@ -115,7 +122,12 @@ def config_of(config: HeadConfig) -> dict[str, Any]:
 
 def write_head(folder: Path, config: HeadConfig, tensors: dict[str, torch.Tensor]) -> None:
     """
-    Writes a head as sparsify 1.3 reads it.
+    Writes a head in the layout of sparsify 1.3.
+
+    Args:
+        folder (`Path`): The folder to write; made if it does not exist.
+        config (`HeadConfig`): The head's config.
+        tensors (`dict[str, torch.Tensor]`): The head's state dict.
 
     Raises:
         `InputError`: if sparsify has no such head.
@@ -131,6 +143,6 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, torch.Tensor
 def _hookpoint(folder: str) -> str | None:
     first = folder.split("/")[0]
     if match := re.fullmatch(r"layer_(\d+)", first):
-        # These held the inputs of blocks; the first is the embeddings.
+        # These SAEs read the inputs of blocks; the input of the first block is the embeddings.
         return f"layers.{int(match[1]) - 1}" if int(match[1]) else "embed_tokens"
     return first or None

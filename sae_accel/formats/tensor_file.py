@@ -1,3 +1,11 @@
+"""
+Reads single tensors from a file without holding the whole file in memory.
+
+A head of 10 GB must load on a machine with little more memory than that. So a tensor that needs no change is mapped
+from its file, and a tensor that must be transposed or scaled is copied in pieces of 8 MB. Three formats have the same
+interface: safetensors, numpy's `.npz`, and files that torch saved. Nothing in them is ever run as code.
+"""
+
 import errno
 import pickle
 import struct
@@ -17,18 +25,19 @@ from torch import Tensor
 from ..common.errors import InputError, one_line
 
 
-# Of a tensor that is turned or scaled, as much is held twice.
+# Bytes of a piece: a tensor that is transposed or scaled has this much in memory twice.
 _PIECE_BYTES = 8 * 2**20
-# What readers of zip archives, arrays and safetensors say of bytes that are missing or have changed.
+# The errors of readers for bytes that are missing or have changed.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, SafetensorError)
 
 
 def open_tensors(path: str | Path) -> "TensorFile":
     """
-    Opens a file of tensors: safetensors, numpy's `.npz`, or what torch saves.
+    Opens a file of tensors: safetensors, numpy's `.npz`, or a file that torch saved.
 
     Raises:
-        `InputError`: if it holds anything but tensors and plain values, such as objects that would run code.
+        `InputError`: if the file is damaged, or holds anything but tensors and plain values, such as objects that run
+            code.
     """
     kinds = {".safetensors": SafetensorsFile, ".npz": NumpyFile}
     return kinds.get(Path(path).suffix, TorchFile)(Path(path))
@@ -36,13 +45,13 @@ def open_tensors(path: str | Path) -> "TensorFile":
 
 class TensorFile(ABC):
     """
-    Tensors of a file by name. No more of it is in memory than is asked for.
+    The tensors of a file, by name. Only the tensor that is asked for is read.
 
     Args:
         path (`Path`): The file.
 
     Attributes:
-        shapes (`dict[str, tuple[int, ...]]`): Of each tensor.
+        shapes (`dict[str, tuple[int, ...]]`): The shape of each tensor.
     """
 
     def __init__(self, path: Path):
@@ -51,15 +60,16 @@ class TensorFile(ABC):
 
     @abstractmethod
     def whole(self, name: str) -> Tensor:
-        """A tensor as it lies in the file, mapped from there where that can be."""
+        """Returns a tensor as it is in the file, mapped if the format allows it."""
 
     @abstractmethod
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor, some at a time."""
+        """Yields a tensor's rows, some at a time."""
 
     def matrix(self, name: str, transposed: bool = False, factor: float = 1.0) -> Tensor:
         """
-        A copy of a matrix, transposed or multiplied if asked for. Its form in the file is never in memory as well.
+        Returns a copy of a matrix, transposed and multiplied on request. Only a piece of the stored matrix is in
+        memory beside the copy.
         """
         shape, start = self.shapes[name], 0
         out: Tensor | None = None
@@ -81,7 +91,7 @@ class TensorFile(ABC):
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file."""
+    """The tensors of a safetensors file."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -89,19 +99,19 @@ class SafetensorsFile(TensorFile):
             self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
     def whole(self, name: str) -> Tensor:
-        """Mapped."""
+        """Returns a tensor, mapped from the file."""
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Each through a mapping of its own, because pages that were read stay in memory as long as it lives."""
+        """Yields a tensor's rows, each piece through its own mapping, so that the pages that were read are freed."""
         for start, stop in self._bounds(name, 4):
             with safe_open(self.path, framework="pt") as file:
                 yield file.get_slice(name)[start:stop]
 
 
 class NumpyFile(TensorFile):
-    """A `.npz` file."""
+    """The arrays of a `.npz` file."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -116,7 +126,7 @@ class NumpyFile(TensorFile):
                         self._by_columns.add(name)
 
     def whole(self, name: str) -> Tensor:
-        """Read."""
+        """Returns an array, read from the archive into memory."""
         return (
             self.matrix(name)
             if len(self.shapes[name]) == 2
@@ -124,10 +134,10 @@ class NumpyFile(TensorFile):
         )
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """As they come out of the archive."""
+        """Yields an array's rows in the order in which they come out of the archive."""
         shape, dtype = self.shapes[name], self._dtypes[name]
         if not shape or name in self._by_columns:
-            # An array that lies in the file by its columns has no rows to be read one after the other.
+            # An array that is stored by columns cannot be read row by row.
             with _telling_damage(self.path), np.load(self.path, allow_pickle=False) as arrays:
                 whole = np.ascontiguousarray(arrays[name]).reshape(shape)
             yield _tensor(whole)
@@ -151,17 +161,17 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.kind not in "fiu":
-        raise InputError(f"The .npz file holds an array of {dtype}, and numbers are read.")
+        raise InputError(f"The .npz file holds an array of {dtype}; only numbers can be read.")
     return shape, dtype, fortran
 
 
 class TorchFile(TensorFile):
     """
-    What `torch.save` wrote: one dictionary of tensors and plain values. It is unpickled with `weights_only=True`, and
-    never otherwise.
+    The tensors of a file that `torch.save` wrote: one dictionary of tensors and plain values. It is always unpickled
+    with `weights_only=True`.
 
     Attributes:
-        values (`dict[str, Any]`): What is not a tensor.
+        values (`dict[str, Any]`): The entries that are not tensors.
     """
 
     def __init__(self, path: Path):
@@ -176,14 +186,14 @@ class TorchFile(TensorFile):
         self.values = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
 
     def whole(self, name: str) -> Tensor:
-        """Mapped, if the file is of torch 1.6 or later."""
+        """Returns a tensor, mapped if the file is from torch 1.6 or later."""
         self._check()
         return self._load()[name].detach()
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Each through a mapping of its own, because pages that were read stay in memory as long as it lives."""
+        """Yields a tensor's rows, each piece through its own mapping, so that the pages that were read are freed."""
         if not self._can_map:
-            # Every look at such a file reads all of it.
+            # A file from before torch 1.6 is always read as a whole.
             yield self.whole(name)
             return
         self._check()
@@ -191,11 +201,11 @@ class TorchFile(TensorFile):
             yield self._load()[name].detach()[start:stop]
 
     def _check(self) -> None:
-        """Reads the file once against its checksums, which torch writes but does not look at."""
+        """Compares the file once with its checksums, which torch writes but never checks."""
         if self._is_checked:
             return
         with _telling_damage(self.path), zipfile.ZipFile(self.path) as archive:
-            # Where torch was told to compute none, they are 0.
+            # A checksum is 0 if torch was told not to compute it.
             for record in (record for record in archive.infolist() if record.CRC):
                 with archive.open(record) as file:
                     while file.read(_PIECE_BYTES):
@@ -207,13 +217,15 @@ class TorchFile(TensorFile):
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._can_map)
         except (pickle.UnpicklingError, EOFError, LookupError) as error:
             raise InputError(
-                f"{str(self.path)!r} is no file of tensors alone: it is damaged, or holds objects that could run code "
+                f"{str(self.path)!r} does not hold only tensors: it is damaged, or holds objects that could run code "
                 "when they are read. It was not read further."
             ) from error
         except (RuntimeError, struct.error) as error:
             raise _damaged(self.path, error) from error
         if not isinstance(content, dict):
-            raise InputError(f"{str(self.path)!r} holds a {type(content).__name__}, where tensors by name are read.")
+            raise InputError(
+                f"{str(self.path)!r} holds a {type(content).__name__}; only a dictionary of tensors can be read."
+            )
         return content
 
 
@@ -224,7 +236,7 @@ def _telling_damage(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (*_DAMAGE, OSError) as error:
-        # A damaged directory of an archive points before its beginning.
+        # A damaged directory of an archive can point before the file's beginning.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise _damaged(path, error) from error

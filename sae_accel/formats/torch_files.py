@@ -1,4 +1,9 @@
-"""Heads of one file that torch saved, told apart by its tensors: OpenAI's, Goodfire's, Qwen Scope's and the like."""
+"""
+Reads heads that are one file saved by torch: OpenAI's, Goodfire's, Qwen Scope's and files like them.
+
+These files have no configuration, so the names of their tensors tell the library, and the file's path tells the
+hookpoint.
+"""
 
 import re
 from collections.abc import Iterator
@@ -13,13 +18,13 @@ from .place import Place
 from .tensor_file import TorchFile
 
 
-# What a run leaves beside heads.
+# Files that a run leaves beside heads.
 _NOT_HEADS = re.compile(r"(training_state|optimizer|scheduler|lr_scheduler|state|rank_|trainer_state|rng_state)")
 _OPENAI_PLACES = {"resid_post_mlp": "resid_post", "resid_delta_mlp": "mlp_out", "resid_delta_attn": "attn_out"}
 
 
 def find(files: list[str], origin: str) -> Iterator[Place]:
-    """Heads among the files of a folder or repo."""
+    """Yields the heads among the files of a folder or repo."""
     for _, inside in folders_of(files):
         for name, path in inside.items():
             if name.endswith((".pt", ".pth")) and not _NOT_HEADS.match(name):
@@ -31,11 +36,11 @@ def find(files: list[str], origin: str) -> Iterator[Place]:
 
 def open_head(place: Place) -> ForeignHead:
     """
-    Finds a head's tensors. Of OpenAI's those with TopK normalise their input; of the others none takes `b_dec` from
-    it.
+    Finds a head's tensors. OpenAI's TopK heads normalise their input; none of the other libraries' heads subtracts
+    `b_dec` from it.
 
     Raises:
-        `InputError`: if the file cannot be read, its tensors are those of no head, or it does not tell k.
+        `InputError`: if the file cannot be read, its tensors are not those of a known head, or it does not tell k.
     """
     file = TorchFile(Path(place.paths["weights"]))
     names = file.shapes.keys()
@@ -57,11 +62,11 @@ def open_head(place: Place) -> ForeignHead:
     if {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= names:
         sources = _linear("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
         return foreign_head(file, sources, place, k=None, activation="relu", apply_b_dec_to_input=False, **shared)
-    raise InputError(f"{str(file.path)!r} holds the tensors of no head that can be read. It has {names_in(file)}.")
+    raise InputError(f"{str(file.path)!r} holds tensors that fit no known kind of head. It has {names_in(file)}.")
 
 
 def _openai(file: TorchFile, place: Place, shared: dict[str, Any]) -> ForeignHead:
-    """See arXiv:2406.04093, and the repository openai/sparse_autoencoder."""
+    """Finds the tensors of an OpenAI head. See arXiv:2406.04093, and the repository openai/sparse_autoencoder."""
     kind = file.values.get("activation", "ReLU")
     if kind not in ("TopK", "ReLU"):
         raise InputError(f"its activation is {kind!r}; TopK and ReLU can be read.")
@@ -96,7 +101,7 @@ def _linear(weight: str, bias: str, decoder: str, last: str) -> dict[str, Source
 
 
 def _hook(name: str) -> str | None:
-    """The TransformerLens hook that a file's path speaks of."""
+    """Returns the TransformerLens hook that a file's path tells."""
     for place, kind in _OPENAI_PLACES.items():
         if place in name and (layer := number_in(name, r"/(\d+)$")) is not None:
             return f"blocks.{layer}.hook_{kind}"

@@ -1,4 +1,9 @@
-"""Where trained heads come from. A folder, a file or a repo on the Hub comes in; heads by name go out."""
+"""
+The loading room: a folder, a file or a repo on the Hub comes in, and heads by name go out.
+
+`repository` lists and fetches files, `find` names the heads among them, and `head_files` reads one head. `auto` and
+`sae_heads` are the public interface.
+"""
 
 from .auto import AutoSae
 from .repository import Repository

@@ -1,3 +1,10 @@
+"""
+Converts heads from any layout that can be read to ours, sparsify's or SAELens's.
+
+All heads are checked and written into a temporary folder first, and then the folder is moved to its place, so that a
+conversion writes all heads or none.
+"""
+
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,32 +25,40 @@ def convert(
     source: str, target: str | Path, to: str, include: Sequence[str] = (), **told: Any
 ) -> list[tuple[str, HeadConfig]]:
     """
-    Writes heads, in whatever layout they are, in another. All are written, or none.
+    Converts heads to another layout: all of them, or none if one cannot be converted.
 
     Args:
         source (`str`): A folder, a file, or a repo on the Hub.
         target (`str` or `Path`): A folder that does not exist yet, or is empty.
-        to (`str`): `"sparsify"`, `"saelens"`, or `"sae_accel"` for our own.
-        include (`Sequence[str]`): Globs over the names of heads; all if not given.
-        told (*optional*): What files do not tell, and other arguments of [`AutoSae.from_pretrained`].
+        to (`str`): `"sparsify"`, `"saelens"`, or `"sae_accel"` for our own layout.
+        include (`Sequence[str]`): Globs over the names of heads; all heads if not given.
+        told (*optional*): Other arguments of [`AutoSae.from_pretrained`], such as `input_scale`.
 
     Returns:
-        `list[tuple[str, HeadConfig]]`: names, which are those of folders in `target`, and what the heads are.
+        `list[tuple[str, HeadConfig]]`: the name of each head, which is its folder in `target`, and its config.
 
     Raises:
-        `InputError`: if a head cannot be read, has a number that is NaN or infinite, or that layout has no such head;
-            nothing is written then.
+        `InputError`: if a head cannot be read, holds NaN or infinity, or does not exist in the new layout. Nothing is
+            written in this case.
+
+    Examples:
+        ```python
+        from sae_accel.loading.convert import convert
+
+        written = convert("runs/quickstart", "for-saelens", to="saelens", include=["layers.1"])
+        [name for name, config in written]  # ["layers.1"]
+        ```
     """
     if to not in WRITERS:
         raise InputError(f"--to is {to!r}; allowed are {', '.join(WRITERS)}.")
     target = Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(target)!r} is there already. Name a folder that is not, or an empty one.")
+        raise InputError(f"{str(target)!r} is there already. Give a new or an empty folder.")
     heads = AutoSae.open(source, **told)
     if heads.from_cache and not (include and all(name in heads for name in include)):
         raise InputError(
-            f"{source!r} may have heads that are not in the cache: {heads.from_cache}. Try again when it can be, or "
-            f"name heads by --include: {', '.join(heads)}."
+            f"{source!r} may have heads that are not in the cache: {heads.from_cache}. Try again with the Hub, or "
+            f"choose heads in the cache with --include: {', '.join(heads)}."
         )
     heads = heads.select(*include) if include else heads
     check, write = WRITERS[to]
@@ -80,7 +95,7 @@ def _write_ours(folder: Path, config: HeadConfig, head: HeadModel) -> None:
         head.save_pretrained(folder)
 
 
-# By layout: what raises for a head that it does not have, and what writes one.
+# For each layout, a function that raises if the layout has no such head, and a function that writes the head.
 WRITERS = {
     "sparsify": (sparsify.config_of, _from_tensors(sparsify.write_head)),
     "saelens": (sae_lens.config_of, _from_tensors(sae_lens.write_head)),

@@ -1,3 +1,5 @@
+"""Finds the heads in a list of files, from the files' names alone."""
+
 import re
 from collections.abc import Iterator
 
@@ -12,16 +14,19 @@ _INDEX = "model.safetensors.index.json"
 
 def find_heads(files: list[str], origin: str) -> dict[str, Place]:
     """
-    Heads by name, told by the names of files alone.
+    Returns the heads among some files, by name.
 
     Args:
-        files (`list[str]`): All files of a folder or repo, by their paths in it.
+        files (`list[str]`): All files of a folder or repo, as paths inside it.
         origin (`str`): The folder or repo.
+
+    Raises:
+        `InputError`: if one folder holds two heads.
     """
     found = list(_our_places(files, origin))
     for layout in LAYOUTS:
         if layout is torch_files and found:
-            # Beside heads that say what they are, what torch saved is something else.
+            # Beside heads of a known layout, a file that torch saved is not a head.
             break
         taken = {file for place in found for role, file in place.files.items() if role == "weights"}
         for place in layout.find([file for file in files if file not in taken], origin):
@@ -36,7 +41,7 @@ def find_heads(files: list[str], origin: str) -> dict[str, Place]:
 
 
 def newest_checkpoint(files: list[str], origin: str) -> str | None:
-    """The last of a run's checkpoint folders that holds heads."""
+    """Returns the last checkpoint folder of a run that holds heads; None if there is none."""
     inside: dict[str, list[str]] = {}
     for folder, _, file in (path.partition("/") for path in files):
         if re.fullmatch(r"checkpoint-\d+", folder):

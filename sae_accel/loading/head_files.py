@@ -1,3 +1,11 @@
+"""
+Reads one head from files that are on this machine.
+
+Transformers fills a missing tensor with random numbers and only warns, which would give a head that looks loaded. So
+the headers of the weights are compared with the config first, and every error names the head and the folder or repo
+that it is from.
+"""
+
 import json
 import re
 from collections.abc import Iterator
@@ -18,11 +26,11 @@ from ..ops.finite import first_non_finite
 from .repository import Repository
 
 
-# What a user may say of a head that the files of its library do not tell.
+# Fields that a user may give because the files of a head's library do not tell them.
 TELLING = ("apply_b_dec_to_input", "base_model_name_or_path", "encoder_only", "input_scale", "k", "normalize_input")
-# What a damaged file, or one that holds something else than it should, makes a reader run into.
+# Errors that readers run into when a file is damaged or holds something unexpected.
 _BROKEN = (LookupError, TypeError, AttributeError, EOFError, ArithmeticError, AssertionError)
-# What readers raise with words that tell what is wrong.
+# Errors whose message says by itself what is wrong.
 _TELLING = (OSError, ValueError, RuntimeError, ImportError, AssertionError, StrictDataclassError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER = {"W_dec", "W_skip"}
@@ -30,7 +38,7 @@ _DECODER = {"W_dec", "W_skip"}
 
 @contextmanager
 def head_errors(repository: Repository, name: str) -> Iterator[None]:
-    """Says of what cannot be read which head it is."""
+    """Turns errors while a head is read into one-line errors that name the head."""
     where = f"head {name!r} of {repository.name!r}" if name else repr(repository.name)
     try:
         yield
@@ -48,35 +56,36 @@ def head_errors(repository: Repository, name: str) -> Iterator[None]:
 
 def stored_config(place: Place, options: dict[str, Any]) -> HeadConfig:
     """
-    The config of a head whose files are here (of ours, its config alone), with what the user says of it.
+    Returns the config of a head whose files are here, with the fields that the user gave. For our own layout only the
+    config needs to be here.
 
     Raises:
-        `ValueError`: if it is no head's, or what the user says does not fit.
+        `ValueError`: if the config is not a head's, or a field that the user gave does not fit.
     """
     told = {key: value for key, value in options.items() if key in TELLING}
     if place.layout is not None:
         return place.layout.open_head(replace(place, given=told)).config
     if "input_scale" in told:
-        raise ValueError("input_scale was given, which is for heads of SAELens.")
+        raise ValueError("input_scale was given, but only heads of SAELens take it.")
     keys = place.json("config")
     config_class = known_config(keys.get("model_type"))
     if config_class is None:
         raise ValueError(f"it is a {keys.get('model_type')}, not an SAE or transcoder.")
-    # Not by AutoConfig, which asks whether to run the code that an `auto_map` names.
+    # AutoConfig would ask whether to run the code that an `auto_map` names.
     config = config_class.from_pretrained(place.paths["config"].parent)
     return config_class.from_dict(config.to_dict() | told) if told else config
 
 
 def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
     """
-    A head whose files are here.
+    Loads a head whose files are here.
 
     Args:
-        place (`Place`): Where its files are.
-        options (`dict`): Those of transformers, and what the user says of the head.
+        place (`Place`): The head's files.
+        options (`dict`): Options of transformers, and fields of the config that the user gave.
 
     Raises:
-        `ValueError`: if its config and its weights disagree, or an option does not fit.
+        `ValueError`: if config and weights disagree, or an option does not fit.
     """
     if place.layout is None:
         config = stored_config(place, options)
@@ -84,7 +93,7 @@ def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
         options = {key: value for key, value in options.items() if key not in TELLING}
         folder = place.paths["config"].parent
         return model_of(config).from_pretrained(folder, config=config, use_safetensors=True, **options)
-    # As transformers, which takes the older name too.
+    # Transformers takes the older name too.
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
     head = place.layout.open_head(
@@ -98,10 +107,10 @@ def load_head(place: Place, options: dict[str, Any]) -> HeadModel:
 
 def check_weights(place: Place, config: HeadConfig) -> None:
     """
-    Holds the headers of a head's weights to its config; transformers would fill up what is missing.
+    Compares the headers of a head's weights with its config; transformers would fill in a missing tensor.
 
     Raises:
-        `ValueError`: if a tensor is missing, unknown, or of another shape or kind.
+        `ValueError`: if a tensor is missing, unknown, or of another shape or type.
         `SafetensorError`: if a file is damaged.
     """
     with torch.device("meta"):
@@ -124,11 +133,11 @@ def check_weights(place: Place, config: HeadConfig) -> None:
 
 def refuse_non_finite(place: Place, where: str) -> None:
     """
-    Reads a head's weights, one tensor at a time.
+    Checks that a head's weights are finite, one tensor at a time.
 
     Args:
-        place (`Place`): Where its files are.
-        where (`str`): The head, with which the error begins.
+        place (`Place`): The head's files.
+        where (`str`): The head, as the first words of the error.
 
     Raises:
         `InputError`: if a number is NaN or infinite.
@@ -142,7 +151,7 @@ def refuse_non_finite(place: Place, where: str) -> None:
 
 
 def _headers(place: Place, role: str) -> Iterator[tuple[str, tuple[tuple[int, ...], str, str]]]:
-    """Name, shape and type of each tensor in a file."""
+    """Yields the name, shape and type of each tensor in a file, with the file's role."""
     with safe_open(place.paths[role], framework="pt") as file:
         for name in file.keys():
             tensor = file.get_slice(name)
@@ -151,10 +160,10 @@ def _headers(place: Place, role: str) -> Iterator[tuple[str, tuple[tuple[int, ..
 
 def check_devices(device_map: Any) -> None:
     """
-    Before anything is fetched for them.
+    Checks that the devices of a `device_map` exist, before files are fetched for them.
 
     Raises:
-        `ValueError`: if one of the devices is not there.
+        `ValueError`: if one of the devices does not exist.
     """
     for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
         if device in (None, "auto", "balanced", "balanced_low_0", "sequential", "disk"):
@@ -170,18 +179,18 @@ def check_devices(device_map: Any) -> None:
 
 def reason_of(error: BaseException) -> str:
     """
-    Why a model's files cannot be read, in one line.
+    Returns in one line why a model's files cannot be read.
 
     Args:
-        error (`BaseException`): What a reader of them raised. Of a config's checks it is told what they say, and not
-            which of them it was; of an error that says little, its kind.
+        error (`BaseException`): The error of a reader. For a failed check of a config, the line holds the message
+            without the name of the check; for an error with a bare message, it also holds the error's type.
     """
     says_much = isinstance(error, _TELLING)
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     text = one_line(error)
     if isinstance(error, json.JSONDecodeError):
-        return f"one of its files is not the JSON that it should be ({text})."
+        return f"one of its files is not valid JSON ({text})."
     if not says_much:
         return f"its files hold what they should not ({type(error).__name__}: {text})."
     if kinds := re.findall(r"Field '(\w+)' expected (\w+), got (\w+) \(value: (.*?)\)", text):

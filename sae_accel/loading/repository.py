@@ -1,3 +1,11 @@
+"""
+Lists and fetches the files of a local folder or of a repo on the Hub.
+
+The commit of a repo is asked for once, and every file is fetched at this commit, so that heads of one mapping belong
+together even if the repo changes. Each download is compared with the size and the checksum that the Hub states. If the
+Hub cannot be reached, the files from earlier calls in the cache are used, and `from_cache` says so.
+"""
+
 import hashlib
 import os
 from pathlib import Path, PurePosixPath
@@ -14,25 +22,24 @@ from ..common.manifest import Manifest
 from ..common.run_files import NOT_HEADS
 
 
-# Arguments of from_pretrained that say where and how files are found, rather than what becomes of them.
+# Arguments of from_pretrained that say where and how files are found, not how a head is loaded.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class Repository:
     """
-    The files of a local folder or of a repo on the Hub, listed at once and fetched one by one. What is fetched is of
-    the commit that was listed, however the repo changes meanwhile, and has the size and the checksum that the Hub
-    told of it.
+    The files of a local folder or of a repo on the Hub, listed at once and fetched one by one. Every file is fetched
+    at the commit that was listed, and must have the size and the checksum that the Hub states.
 
     Args:
-        name (`str`): A folder, a file in one, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
+        name (`str`): A folder, a file in a folder, or a repo such as `EleutherAI/sae-llama-3-8b-32x`.
         options (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in
             transformers.
 
     Attributes:
-        files (`list[str]`): All that there is, by paths.
-        commit (`str`, *optional*): That of a repo, where the Hub was asked.
-        from_cache (`str`): Why what an earlier call fetched is all that is known; empty where the Hub was asked.
+        files (`list[str]`): All files, as paths inside the folder or repo.
+        commit (`str`, *optional*): The commit of a repo, if the Hub was asked.
+        from_cache (`str`): Why only the files in the cache are known; empty if the Hub was asked.
 
     Raises:
         `InputError`: if there is no such folder or repo, or the Hub refuses or fails, with the reason.
@@ -49,10 +56,11 @@ class Repository:
 
     def fetch(self, file: str) -> str:
         """
-        Path of a file on this machine, after downloading it if need be.
+        Returns the path of a file on this machine, and downloads the file first if necessary.
 
         Raises:
-            `InputError`: if it does not arrive, or twice not as the Hub told of it.
+            `InputError`: if the file does not arrive, or arrives twice with another size or checksum than the Hub
+                states.
         """
         if self.folder is not None:
             return str(self.folder / file)
@@ -72,7 +80,7 @@ class Repository:
             path = read_again(lambda: hf_hub_download(self.name, file, **options | {"force_download": True}))
             wrong = self._differs(file, path)
         if wrong:
-            # Else the next call would find it in the cache.
+            # The next call must not find the wrong file in the cache.
             os.remove(os.path.realpath(path))
             Path(path).unlink(missing_ok=True)
             raise InputError(f"{self.name!r} cannot be read: {file} arrived twice {wrong}. Try again later.")
@@ -80,7 +88,7 @@ class Repository:
         return path
 
     def _at_hand(self, file: str) -> str | None:
-        """Path of a file that an earlier call has fetched, and checked, if it is of this commit."""
+        """Returns the path of a file of this commit that an earlier call has fetched and checked."""
         if self.commit is None or self.options.get("force_download"):
             return None
         path = try_to_load_from_cache(self.name, file, self.options.get("cache_dir"), self.commit)
@@ -90,7 +98,7 @@ class Repository:
         return path
 
     def _differs(self, file: str, path: str) -> str | None:
-        """In which way a file is not what the Hub told of it."""
+        """Returns how a file differs from the Hub's size and checksum; None if it does not."""
         told = self._told.get(file)
         if told is None:
             return None
@@ -103,7 +111,7 @@ class Repository:
         return None if found.hexdigest() == expected else "with another content than the Hub's checksum is of"
 
     def _remember_commit(self) -> None:
-        """Tells the cache which commit a branch is at, as the client does of files that it fetches by a branch."""
+        """Writes the commit of a branch into the cache, as the client does if it fetches by a branch."""
         revision = self.options.get("revision", "main")
         if self.commit is None or COMMIT.fullmatch(revision):
             return
@@ -116,13 +124,13 @@ class Repository:
         if self.folder is not None:
             if self.folder.is_file():
                 file, self.folder = self.folder, self.folder.parent
-                # What describes it lies beside it.
+                # The files that describe the head are beside it.
                 return [file.name, *(path.name for path in self.folder.iterdir() if path.suffix in (".json", ".yaml"))]
             if not self.folder.is_dir():
                 raise InputError(f"There is no folder {self.name!r}.")
             return _of_the_run(self.folder, _list_folder(self.folder))
         if self.options.get("local_files_only"):
-            return self._list_cache("the Hub was not to be asked")
+            return self._list_cache("local_files_only forbids asking the Hub")
         try:
             with hub_errors(self.name), hub_requests(f"listing {self.name!r}"):
                 return self._list_hub()
@@ -136,18 +144,18 @@ class Repository:
         for item in tree:
             if isinstance(item, RepoFile):
                 if not (isinstance(item.path, str) and isinstance(item.size, int) and isinstance(item.blob_id, str)):
-                    raise LookupError("the listing is none of the Hub's")
+                    raise LookupError("the listing does not have the form of the Hub's")
                 self._told[item.path] = item
         return list(self._told)
 
     def _list_cache(self, reason: str) -> list[str]:
-        """Without the Hub, what an earlier call fetched."""
+        """Lists the files that earlier calls fetched, without the Hub."""
         self.from_cache = reason
         options = {key: value for key, value in self.options.items() if key in ("revision", "cache_dir")}
         try:
             return _list_folder(Path(snapshot_download(self.name, local_files_only=True, **options)))
         except (LocalEntryNotFoundError, ValueError) as error:
-            raise InputError(f"{self.name!r} is no local folder, is not in the cache, and {reason}.") from error
+            raise InputError(f"{self.name!r} is not a local folder, is not in the cache, and {reason}.") from error
 
 
 def _as_of_git(size: int) -> "hashlib._Hash":
@@ -159,7 +167,7 @@ def _is_local(name: str) -> bool:
 
 
 def _of_the_run(folder: Path, files: list[str]) -> list[str]:
-    """Of a run's folder, which may hold LMs and other runs too, what is the run's own."""
+    """Returns the files of a run's folder that are the run's own; the folder may also hold LMs and other runs."""
     manifest = Manifest.read(folder)
     if manifest is None:
         return files

@@ -1,3 +1,11 @@
+"""
+A mapping from names to heads, which loads a head when it is first used.
+
+A head has several names: ours (`layers.10`), its name in its own library, and the TransformerLens hook of its
+hookpoint. All of them work. Names are compared with file names first; a config is only fetched if the file names do
+not tell where a head sits.
+"""
+
 import difflib
 import os
 import re
@@ -28,14 +36,16 @@ class HeadNotFound(InputError, KeyError):
 class SaeHeads(Mapping[str, HeadModel]):
     """
     The heads of a folder or repo by name, in natural order (`layers.2` before `layers.10`). A head is fetched and
-    loaded when it is first asked for, and kept. What another library calls it is a name too.
+    loaded when it is first asked for, and kept. The name of a head in its own library works too.
 
     Examples:
         ```python
-        saes = AutoSae.from_pretrained("EleutherAI/sae-llama-3-8b-32x")
-        list(saes)  # names; nothing is loaded
-        saes["layers.10"].encode(hidden_state)
-        saes.select("layers.[0-3]", "layers.*.mlp")  # those heads, as another mapping
+        from sae_accel import AutoSae
+
+        saes = AutoSae.from_pretrained("runs/quickstart")
+        list(saes)  # ["layers.1", "layers.3", "layers.3.mlp"]; no head is loaded
+        saes["layers.1"].encode(hidden)
+        "layers.7" in saes  # False
         ```
     """
 
@@ -53,29 +63,66 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     @property
     def origin(self) -> str:
-        """The folder or repo."""
+        """
+        The folder or repo of the heads.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            AutoSae.from_pretrained("runs/quickstart").origin  # "runs/quickstart"
+            ```
+        """
         return self._repository.name
 
     @property
     def commit(self) -> str | None:
-        """The commit of a repo on the Hub, of which all heads are; None for a folder, or if the Hub was not asked."""
+        """
+        The commit that all heads are from; None for a folder, or if the Hub was not asked.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            AutoSae.from_pretrained("runs/quickstart").commit  # None: a folder
+            ```
+        """
         return self._repository.commit
 
     @property
     def from_cache(self) -> str:
-        """Why there may be heads that are not known here, since the Hub was not asked; empty where all are known."""
+        """
+        Why the repo may have heads that are not in this mapping, because the Hub was not asked; empty if all heads are
+        known.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            AutoSae.from_pretrained("runs/quickstart").from_cache  # "": all heads are known
+            ```
+        """
         return self._repository.from_cache
 
     def select(self, *patterns: str) -> "SaeHeads":
         """
-        The heads whose names match, still to be loaded, in natural order.
+        Returns the heads whose names match, in natural order, without loading them.
 
         Args:
-            patterns (`str`): Globs over names, ours or another library's, or over the hookpoints that they begin with:
-                `*`, `?` and `[012]` stay within one component, `**` crosses dots.
+            patterns (`str`): Globs over names, ours or another library's, or over hookpoints: `*`, `?` and `[012]`
+                stay within one component, `**` crosses dots.
 
         Raises:
             `HeadNotFound`: if a pattern matches nothing.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            list(saes.select("layers.*"))  # ["layers.1", "layers.3"]
+            list(saes.select("layers.[0-2]", "layers.*.mlp"))  # ["layers.1", "layers.3.mlp"]
+            ```
         """
         chosen: dict[str, Place] = {}
         for pattern in patterns:
@@ -90,17 +137,25 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     def load(self, name: str) -> HeadModel:
         """
-        A head, loaded anew and not kept.
+        Loads a head anew and does not keep it, so that its memory is free when you are done.
 
         Raises:
             `InputError`: if there is no such head, or it cannot be read.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            norms = {name: saes.load(name).W_dec.norm(dim=-1) for name in saes}  # one head in memory at a time
+            ```
         """
         name = self._name(name)
         place = self._places[name]
         with head_errors(self._repository, name):
             check_devices(self._options.get("device_map"))
             if place.layout is None:
-                # An LM has files of the same names, and must not be fetched to find that out.
+                # An LM has files of the same names, and its weights must not be fetched to find that out.
                 self._stored_config(place)
             self._fetch(place)
             with quiet_files():
@@ -111,10 +166,18 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     def config(self, name: str) -> HeadConfig:
         """
-        A head's config, without its weights.
+        Returns a head's config, without its weights.
 
         Raises:
-            `InputError`: if there is no such head, or it cannot be read.
+            `InputError`: if there is no such head, or its config cannot be read.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            saes.config("layers.1").num_latents
+            ```
         """
         name = self._name(name)
         place = self._places[name]
@@ -127,31 +190,55 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     def files(self, name: str) -> list[str]:
         """
-        A head's files in the folder or repo.
+        Returns a head's files, as paths in the folder or repo.
 
         Raises:
             `InputError`: if there is no such head.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            saes.files("layers.1")  # ["layers.1/config.json", "layers.1/model.safetensors"]
+            ```
         """
         return list(self._places[self._name(name)].files.values())
 
     def is_ours(self, name: str) -> bool:
         """
-        Whether a head is in our layout.
+        Whether a head is in our own layout.
 
         Raises:
             `InputError`: if there is no such head.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            saes.is_ours("layers.1")  # True
+            ```
         """
         return self._places[self._name(name)].layout is None
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Writes every head in our layout, one folder each, loading one at a time: all, or none.
+        Writes every head in our layout, each into its own folder: all heads, or none. It loads one head at a time.
 
         Args:
-            save_directory (`str` or `Path`): Where; made if it does not exist.
+            save_directory (`str` or `Path`): The folder for the heads; made if it does not exist.
 
         Raises:
             `InputError`: if a head cannot be read.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart").select("layers.1")
+            saes.save_pretrained("copies")  # writes copies/layers.1
+            ```
         """
         target = Path(save_directory).resolve()
         with staging_folder(target) as staging:
@@ -164,19 +251,27 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     def push_to_hub(self, repo_id: str, license: str | None = None, **kwargs: Any) -> Any:
         """
-        Releases every head in our layout, in one commit, with a model card. They are first written to a temporary
+        Releases every head in our layout, in one commit, with a model card. The heads are first written to a temporary
         folder, one at a time.
 
         Args:
-            repo_id (`str`): Where to: `name` or `user/name`.
+            repo_id (`str`): The repo: `name` or `user/name`.
             license (`str`, *optional*): The Hub's identifier of a license, for the card.
-            kwargs (*optional*): `private`, `revision`, `token` and `message`, as of [`Release.push`].
+            kwargs (*optional*): `private`, `revision`, `token` and `message`, as in [`Release.push`].
 
         Returns:
             [`Pushed`].
 
         Raises:
             `InputError`: if a head cannot be read, the Hub refuses, or it cannot be reached.
+
+        Examples:
+            ```python no-run
+            from sae_accel import AutoSae
+
+            saes = AutoSae.from_pretrained("runs/quickstart")
+            saes.select("layers.3", "layers.3.mlp").push_to_hub("user/smollm2-saes", license="apache-2.0")
+            ```
         """
         return push_saved(self.save_pretrained, repo_id, license, **kwargs)
 
@@ -189,12 +284,12 @@ class SaeHeads(Mapping[str, HeadModel]):
         return stored_config(place, self._options)
 
     def _names(self, ours: str) -> tuple[str, ...]:
-        """What a head is called, as far as names of files tell: here, by its own library, and by where it sits."""
+        """Returns a head's names, as far as file names tell: ours, its own library's, and its hookpoint's."""
         hookpoint = ours.split("/")[0]
         return (ours, self._places[ours].name, hookpoint, lens_name(hookpoint) or hookpoint)
 
     def _name(self, name: str) -> str:
-        """The name of a head here, by that, by another library's, or by a hookpoint with no other head."""
+        """Returns our name of a head: from our name, its own library's, or a hookpoint with one head."""
         if name in self._places:
             return name
         for ours, place in self._places.items():
@@ -210,7 +305,7 @@ class SaeHeads(Mapping[str, HeadModel]):
         raise HeadNotFound(f"{self.origin!r} has no head {name!r}. {self._near(name)}")
 
     def _by_config(self, name: str) -> list[str]:
-        """Heads at a hookpoint, or of a hook's name, that only their configurations tell of."""
+        """Returns the heads at a hookpoint, or with a hook's name, that only their configs tell."""
         silent = [ours for ours, place in self._places.items() if place.hookpoint is None and "config" in place.files]
         found = []
         for ours in silent:
@@ -221,11 +316,11 @@ class SaeHeads(Mapping[str, HeadModel]):
 
     def _near(self, name: str) -> str:
         if list(self._places) == [""]:
-            return "Its only head lies at the top: leave hookpoint out."
+            return "Its only head is at the top: leave hookpoint out."
         near = [ours for inner in inner_names(name) for ours in self if inner in self._names(ours)]
         near += [ours for ours in self if ours.split("/")[0].endswith(f".{name}")]
         near = near[:4] or difflib.get_close_matches(name, self._places, n=4, cutoff=0.4) or list(self._places)[:4]
-        cached = " The Hub could not be asked, so only what is in the cache was looked at."
+        cached = " The Hub was not asked, so only the heads in the cache are known."
         return f"Near names: {', '.join(near)}.{cached if self._repository.from_cache else ''}"
 
     def __contains__(self, name: object) -> bool:
@@ -246,12 +341,12 @@ class SaeHeads(Mapping[str, HeadModel]):
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers in names by their value."""
+    """Returns a key that sorts names by the value of the numbers in them: `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _complete(config: HeadConfig, name: str, place: Place) -> None:
-    """What names tell of where a head sits, where its files do not."""
+    """Adds to a config what the names of files tell about a head's hookpoint, where its files do not."""
     if place.layout is None and config.hookpoint is None and name:
         config.hookpoint = name.split("/")[0]
     if place.layout is not None and config.hookpoint is None:
@@ -261,7 +356,7 @@ def _complete(config: HeadConfig, name: str, place: Place) -> None:
 
 
 def _replace_head(source: Path, target: Path) -> None:
-    """Moves a head's files, and takes away the weights that an earlier one left, which would be read instead."""
+    """Moves a head's files, and removes older weights of other names, which would be read instead."""
     target.mkdir(parents=True, exist_ok=True)
     files = [path for path in source.iterdir() if path.is_file()]
     for old in {*target.glob("model*.safetensors*")} - {target / file.name for file in files}:

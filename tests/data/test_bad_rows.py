@@ -32,22 +32,22 @@ BAD_IDS = {
     "null": "whose input_ids are null",
     "7": "whose input_ids are a number, not a list",
     '"w1"': "whose input_ids are text, not a list",
-    "[1, null]": "whose input_ids hold null, not whole numbers alone",
-    "[1, 2.5]": "whose input_ids hold a number with a point, not whole numbers alone",
-    "[true, 1]": "whose input_ids hold true or false, not whole numbers alone",
-    '["w1"]': "whose input_ids hold text, not whole numbers alone",
-    "[[1]]": "whose input_ids hold a list, not whole numbers alone",
+    "[1, null]": "whose input_ids hold null, not only whole numbers",
+    "[1, 2.5]": "whose input_ids hold a number with a point, not only whole numbers",
+    "[true, 1]": "whose input_ids hold true or false, not only whole numbers",
+    '["w1"]': "whose input_ids hold text, not only whole numbers",
+    "[[1]]": "whose input_ids hold a list, not only whole numbers",
     "[1, -1]": f"whose input_ids go from -1 to 1, but the LM knows {VOCAB} ids",
     f"[0, {VOCAB}]": f"whose input_ids go from 0 to {VOCAB}, but the LM knows {VOCAB} ids",
-    str([2**80]): "whose input_ids hold what is no id of any LM",
+    str([2**80]): "whose input_ids hold a number of more than 64 bits",
 }
 BAD_MASKS = {
     "null": "whose attention_mask is null",
     "1": "whose attention_mask is a number, not a list",
     "[1, 1, 1]": "which has 4 input_ids, but an attention_mask of 3",
-    "[1, 1, 1, 2]": "whose attention_mask holds something else than 0 and 1",
-    "[1, 1, 1, null]": "whose attention_mask holds something else than 0 and 1",
-    "[1, 1, 0.5, 1]": "whose attention_mask holds something else than 0 and 1",
+    "[1, 1, 1, 2]": "whose attention_mask holds values other than 0 and 1",
+    "[1, 1, 1, null]": "whose attention_mask holds values other than 0 and 1",
+    "[1, 1, 0.5, 1]": "whose attention_mask holds values other than 0 and 1",
 }
 
 
@@ -131,7 +131,7 @@ def test_a_text_that_is_none_is_left_out(value, words, streaming, capsys):
 def test_a_row_without_a_text_is_left_out(row, streaming, capsys):
     rows = text_rows()
     rows[AT] = row
-    words = "whose text is null" if row.startswith("{") else "which is no JSON object"
+    words = "whose text is null" if row.startswith("{") else "which is not a JSON object"
     check(write(rows), packed(blocks(AT)), words, streaming, capsys)
 
 
@@ -238,7 +238,7 @@ def test_a_line_that_is_no_json_is_named_with_its_file(streaming):
     rows = text_rows()
     rows[AT] = '{"text": "w1'
     write(text_rows(), "a.jsonl"), write(rows, "b.jsonl")
-    with pytest.raises(InputError, match=rf"b.jsonl: line {AT + 1} is no JSON") as raised:
+    with pytest.raises(InputError, match=rf"b.jsonl: line {AT + 1} is not JSON") as raised:
         list(read("*.jsonl", streaming=streaming))
     assert "\n" not in str(raised.value)
 

@@ -181,7 +181,7 @@ def test_what_is_no_data_is_left_out_by_name(path, beside, streaming, capsys):
 def test_an_empty_file_is_left_out_by_name(name, capsys):
     write("d/a.jsonl", lines()), write(f"d/{name}", b"")
     assert sequences("d/*") == sequences("d") == pieces()
-    assert f"without {name}, left out as no data" in capsys.readouterr().err
+    assert f"without {name}, left out because they hold no data" in capsys.readouterr().err
 
 
 def test_pictures_beside_texts_are_left_out_by_name_and_a_readme_among_texts_is_one(capsys):
@@ -213,10 +213,10 @@ def test_several_kinds_are_refused_by_name(path, one, other, words):
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.txt", "UTF-16", "holds UTF-16, which data.load_args: {encoding: NAME} reads"),
-        ("a.txt", "NUL", "holds bytes that are no UTF-8"),
-        ("a.txt", "Latin-1", "holds bytes that are no UTF-8"),
-        ("a.jsonl", "words", "does not hold objects of JSON"),
+        ("a.txt", "UTF-16", r"holds UTF-16 \(set --data.load_args.encoding NAME\)"),
+        ("a.txt", "NUL", "holds bytes that are not UTF-8"),
+        ("a.txt", "Latin-1", "holds bytes that are not UTF-8"),
+        ("a.jsonl", "words", "does not hold JSON objects"),
         ("a.parquet", "words", "does not hold Parquet"),
         ("a.arrow", "zeros", "does not hold Arrow"),
         ("a.txt", "zip", "is a zip archive"),
@@ -241,14 +241,14 @@ def test_a_compression_that_is_cut_off_is_refused_by_name(streaming):
 def test_a_compression_whose_package_is_missing_is_refused_with_its_name(monkeypatch):
     monkeypatch.setattr("sae_accel.data.file_kinds.find_spec", lambda name: None)
     write("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20))
-    with pytest.raises(InputError, match="is compressed by zstd, which needs the package zstandard"):
+    with pytest.raises(InputError, match="is compressed with zstd, which needs the package zstandard"):
         sequences("a.jsonl.zst")
 
 
 def test_a_stream_of_text_that_hides_its_compression_is_refused_with_what_to_do():
     write("a.txt", gzip.compress(TEXTS[0].encode()))
     assert sequences("a.txt") == pieces(ids_by_hand(TEXTS[:1]))
-    with pytest.raises(InputError, match="'a.txt' is compressed by gzip, which a stream sees by the ending alone"):
+    with pytest.raises(InputError, match="'a.txt' is compressed with gzip, and a stream knows that only"):
         sequences("a.txt", streaming=True)
 
 
@@ -279,7 +279,8 @@ def test_a_folder_whose_files_are_named_for_splits_is_read_by_split(streaming, c
     write("d/train.txt", TEXTS[0].encode()), write("d/test.txt", TEXTS[1].encode()), write("d/more.txt", b"w1 w2")
     assert sequences("d", streaming=streaming) == pieces(ids_by_hand(TEXTS[:1]))
     assert sequences("d", split="test", streaming=streaming) == pieces(ids_by_hand(TEXTS[1:2]))
-    assert "without more.txt, left out since others are named for the splits train, test" in capsys.readouterr().err
+    reason = "because other files are named for the splits train, test"
+    assert f"without more.txt, left out {reason}" in capsys.readouterr().err
 
 
 CARD = b"---\nconfigs:\n- {config_name: default, data_files: [{split: train, path: b.txt}]}\n---\n"
@@ -310,7 +311,7 @@ def test_ids_are_read_from_a_file_in_capitals_and_are_no_data_of_a_folder():
     write("d/IDS.BIN", b"".join(bytes([one, 0]) for one in ids))
     assert sequences("d/IDS.BIN") == [list(range(i, i + 12)) for i in range(0, 48, 12)]
     for path in ("d", "d/*.BIN"):
-        with pytest.raises(InputError, match="IDS.BIN' holds token ids. Such a file is named by itself"):
+        with pytest.raises(InputError, match="IDS.BIN' holds token ids. Set data.path to this one file"):
             sequences(path)
 
 
@@ -331,7 +332,7 @@ def test_an_empty_file_alone_is_refused(name, content):
 
 
 def test_lines_of_json_that_are_no_objects_are_refused():
-    with pytest.raises(InputError, match="does not hold objects of JSON"):
+    with pytest.raises(InputError, match="does not hold JSON objects"):
         sequences(write("a.jsonl", b'"w1 w2"\n"w3"\n'))
 
 

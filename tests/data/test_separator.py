@@ -46,10 +46,10 @@ def test_documents_are_parted_by_eos_or_else_by_sep_or_as_is_asked(tmp_path, spe
     ("separator", "message"),
     [
         (None, "data.separator: the tokenizer has no EOS token .* and no SEP token"),
-        ("w77", "data.separator: 'w77' is no token of the tokenizer. Did you mean w7"),
-        ("<sep>", "data.separator: '<sep>' is no token of the tokenizer"),
-        (VOCAB, f"data.separator: the id {VOCAB} is none of the {VOCAB} that are known"),
-        (-1, "data.separator: the id -1 is none"),
+        ("w77", "data.separator: 'w77' is not a token of the tokenizer. Did you mean w7"),
+        ("<sep>", "data.separator: '<sep>' is not a token of the tokenizer"),
+        (VOCAB, f"data.separator: the id {VOCAB} is not one of the {VOCAB} ids that are known"),
+        (-1, "data.separator: the id -1 is not one"),
     ],
 )
 def test_a_separator_that_is_none_is_refused(separator, message):
@@ -61,7 +61,7 @@ def test_a_separator_that_is_none_is_refused(separator, message):
 def test_a_separator_that_the_lm_does_not_know_is_refused(tmp_path):
     Dataset.from_dict({"text": ["w1 w2"] * 20}).save_to_disk(tmp_path / "saved")
     arguments = DataArguments(path=str(tmp_path / "saved"), ctx_len=4, separator="w40")
-    with pytest.raises(InputError, match="data.separator: the id 43 is none of the 40"):
+    with pytest.raises(InputError, match="data.separator: the id 43 is not one of the 40"):
         load_tokens(arguments, make_tokenizer(), vocab_size=40)
 
 

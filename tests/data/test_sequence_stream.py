@@ -119,7 +119,7 @@ def test_data_that_has_changed_is_refused(opened):
     write()
     after = open_it()
     after.counts.extend(before.counts)
-    with pytest.raises(InputError, match="documents from 45 on gave 3 sequences and give 7. Restore it"):
+    with pytest.raises(InputError, match="documents from 45 on gave 3 sequences and now give 7. Restore the data"):
         list(after)
 
 

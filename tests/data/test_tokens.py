@@ -492,14 +492,14 @@ def test_width_of_ids_follows_the_vocabulary_unless_set(tmp_path, vocab_size, to
 def test_ids_of_another_width_are_refused_with_what_to_set(tmp_path, vocab_size, written, read):
     ids = np.random.default_rng(0).integers(0, min(vocab_size, 2**16) if written == "uint16" else vocab_size, 5000)
     path = write_ids(tmp_path, ids, written)
-    with pytest.raises(InputError, match=f"read as {read}.* Set data.token_dtype: {written}."):
+    with pytest.raises(InputError, match=f"read as {read}.* Set --data.token_dtype {written}."):
         load(path, vocab_size=vocab_size, token_dtype=read)
     assert load(path, vocab_size=vocab_size, token_dtype=written)[0]
 
 
 def test_file_of_half_an_id_is_refused(tmp_path):
     (tmp_path / "ids.bin").write_bytes(bytes(102))
-    with pytest.raises(InputError, match="102 bytes, which is no whole number of ids of uint32"):
+    with pytest.raises(InputError, match="102 bytes, which is not a whole number of ids of uint32"):
         load(tmp_path / "ids.bin", token_dtype="uint32")
 
 

@@ -449,7 +449,7 @@ def test_folders_around_a_repo_have_no_say_in_what_it_is(tmp_path, w):
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, b"\x80\x02}q\x00"])
 def test_torch_files_of_nothing_are_one_line(tmp_path, content):
     (tmp_path / "8.pt").write_bytes(content)
-    with pytest.raises(InputError, match="is no file of tensors alone") as error:
+    with pytest.raises(InputError, match="does not hold only tensors") as error:
         AutoSae.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -103,13 +103,13 @@ def test_latents_that_are_weighed_by_their_decoder_rows(tmp_path, architecture):
 
 def test_the_average_norm_of_inputs_is_folded_into_the_weights(tmp_path):
     sae = _peer(tmp_path, "standard", normalize_activations="expected_average_only_in")
-    with pytest.raises(InputError, match="Give that number as input_scale"):
+    with pytest.raises(InputError, match="Give it as input_scale"):
         AutoSae.from_pretrained(tmp_path)
     given = AutoSae.from_pretrained(tmp_path, input_scale=0.3)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.3}')
     found = AutoSae.from_pretrained(tmp_path)
     for wrong in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=f"input_scale is {wrong}; it is .* above 0"):
+        with pytest.raises(InputError, match=f"input_scale is {wrong}; it must be .* above 0"):
             AutoSae.from_pretrained(tmp_path, input_scale=wrong)
     sae.fold_activation_norm_scaling_factor(0.3)
     for head in (given, found):

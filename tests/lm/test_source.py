@@ -52,7 +52,7 @@ def refusal(words, capsys) -> str:
         (without("model.safetensors"), "no file named model.safetensors"),
         (with_text("config.json", ""), "not a valid JSON"),
         (with_text("config.json", "null"), "hold what they should not"),
-        (with_text("tokenizer.json", "{"), "not the JSON that it should be"),
+        (with_text("tokenizer.json", "{"), "not valid JSON"),
         (with_text("tokenizer.json", "[]"), "hold what they should not"),
         (with_text("tokenizer_config.json", "[]"), "hold what they should not"),
         (config_with(model_type="nonsense"), "nonsense"),
@@ -63,7 +63,7 @@ def refusal(words, capsys) -> str:
         (config_with(hidden_act="nope"), "nope"),
         (config_with(_attn_implementation="somebody/kernel"), "has code of 'somebody/kernel' run"),
         (half_of("model.safetensors"), "incomplete metadata"),
-        (half_of("tokenizer.json"), "not the JSON that it should be"),
+        (half_of("tokenizer.json"), "not valid JSON"),
     ],
 )
 def test_a_folder_without_what_an_lm_has_is_one_line(place, tmp_path, capsys, edit, says):
@@ -98,7 +98,7 @@ def test_what_is_no_lm_is_told_for_what_it_is(place, tmp_path, capsys, name, say
         (without("adapter_config.json"), "has no adapter_config.json"),
         (without("adapter_model.safetensors"), "neither adapter_model.safetensors nor"),
         (half_of("adapter_model.safetensors"), "incomplete metadata"),
-        (with_text("adapter_config.json", ""), "not the JSON"),
+        (with_text("adapter_config.json", ""), "not valid JSON"),
         (with_text("adapter_config.json", '{"peft_type": "NOPE"}'), "NOPE"),
         (with_text("adapter_config.json", '{"peft_type": "LORA", "target_modules": "(("}'), "unterminated"),
         (with_text("adapter_config.json", '{"peft_type": "LORA", "r": "x"}'), "hold what they should not"),

@@ -114,7 +114,7 @@ def test_a_head_without_a_decoder_needs_none(tmp_path):
         ({"k": 0}, "cannot be loaded: k is 0, but"),
         ({"k": "4"}, "cannot be loaded: k is '4', a str; allowed is int or null."),
         ({"normalize_input": "bad"}, "cannot be loaded: normalize_input is 'bad'; allowed are"),
-        ({"input_scale": 2.0}, "which is for heads of SAELens"),
+        ({"input_scale": 2.0}, "but only heads of SAELens take it"),
         ({"device_map": "cuda:77"}, "device_map is 'cuda:77', but there is no such device here"),
     ],
 )

@@ -109,7 +109,7 @@ def broken_line(folder: Path) -> tuple[Path, str]:
     path = write(folder / "b.jsonl", texts())
     lines = path.read_text().split("\n")
     path.write_text("\n".join([*lines[:120], lines[120][:40], *lines[121:]]))
-    return path, f"{path}: line 121 is no JSON"
+    return path, f"{path}: line 121 is not JSON"
 
 
 def broken_parquet(folder: Path) -> tuple[Path, str]:
@@ -150,7 +150,7 @@ def test_on_two_processes_bad_rows_are_counted_together_and_all_stop_at_once(pla
     }
     words = {name: {"words": command_words(place, tmp_path / name, **changes)} for name, changes in made.items()}
     found, said = run_together(2, words, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    first = "row 1300 of those that process 0 reads"
+    first = "row 1300 of the rows that process 0 reads"
     for name in ("whole", "resumed"):
         assert [one["left_out"] for one in found[name]] == [[4000, 2, first, "whose text is null"]] * 2
     assert found["one_file"][0]["left_out"] == [2000, 1, "row 1300", "whose text is null"]
