@@ -94,7 +94,7 @@ FIELDS: dict[str, Check] = {
     ),
     "model.trust_remote_code": Shows(
         lambda run: (run.refusal, type(run.lm).__name__, "Louder runs." in run.out),
-        {None: (Says("model.trust_remote_code: true alone"), "NoneType", False), "true": (None, "LouderModel", True)},
+        {None: (Says("--model.trust_remote_code true"), "NoneType", False), "true": (None, "LouderModel", True)},
         {"model.name_or_path": "louder"},
     ),
     "data.path": Shows(

@@ -189,7 +189,7 @@ def test_a_push_that_is_cut_off_changes_nothing_and_goes_on_when_run_again(hub, 
     assert _push(run, "user/saes") == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("sae_accel: 'user/saes' cannot be pushed to: Error while uploading 'layers.2/model.safe")
-    assert "disconnected" in line and line.endswith("Push again to go on: what has arrived is not sent twice.")
+    assert "disconnected" in line and line.endswith("Push again to go on: no file that has arrived is sent twice.")
     assert not _messages(hub, "user/saes") and list(hub.files("user/saes")) == [".gitattributes"]
     arrived = set(hub.repo("user/saes").objects)
     assert len(arrived) >= 2 and lost not in arrived

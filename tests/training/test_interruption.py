@@ -181,5 +181,5 @@ def test_a_push_that_is_stopped_tells_what_is_saved_and_what_goes_on(place, tmp_
     )
     assert status == 129
     assert lines_of_ours(said) == [
-        "sae_accel: Stopped by SIGHUP. Push again to go on: what has arrived is not sent twice."
+        "sae_accel: Stopped by SIGHUP. Push again to go on: no file that has arrived is sent twice."
     ]
