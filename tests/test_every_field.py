@@ -345,7 +345,7 @@ FIELDS: dict[str, Check] = {
     "training.hub_timeout": both(
         Shows(
             "refusal",
-            {None: None, "1e-9": Says("the push was left after training.hub_timeout = 1e-09 s")},
+            {None: None, "1e-9": Says("the push was stopped after training.hub_timeout = 1e-09 s")},
             PUSH | {"training.hub_strategy": "end"},
         ),
         Shows("refusal", {"5": Says("training.hub_timeout: nothing is pushed")}),

@@ -131,7 +131,7 @@ class _Patience:
         self._failed.clear()
 
     def check(self, task: str) -> None:
-        """Raises if the Hub failed during a task. Prints a line if the cache was used, as the Hub could not be reached."""
+        """Raises if the Hub failed during a task. Prints a line if the cache was used, since no Hub was reached."""
         for failure in list(self._failed.values()):
             if isinstance(failure, HubFailed):
                 raise failure

@@ -1,3 +1,7 @@
+"""
+Turns the errors of a push into one line that names the repo, the reason and the way out.
+"""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

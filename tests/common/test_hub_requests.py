@@ -307,7 +307,7 @@ def test_the_last_push_ends_in_time_with_how_to_push_by_hand(hub, tmp_path, caps
     began = time.monotonic()
     line = _line(trainer.train)
     assert time.monotonic() - began < 60 and "training.hub_timeout = 0.7 s" in line
-    assert f"python -m sae_accel.push {tmp_path / 'saes'} {NAME} pushes them" in line
+    assert f"To push them: python -m sae_accel.push {tmp_path / 'saes'} {NAME}" in line
     assert len(AutoSae.open(tmp_path / "saes")) == 2
 
 
