@@ -21,7 +21,7 @@ SNIPPETS = dict(re.findall(r"<!-- snippet: (\w+) -->\n```python\n(.*?)```", READ
 
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
-    """The models, data and SAEs that the README names, as tiny folders of the same names."""
+    """Tiny folders with the names of the models, data and SAEs in the README."""
     monkeypatch.chdir(tmp_path)
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(90)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -39,7 +39,7 @@ def small_world(tmp_path, monkeypatch):
 
 
 def test_the_snippet_that_trains_runs(small_world):
-    # Only the sizes shrink: two steps of short sequences.
+    # The snippet runs with smaller sizes: two steps of short sequences.
     code = SNIPPETS["train"].replace("ctx_len=2048", "ctx_len=64")
     code = code.replace(
         "per_device_train_batch_size=16", 'per_device_train_batch_size=16, max_steps=2, report_to="none"'
