@@ -49,7 +49,7 @@ class Says(str):
 
 
 class Shows(NamedTuple):
-    """A check: `look` reads a run, `found` has the expected result per value of the field, `beside` sets other fields."""
+    """A check: `look` reads a run, `found` has the expected result per value, and `beside` sets other fields."""
 
     look: str | Callable[[Run], Any]
     found: dict[Any, Any]

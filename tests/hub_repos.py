@@ -55,7 +55,7 @@ class File:
         return self.sha256 if self.lfs else self.blob_id
 
     def about(self, id_name: str, digest_name: str) -> dict[str, Any]:
-        """The file's sizes and ids. The names of git's id and of a large file's digest differ between the Hub's answers."""
+        """The file's sizes and ids. The Hub's answers differ in their names for git's id and a large file's digest."""
         size = {"size": len(self.content)}
         lfs = {"lfs": {digest_name: self.sha256, "pointerSize": len(self.pointer)} | size} if self.lfs else {}
         return {id_name: self.blob_id} | size | lfs
