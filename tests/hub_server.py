@@ -354,7 +354,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._writable(name).branch(branch, json.loads(self.body or "{}").get("startingPoint", "main"))
         self._json({})
 
-    # What a revision holds.
+    # The content of a revision.
 
     @_route("GET", f"{_MODEL}/tree/([^/]+)(?:/(.+))?")
     def _tree(self, name: str, revision: str, folder: str) -> None:

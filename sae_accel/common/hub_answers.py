@@ -2,8 +2,8 @@
 Turns a refusal of the Hub into a clause that a user understands.
 
 The Hub's client raises errors of many types, often one inside another, with long messages. `answer_behind` finds the
-error that holds the Hub's answer, and `clause` says in plain words what it means. A caller puts its own begin and
-advice around the clause, so that the user reads one line.
+error that holds the Hub's answer, and `clause` says in plain words what it means. A caller puts its own beginning
+and advice around the clause, so that the user reads one line.
 """
 
 import json

@@ -21,4 +21,4 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. --help shows what {self.prog} takes.")
+        raise InputError(f"{message}. `{self.prog} --help` lists the options.")

@@ -132,7 +132,7 @@ class Reports:
             self._show(error)
             return f"{reason}. This is a defect of sae_accel; the report is above."
         if isinstance(error, OSError) and error.errno in _MACHINES and error.filename is not None:
-            return f"{str(error.filename)!r} cannot be used: {error.strerror}. {DEBUG} shows what needed it."
+            return f"{str(error.filename)!r} cannot be used: {error.strerror}. {DEBUG} shows which step needed it."
         path = self._write(error)
         if path is None:
             self._show(error)

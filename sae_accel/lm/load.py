@@ -71,7 +71,7 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
         if with_lm_head:
             _check_predicts(config, arguments)
         adapter = _adapter(arguments)
-        # Without values no token can be sent to an expert, so every expert is run on all tokens.
+        # The choice of an expert's tokens needs values, which the meta device lacks, so experts run on whole batches.
         experts = {"experts_implementation": "batched_mm"} if hasattr(config, "_experts_implementation") else {}
         with torch.device("meta"):
             model = _auto_class(config, adapter, with_lm_head).from_config(

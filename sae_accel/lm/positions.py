@@ -93,7 +93,7 @@ def _looked_up(base_model: PreTrainedModel, stated: int) -> int | None:
         return None
     with _Lookups(stated) as lookups:
         runs_beyond = _runs(base_model, stated + _BEYOND)
-    # An LM that cuts one row per token from its table fails here: the cut is too short.
+    # An LM that slices one row per token from its table fails on the longer sequence: the slice is too short.
     cut = not runs_beyond and (_runs(base_model, stated) or _has_table(base_model, stated))
     return min([*lookups.found, *([stated] if cut else [])], default=None)
 
