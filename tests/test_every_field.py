@@ -81,7 +81,7 @@ FIELDS: dict[str, Check] = {
     "model.gguf_file": both(
         Shows(
             "refusal",
-            {None: Says("Name its 'lm.gguf' as model.gguf_file"), "none.gguf": Says("a file named none.gguf")},
+            {None: Says("Set --model.gguf_file lm.gguf"), "none.gguf": Says("a file named none.gguf")},
             {"model.name_or_path": "gguf"},
         ),
         Shows(

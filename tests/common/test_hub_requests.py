@@ -157,7 +157,7 @@ def test_a_hub_that_does_not_answer_is_told_of_and_left(hub, released, tmp_path,
     hub.mend()
     hub.stall("/commit/", times=100)
     line = _line(Release(released, "user/other").push)
-    assert "'user/other' cannot be pushed to: the Hub was asked for POST " in line and line.endswith("not sent twice.")
+    assert "'user/other' cannot be pushed to: the Hub was asked for POST " in line and line.endswith("is sent twice.")
     assert "Still pushing to 'user/other'" in capsys.readouterr().err
 
 
