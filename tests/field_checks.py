@@ -1,4 +1,4 @@
-"""What to look at in runs that differ in one field, and checks of the fields for which one look is not enough."""
+"""Checks of single fields of a recipe: runs that differ in one field must differ as the field's help says."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tiny import assert_equal, tiny_llama
 
 Check = Callable[[str, Runs], None]
 EVERY_STEP = {"training.logging_steps": 1}
-# With so small a learning rate what is saved is what the run began with.
+# The learning rate is so small that the saved weights are the initial ones.
 STILL = {"training.learning_rate": 1e-12}
 COUNTING = {"data.path": "counting.bin"}
 IN_ORDER = COUNTING | {"data.shuffle_seed": "null"}
@@ -32,7 +32,7 @@ CONSTANT = {"training.lr_scheduler_type": "constant"}
 LORA = {"training.loss": "ce", "lora.train_heads": "true"} | ONE_HEAD
 LOGS = {"training.report_to": "tensorboard"}
 PUSH = {"training.push_to_hub": "true"}
-# Sizes that show in a table in GB.
+# Sizes large enough to show in a table in GB.
 PLANNED = {"dry-run": 2, "model.name_or_path": "large", "heads.expansion_factor": 32}
 ON_DISK = (
     "{embed_tokens: cpu, layers.0: cpu, layers.1: disk, layers.2: cpu, layers.3: cpu, norm: cpu, rotary_emb: cpu}"
@@ -40,7 +40,7 @@ ON_DISK = (
 
 
 class Says(str):
-    """Equals every text that it is a part of."""
+    """A text that equals every text which contains it."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, str) and str(self) in str(other)
@@ -49,7 +49,7 @@ class Says(str):
 
 
 class Shows(NamedTuple):
-    """What to look at in a run (or its name there), what is found by value of the field, and what else is set."""
+    """A check: `look` reads a run, `found` has the expected result per value, and `beside` sets other fields."""
 
     look: str | Callable[[Run], Any]
     found: dict[Any, Any]
@@ -63,18 +63,18 @@ class Shows(NamedTuple):
 
 
 def both(*checks: Check) -> Check:
-    """A check of several parts."""
+    """A check that runs several checks."""
     return lambda field, runs: [check(field, runs) for check in checks] and None
 
 
 def place(run: Run) -> str:
-    """Where a layer's weights lie after the run; those on disk are nowhere."""
+    """The device of a layer's weights after the run; `meta` if they lie on disk."""
     return run.lm.layers[1].mlp.up_proj.weight.device.type
 
 
 def is_never_saved(field: str, runs: Runs) -> None:
     run = runs({field: "hf_secret", "model.name_or_path": "owner/lm"})
-    # The tokenizer of transformers asks for a list of files without its token.
+    # The tokenizer of transformers lists files without the token, so only the fetches count.
     fetched = zip(run.requests, run.headers, strict=True)
     assert {headers["authorization"] for line, headers in fetched if "/resolve/" in line} == {"Bearer hf_secret"}
     saved = read_folder(run.folder)
@@ -107,7 +107,7 @@ def selects(field: str, runs: Runs) -> None:
     assert chosen["topk"].top_indices.shape == (64, 4) and (groups["groupmax"] == torch.arange(4)).all()
     assert not (groups["topk"] == torch.arange(4)).all()
     assert len(counts["batchtopk"]) > 3 and len(counts["jumprelu"]) > 3
-    # One threshold for all latents, and one of each latent's own.
+    # batchtopk has one threshold for all latents, jumprelu one per latent.
     thresholds = {name: len(kinds[name].weights()["threshold"].unique()) for name in ("batchtopk", "jumprelu")}
     assert thresholds["batchtopk"] == 1 < thresholds["jumprelu"]
     assert kinds["batchtopk"].log("train/l0/layers.1") == [approx(4)]
@@ -124,7 +124,7 @@ def draws_initial_weights(field: str, runs: Runs) -> None:
 
 
 def weighs(step: int, beside: dict[str, Any]) -> Check:
-    """At weights that leave nothing of the other losses, the gradient of a step is in proportion to them."""
+    """A check with loss weights so large that other losses vanish: the gradient is in proportion to the weight."""
 
     def check(field: str, runs: Runs) -> None:
         light, heavy = (runs({**beside, field: weight}).norms[step] for weight in (1e6, 1e7))
@@ -204,7 +204,7 @@ def seeds_the_rest(field: str, runs: Runs) -> None:
 
 
 def keeps_the_best(field: str, runs: Runs) -> None:
-    # At this learning rate heads soon become worse.
+    # At this learning rate the heads soon get worse.
     every_step = {"training.eval_steps": 1, "training.save_steps": 1, "training.learning_rate": 0.1}
     run = runs({field: "true", "training.optim": "adam", **CONSTANT, **every_step, **LOGS})
     for name in run.names:

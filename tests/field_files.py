@@ -1,4 +1,4 @@
-"""LMs, an adapter and data in the present folder, for fields to name."""
+"""Writes LMs, an adapter and data into the current folder, for the fields of a recipe to name."""
 
 import json
 import shutil
@@ -33,9 +33,9 @@ configs:
 
 def write_lms(lm: Path) -> None:
     """
-    Beside `lm`: `small` with 2 layers, `half` in bfloat16, `louder` with code of its own, `gguf/lm.gguf`, `adapter`,
-    `broken`, which gives NaN for token 12, and `large`, of which there is a config alone, since a plan of memory needs
-    no more.
+    Writes LMs beside `lm`: `small` with 2 layers, `half` in bfloat16, `louder` with code of its own, `gguf/lm.gguf`,
+    and `broken`, which gives NaN for token 12. `large` is a config alone, since a memory plan needs no weights. Also
+    writes `adapter`, a LoRA of `lm`.
     """
     for name in ("lm", "small", "half", "louder", "broken"):
         shutil.copytree(lm, name)
@@ -61,9 +61,9 @@ def write_lms(lm: Path) -> None:
 
 def write_data() -> None:
     """
-    Files of ids: in `counting.bin` sequence i is token i alone, in `alternating.bin` tokens 5 and 6 take turns, as in
-    `wide.bin`, which has 32 bits for each. In `dataset` each file of text holds one word, and `body` another.
-    `lines.txt` has 7 words a line, and `nulls.jsonl` a null in row 150 of 200.
+    Writes files of ids and text. In `counting.bin`, sequence i repeats token i. In `alternating.bin`, tokens 5 and 6
+    alternate, and so they do in `wide.bin`, with 32 bits per token. In `dataset`, each file repeats one word in `text`
+    and another in `body`. `lines.txt` has 7 words per line, and `nulls.jsonl` a null in row 150 of 200.
     """
     np.repeat(np.arange(100, dtype="uint16"), 16).tofile("counting.bin")
     for name, dtype in (("alternating", "uint16"), ("wide", "uint32")):

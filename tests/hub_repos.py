@@ -1,4 +1,4 @@
-"""Model repos as the Hub keeps them: files, commits and branches, in memory."""
+"""Model repos as the Hub keeps them, with files, commits and branches, in memory."""
 
 import fnmatch
 import hashlib
@@ -16,7 +16,7 @@ LFS_SIZE = 10 * 2**20
 
 
 class HubError(Exception):
-    """A refusal: the status, the reason, and the name that the Hub's client knows it by."""
+    """A refusal: its status, its reason, and the name that the Hub's client knows it by."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **body: str):
         super().__init__(message)
@@ -25,7 +25,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class File:
-    """The content of a file, and whether git holds a pointer to it in its place."""
+    """The content of a file, and whether git stores a pointer in its place."""
 
     content: bytes
     lfs: bool = False
@@ -45,17 +45,17 @@ class File:
 
     @property
     def blob_id(self) -> str:
-        """The id that git gives to what it holds."""
+        """The id that git gives to the stored content or pointer."""
         blob = self.pointer if self.lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
     @property
     def etag(self) -> str:
-        """What the client compares a file of its own with."""
+        """The value that the client compares its own file with."""
         return self.sha256 if self.lfs else self.blob_id
 
     def about(self, id_name: str, digest_name: str) -> dict[str, Any]:
-        """What is told of it. The Hub's answers differ in the names of git's id and of the large content's digest."""
+        """The file's sizes and ids. The Hub's answers differ in their names for git's id and a large file's digest."""
         size = {"size": len(self.content)}
         lfs = {"lfs": {digest_name: self.sha256, "pointerSize": len(self.pointer)} | size} if self.lfs else {}
         return {id_name: self.blob_id} | size | lfs
@@ -63,7 +63,7 @@ class File:
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """`changed` holds the paths whose content this commit changed, added or deleted."""
+    """A commit. `changed` has the paths whose content it changed, added or deleted."""
 
     message: str
     files: dict[str, File]
@@ -90,7 +90,7 @@ class Commit:
         return [path for path in self.files if not folder or path.startswith(f"{folder}/")]
 
     def paths(self, folder: str, recursive: bool) -> list[str]:
-        """The files and folders in a folder, and if `recursive` in those below it."""
+        """The files and folders in a folder; with `recursive`, also in the folders below."""
         depth = folder.count("/") + 1 if folder else 0
         found = set()
         for path in self.inside(folder):
@@ -100,7 +100,7 @@ class Commit:
         return sorted(found)
 
     def entries(self, paths: Iterable[str], expand: bool) -> list[dict[str, Any]]:
-        """What a listing tells of files and folders, and if `expand` of the commits that last changed them."""
+        """The entries of a listing of files and folders; with `expand`, each has the commit that last changed it."""
         entries: list[dict[str, Any]] = []
         for path in paths:
             if path in self.files:
@@ -124,7 +124,7 @@ class Commit:
 
 
 class Repo:
-    """Branches and commits of one repo, and the large files that were uploaded, which a commit may name later."""
+    """The branches and commits of one repo, and its uploaded large files, which a later commit may name."""
 
     def __init__(self, name: str, files: dict[str, bytes], private: bool = False, gated: bool = False):
         self.name, self.private, self.gated = name, private, gated
@@ -154,7 +154,7 @@ class Repo:
         return files[path]
 
     def store(self, oid: str, content: bytes) -> None:
-        """Keeps a large file, if it came whole."""
+        """Stores a large file, or raises if it is not whole."""
         if hashlib.sha256(content).hexdigest() != oid:
             raise HubError(400, "The content does not have the digest that was promised")
         self.objects[oid] = content
@@ -169,8 +169,8 @@ class Repo:
     def commit(
         self, revision: str, message: str, changes: dict[str, File], deleted: list[str], parent: str | None
     ) -> Commit:
-        """Adds one commit to a branch, or raises and leaves all as it was. A path in `deleted` that ends in a slash is
-        a folder. What changes nothing is a commit nonetheless, as on the Hub."""
+        """Adds one commit to a branch, or raises and changes nothing. A path in `deleted` that ends in a slash is a
+        folder. A commit without any change is a commit too, as on the Hub."""
         with self.lock:
             if revision not in self.branches:
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -190,7 +190,7 @@ class Repo:
 
 
 def is_lfs(path: str, content: bytes | int) -> bool:
-    """Whether the Hub would hold a file of this name and content (or size) as a large one."""
+    """Whether the Hub would store a file of this name and content (or size) as a large file."""
     size = content if isinstance(content, int) else len(content)
     return size > LFS_SIZE or any(fnmatch.fnmatch(path, pattern) for pattern in LFS_NAMES)
 

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the part of the Hub's protocol that reading and writing model repos needs.
+"""A server on loopback that speaks the part of the Hub's protocol for reading and writing model repos.
 
 It has no Xet storage, so a client that uploads has to run with HF_HUB_DISABLE_XET=1: with Xet's package installed, the
 client uses it for all large files without asking the server.
@@ -24,7 +24,7 @@ from hub_repos import File, HubError, Repo, is_lfs, read_folder
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that fit: an answer in the service's place, or a cut."""
+    """A fault of the next `times` requests that fit: a false answer, or a cut connection."""
 
     method: str | None
     path: str
@@ -33,22 +33,22 @@ class Fault:
     headers: dict[str, str] | None = None
     after: int = 0
     answer: bool | None = None
-    # What is answered with the status; a line of JSON if not given.
+    # The body of the answer; a line of JSON if not given.
     body: bytes | None = None
     stalls: bool = False
     closes: bool = False
     resets: bool = False
-    # The number of the one request that it is for.
+    # The number of the only request that has this fault.
     at: int | None = None
 
 
 class HubServer:
     """Serves `<root>/<user>/<repo>` as model repos, each with one commit, and the repos that clients create.
 
-    The folders are read when first asked for, and never written. `users` names the user of each token. Repos in
-    `private` and `gated` open to their owner's token only (to any token, if the owner is none of `users`), and are
-    refused as the Hub refuses each. A user may write in the namespace of that name. `requests` lists what was asked
-    for, as "METHOD path", and `headers` the headers of each.
+    A folder is read at the first request for it, and never written. `users` names the user of each token. Repos in
+    `private` and `gated` open only to their owner's token (to any token, if the owner is not in `users`), and refuse
+    others as the Hub does. A user may write in the namespace of that name. `requests` lists all requests as
+    "METHOD path", and `headers` the headers of each.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "HubServer":
-        # Looks often whether to stop, since a test waits for that.
+        # The server checks often whether to stop, since a test waits for its end.
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -82,7 +82,7 @@ class HubServer:
         self.server.server_close()
 
     def settings(self, cache: Path) -> dict[str, Any]:
-        """The constants of a client of this process that is online here, with a cache of its own."""
+        """Constants for the Hub's client in this process: online with this server, with a cache of its own."""
         return {
             "ENDPOINT": self.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -113,11 +113,11 @@ class HubServer:
         self._faults.append(Fault(method, path, times, status, headers, body=body))
 
     def fail_at(self, at: int, status: int, headers: dict[str, str] | None = None) -> None:
-        """As `fail`, of the request number `at`, from 0, of those that are not in `requests` yet."""
+        """Answers one request with this status: number `at`, from 0, among the requests to come."""
         self._faults.append(Fault(None, "", 1, status, headers, at=len(self.requests) + at))
 
     def cut_at(self, at: int) -> None:
-        """Closes the connection of the request number `at`, from 0, without an answer."""
+        """Closes the connection of request number `at`, from 0, among the requests to come, without an answer."""
         self._faults.append(Fault(None, "", 1, 200, closes=True, at=len(self.requests) + at))
 
     def cut(
@@ -129,22 +129,22 @@ class HubServer:
         answer: bool | None = None,
         resets: bool = False,
     ) -> None:
-        """Closes the connection after so many bytes of the next bodies longer than that: of the request, where it has
-        one, or else of the answer. With `answer` True the request is received and done, and its answer is cut; with
-        `resets` it does not end in good order."""
+        """Closes the connection after `after` bytes of the next longer bodies: a request's body if there is one, or
+        else the answer's. With `answer`, the request is received and done, and its answer is cut. With `resets`, the
+        connection ends by a reset."""
         self._faults.append(Fault(method, path, times, after=after, answer=answer, resets=resets))
 
     def lie(self, path: str, body: bytes, times: int = 1, method: str | None = "GET") -> None:
-        """Answers the next requests whose path holds `path` with this, as if it were what was asked for."""
+        """Answers the next requests whose path holds `path` with a wrong body, as if all were well."""
         self._faults.append(Fault(method, path, times, 200, body=body))
 
     def stall(self, path: str, times: int = 1, method: str | None = None) -> None:
-        """Accepts the next requests whose path holds `path`, and answers none before `mend`, or the end."""
+        """Accepts the next requests whose path holds `path`, and answers none of them before `mend` or the end."""
         self._mended.clear()
         self._faults.append(Fault(method, path, times, 200, stalls=True))
 
     def mend(self) -> None:
-        """Drops the faults that are still in wait."""
+        """Removes the faults that no request has used."""
         with self.lock:
             self._faults.clear()
         self._mended.set()
@@ -160,7 +160,7 @@ class HubServer:
             return self._repos[name]
 
     def create(self, name: str, private: bool = False) -> Repo:
-        """Adds a repo, with the one file that the Hub puts into a new one."""
+        """Adds a repo with one file, as the Hub does."""
         try:
             self.repo(name)
         except HubError:
@@ -169,7 +169,7 @@ class HubServer:
         raise HubError(409, "You already created this model repo", url=f"{self.url}/{name}")
 
     def take_fault(self, method: str, path: str, fits: Callable[[Fault], bool]) -> Fault | None:
-        """The first fault in wait for a request, which is then used up by one."""
+        """The first unused fault that fits a request. It has one use less afterwards."""
         with self.lock:
             for fault in self._faults:
                 if fault.times > 0 and fault.method in (None, method) and fault.path in path and fits(fault):
@@ -180,13 +180,13 @@ class HubServer:
 
 class _Server(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
-        # One that is to be reset must not be ended in good order before.
+        # A connection that is to be reset must not be closed in good order first.
         if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):
             return self.close_request(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that has gone away is part of the tests.
+        # A client that goes away is part of the tests.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -197,7 +197,7 @@ _MODEL = f"/api/models{_NAME}"
 
 
 def _route(method: str, pattern: str) -> Callable[[Callable], Callable]:
-    """Has a method answer requests to paths that match; the groups, unquoted, are its arguments."""
+    """Makes a method answer requests whose path matches. The unquoted groups are its arguments."""
 
     def add(function: Callable) -> Callable:
         _ROUTES.append((method, re.compile(pattern), function))
@@ -207,7 +207,7 @@ def _route(method: str, pattern: str) -> Callable[[Callable], Callable]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # In HTTP/1.0 each connection serves one request, so none is left open in the client when the server goes.
+    # In HTTP/1.0 a connection serves one request, so the client has none open when the server ends.
     hub: HubServer
 
     def _serve(self) -> None:
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         if cut is not None:
             self.rfile.read(cut.after)
             return
-        # Read even if it is to be refused: what is unread when the connection closes can take the answer with it.
+        # The body of a refused request is read too: closing with unread bytes can lose the answer.
         self.body = self.rfile.read(length)
         fault = self.hub.take_fault(
             self.command, path, lambda fault: fault.status is not None and fault.at in (None, number)
@@ -251,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 
-    # Who may do what.
+    # Rights of users.
 
     def _user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -260,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.users.get(token)
 
     def _readable(self, name: str) -> Repo:
-        """A repo that the request may read. Whoever is not logged in is not told which private repos there are."""
+        """A repo that the request may read. Without a login, a private repo is refused like a missing one."""
         user = self._user()
         try:
             repo = self.hub.repo(name)
@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             raise HubError(401, f"{message} it. Please log in.", "GatedRepo")
         if repo.private and not user:
-            # The Hub says the first sentence alone; the second tells it from a repo that is missing.
+            # The Hub says only the first sentence; the second shows a test that the repo exists.
             raise HubError(401, f"Invalid username or password. Access to {name} is restricted.", "RepoNotFound")
         owner = name.split("/")[0]
         if owner != user and owner in self.hub.users.values():
@@ -354,7 +354,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._writable(name).branch(branch, json.loads(self.body or "{}").get("startingPoint", "main"))
         self._json({})
 
-    # What a revision holds.
+    # The content of a revision.
 
     @_route("GET", f"{_MODEL}/tree/([^/]+)(?:/(.+))?")
     def _tree(self, name: str, revision: str, folder: str) -> None:
@@ -395,7 +395,7 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[start : end + 1], 206
         self._answer(status, content, headers)
 
-    # Writing: what is large is uploaded first, and then a commit names it.
+    # Writing: large files are uploaded first, and a commit names them.
 
     @_route("POST", f"{_MODEL}/preupload/([^/]+)")
     def _preupload(self, name: str, revision: str) -> None:
@@ -422,7 +422,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @_route("PUT", f"/lfs{_NAME}/([0-9a-f]+)")
     def _upload(self, name: str, oid: str) -> None:
-        # Without a token: the client sends none to where the files are stored.
+        # No token is checked: the client sends none to the storage.
         self.hub.repo(name).store(oid, self.body)
         self._answer(200, b"")
 
@@ -485,7 +485,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.wfile.write(content[: cut.after] if cut else content)
         if cut and cut.resets:
-            # Sent, then reset: what has arrived would be lost else.
+            # The reset waits until the bytes have arrived, since it would drop them.
             time.sleep(0.2)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

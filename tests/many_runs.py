@@ -1,4 +1,4 @@
-"""Several runs one after the other on the processes of one launch, which takes longer than they do. By torchrun."""
+"""Does several runs, one after the other, in one launch of torchrun, since a launch takes longer than these runs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from sae_accel.recipe.command_line import parse_command_line
 from sae_accel.training.run import run
 
 
-# Nothing is drawn, which takes longer than these runs do.
+# Drawing is off, since it takes longer than these runs.
 model_card.draw_plots = lambda *args, **kwargs: []
 
 

@@ -1,4 +1,4 @@
-"""Runs of the command, and what can be seen of each from outside: its files, what it prints, what its modules get."""
+"""Does runs of the command, and shows their results: files, printed lines, and inputs of modules."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from sae_accel.models import HeadModel
 
 
 class Runs:
-    """Runs by what is changed in them, each run once; a change to None leaves the field out."""
+    """Runs by their changes to the usual recipe. Each is done once. A change to None leaves the field out."""
 
     def __init__(self, place: Path, hub: HubServer, root: Path):
         self.place, self.hub, self.root = place, hub, root
@@ -39,7 +39,7 @@ class Runs:
         return self.done[key]
 
     def inside(self, folder: str, changes: dict[str, Any]) -> "Run":
-        """A run in a folder that may hold another."""
+        """Does a run in a folder that may already hold another run."""
         changes = {"training.output_dir": self.root / folder} | changes
         words = command_words(self.place, self.root, **changes)
         pairs = zip(words[::2], words[1::2], strict=True)
@@ -49,15 +49,15 @@ class Runs:
 
 class Run:
     """
-    One run at its end.
+    A finished run.
 
     Attributes:
-        status (`int`): What the command gave back; `out` and `err` are what it printed.
+        status (`int`): The status of the command; `out` and `err` are its printed lines.
         lm (`PreTrainedModel`): The LM that ran.
-        batches (`list[torch.Tensor]`): The token ids of each pass of it.
-        rows (`list[int]`): The number of activations in each pass of a head.
-        optimizers (`list[torch.optim.Optimizer]`): The optimizer of each step; `norms` are the gradient's in these.
-        requests (`list[str]`): What was asked of the Hub; `headers` are those of each request.
+        batches (`list[torch.Tensor]`): The token ids of each forward pass of the LM, `(batch, ctx_len)`.
+        rows (`list[int]`): The number of activations in each forward pass of a head.
+        optimizers (`list[torch.optim.Optimizer]`): The optimizer of each step; `norms` has the norm of its gradient.
+        requests (`list[str]`): The requests to the Hub; `headers` has the headers of each.
     """
 
     def __init__(self, words: list[str], folder: Path, hub: HubServer):
@@ -82,7 +82,7 @@ class Run:
                 self.rows.append(len(args[0]))
             elif isinstance(module, PreTrainedModel):
                 models.append(module)
-            # Not where there are no values; and the LM is tried on sequences of odd lengths first.
+            # Passes on the meta device do not count, nor the trial passes, whose sequences have odd lengths.
             elif isinstance(module, nn.Embedding) and type(args[0]) is Tensor and args[0].shape[1] % 2 == 0:
                 self.batches.append(args[0].clone())
                 self.lm = models[-1]
@@ -92,28 +92,28 @@ class Run:
             self.norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
             self.optimizers.append(optimizer)
 
-        # What is kept of the data of other runs would hide how this one reads its own.
+        # A cache of its own: the data of another run would hide how this run reads its data.
         with ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(enters).remove)
             stack.callback(register_optimizer_step_post_hook(steps).remove)
             stack.enter_context(patch("datasets.config.HF_DATASETS_CACHE", self.kept_data))
-            # Half of a run's time, and no field says what is drawn.
+            # Drawing takes half of a run's time, and no field changes the plots.
             stack.enter_context(patch("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch()))
             yield
 
     @property
     def words(self) -> list[int]:
-        """The token ids that were read, but for EOS."""
+        """The token ids that were read, without EOS."""
         return sorted({int(token) for batch in self.batches for token in batch.flatten()} - {0})
 
     @property
     def trained(self) -> list[Tensor]:
-        """The token ids of each batch that trained: the first was read before, for the biases."""
+        """The token ids of each training batch. The batch before them only sets the biases."""
         return self.batches[1 : 1 + self.steps]
 
     @property
     def sequences(self) -> list[int]:
-        """The first token of each sequence, in the order in which they trained."""
+        """The first token of each training sequence, in order."""
         return [int(row[0]) for batch in self.trained for row in batch]
 
     @property
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def kept_data(self) -> Path:
-        """Where data is kept that was downloaded or tokenised."""
+        """The cache of downloaded or tokenised data."""
         return self.folder.with_name(f"{self.folder.name}-data")
 
     @property
@@ -139,14 +139,14 @@ class Run:
 
     @property
     def refusal(self) -> str | None:
-        """The line with which the command ended, if it did no work."""
+        """The last line of a command that was refused; None if it worked."""
         return None if self.status == 0 else self.err.splitlines()[-1]
 
     def read(self, file: str) -> Any:
         return json.loads((self.folder / file).read_text())
 
     def log(self, key: str) -> list[Any]:
-        """A logged value, wherever it was logged."""
+        """All logged values of a key."""
         lines = (self.folder / "log_history.jsonl").read_text().splitlines()
         return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
@@ -156,16 +156,16 @@ class Run:
         return self.log("learning_rate/layers.1")
 
     def events(self, key: str) -> list[Any]:
-        """What TensorBoard was given: a step and a value each time."""
+        """The events that TensorBoard received for a key, each with a step and a value."""
         events = EventAccumulator(str(next(self.folder.glob("logs/*"))))
         events.Reload()
         return events.Scalars(key)
 
     def column(self, title: str) -> list[str]:
-        """Of the table that a dry run prints, by process."""
+        """A column of the table that a dry run prints, with one cell per process."""
         _, _, head, _, *rows = self.out.splitlines()
         start = head.index(title)
-        # What comes after the table is about the disk.
+        # The lines after the table are about the disk.
         return [row[start:].split("  ")[0] for row in takewhile(bool, rows)]
 
     def config(self, key: str, head: str = "layers.1") -> Any:
@@ -179,22 +179,22 @@ class Run:
 
     @property
     def lora(self) -> dict[str, Tensor]:
-        """A LoRA's matrices by module."""
+        """The matrices of the LoRA, by module."""
         saved = load_file(self.folder / "adapter" / "adapter_model.safetensors")
         return {re.sub(r"^base_model\.model\.model\.|\.weight$", "", name): part for name, part in saved.items()}
 
     @property
     def repo(self) -> str:
-        """Where it is released to, if no repo is named."""
+        """The repo of the release, if the recipe names none."""
         return f"user/{self.folder.name}"
 
     @property
     def pushed_to(self) -> list[str]:
-        """The repos to which commits were made."""
+        """The repos that received commits."""
         commits = (re.fullmatch(r"POST /api/models/(.+)/commit/main", line) for line in self.requests)
         return sorted({match[1].replace(self.repo, "user/FOLDER") for match in commits if match})
 
     @property
     def messages(self) -> list[str]:
-        """Of the commits that the run made."""
+        """The messages of the run's commits."""
         return [message for _, message, _ in self.hub.commits(self.repo)[1:]]

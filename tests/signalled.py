@@ -1,4 +1,4 @@
-"""Commands that are signalled at chosen moments, each in a child of the test, which has imported what they need."""
+"""Sends signals to commands at chosen moments. Each command runs in a fork of the test, so that it imports nothing."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from sae_accel.train import main
 
 
 def at(moment: str, act: Callable[[], None], call: int = 1) -> Callable[[], None]:
-    """Something to do before a command: whatever is called `moment` does `act` first, the `call`-th time alone."""
+    """Returns a patch: the function at `moment` (`module:name`) calls `act` first, at its `call`-th call alone."""
     name, attribute = moment.split(":")
     place = import_module(f"sae_accel.{name}")
     *owners, last = attribute.split(".")
@@ -31,18 +31,18 @@ def at(moment: str, act: Callable[[], None], call: int = 1) -> Callable[[], None
 
 
 def send(*numbers: int, wait: float = 0.0) -> None:
-    """Signals to this process, each well after the one before, and `wait` seconds of what takes long."""
+    """Sends signals to this process, 1.2 s apart, and then sleeps for `wait` seconds."""
     for i, number in enumerate(numbers):
         if i:
             time.sleep(1.2)
         os.kill(os.getpid(), number)
-        # A thread hears of it.
+        # Time for the thread that reads signals.
         time.sleep(0.2)
     time.sleep(wait)
 
 
 def run(words: list[str], folder: Path, before: Callable[[], object] = lambda: None, command=main) -> tuple[int, str]:
-    """The status of a command, and what it said on standard error."""
+    """Runs a command in a fork. Returns its status and its lines on standard error."""
     said = folder / "said.txt"
     child = os.fork()
     if not child:
@@ -54,7 +54,7 @@ def run(words: list[str], folder: Path, before: Callable[[], object] = lambda: N
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
-            # As a process of its own, which signals are answered in.
+            # A command answers signals only if it owns its process.
             sys.argv = ["sae_accel", *words]
             status = command()
         finally:

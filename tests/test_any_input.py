@@ -1,7 +1,9 @@
 """
-Whatever is given, the outcome is a result or one line.
+Any input gives a result or one line of error, never a traceback.
 
-    python -m pytest tests/test_any_input.py --hypothesis-profile=long -o timeout=0     an hour of it
+This tests random input for an hour:
+
+    python -m pytest tests/test_any_input.py --hypothesis-profile=long -o timeout=0
 """
 
 import json
@@ -32,13 +34,13 @@ from sae_accel.recipe.command_line import parse_command_line
 
 
 def several(count: int) -> settings:
-    """So many examples, its share of a minute; in a long run a hundred times as many."""
+    """Sets the number of examples, which in a long run is a hundred times larger."""
     is_long = settings.get_current_profile_name() == "long"
     return settings(max_examples=count * 100 if is_long else count)
 
 
 def outcome(call: Callable[[], object]) -> object:
-    """A result, or None after an `InputError` of one line."""
+    """Returns the result of `call`, or None after an `InputError` of one line."""
     try:
         return call()
     except InputError as error:
@@ -67,7 +69,7 @@ def _section(name: str) -> st.SearchStrategy:
     return st.one_of(entries, entries, entries, VALUES)
 
 
-# What means something in YAML.
+# Characters with a meaning in YAML.
 SIGNS = "{}[]:-,&*!|>'\"%@` \n\tab1.?#~"
 RECIPES = st.fixed_dictionaries({}, optional={name: _section(name) for name in SECTIONS})
 
@@ -101,7 +103,7 @@ def test_any_command_line_is_a_run_or_is_refused(words):
     try:
         outcome(lambda: parse_command_line([word for word in flat if word not in ("-h", "--help")]))
     except SystemExit as end:
-        # argparse has said so in its way.
+        # argparse refuses in its own way.
         assert end.code == 2
 
 
@@ -115,7 +117,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def layouts(run, tmp_path_factory):
-    """A head in a folder, in several layouts."""
+    """A folder with the same head in several layouts."""
     folder = tmp_path_factory.mktemp("layouts")
     for to in ("sae_accel", "sparsify", "saelens"):
         convert(str(run), folder / to, to, ["layers.1"])
@@ -158,7 +160,7 @@ def _change_bytes(path: Path, data: st.DataObject) -> None:
 
 
 def _change_json(path: Path, data: st.DataObject) -> None:
-    """Another value in the place of one, at any depth, or a key gone or more."""
+    """Replaces one value at any depth, or deletes a key."""
     content = json.loads(path.read_text())
     inside = content
     while isinstance(inside, dict) and inside:
@@ -201,7 +203,7 @@ def _change_tensors(path: Path, data: st.DataObject) -> None:
 
 
 def _used(head: HeadModel) -> None:
-    """Encodes, and decodes if it can."""
+    """Encodes with a head, and decodes if the head has a decoder."""
     output = head(torch.ones(2, head.config.d_in, dtype=head.dtype)) if head.W_dec is not None else None
     assert output is None or output.reconstruction.shape == (2, head.config.d_out)
 
@@ -221,7 +223,7 @@ def test_any_files_are_a_head_or_are_refused(layouts, tmp_path_factory, data):
     kinds = [_change_bytes, _change_json if path.suffix == ".json" else _change_tensors]
     data.draw(st.sampled_from(kinds))(path, data)
     with warnings.catch_warnings():
-        # Of numbers that are too large for their type, and of types in which torch reads them.
+        # Warnings about numbers that are too large for their type.
         warnings.simplefilter("ignore")
         outcome(lambda: [_used(head) for head in AutoSae.open(folder).values()])
 

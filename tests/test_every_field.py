@@ -1,4 +1,4 @@
-"""Every field of a recipe does what its help says: runs that differ in it differ in what the help names."""
+"""Every field of a recipe does what its help says: runs that differ in the field differ as the help says."""
 
 import math
 import shutil
@@ -40,7 +40,7 @@ from tiny import tiny_llama
 from sae_accel.recipe.arguments import SECTIONS
 
 
-# The Hub's client gives httpx files to upload in a way that httpx has deprecated.
+# The Hub's client passes files to httpx in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -81,7 +81,7 @@ FIELDS: dict[str, Check] = {
     "model.gguf_file": both(
         Shows(
             "refusal",
-            {None: Says("Name its 'lm.gguf' as model.gguf_file"), "none.gguf": Says("a file named none.gguf")},
+            {None: Says("Set --model.gguf_file lm.gguf"), "none.gguf": Says("a file named none.gguf")},
             {"model.name_or_path": "gguf"},
         ),
         Shows(
@@ -94,7 +94,7 @@ FIELDS: dict[str, Check] = {
     ),
     "model.trust_remote_code": Shows(
         lambda run: (run.refusal, type(run.lm).__name__, "Louder runs." in run.out),
-        {None: (Says("model.trust_remote_code: true alone"), "NoneType", False), "true": (None, "LouderModel", True)},
+        {None: (Says("--model.trust_remote_code true"), "NoneType", False), "true": (None, "LouderModel", True)},
         {"model.name_or_path": "louder"},
     ),
     "data.path": Shows(
@@ -115,7 +115,7 @@ FIELDS: dict[str, Check] = {
     ),
     "data.text_column": Shows("words", {None: [10], "body": [11]}, DATASET),
     "data.sample_by": Shows(
-        # EOS stands behind each document, and what is behind the last is dropped.
+        # Each document ends with EOS, and the tokens after the last whole sequence are dropped.
         lambda run: any(bool((batch == 0).any()) for batch in run.batches),
         {None: False, "document": False, "line": True, "paragraph": False},
         {"data.path": "lines.txt"},
@@ -200,7 +200,7 @@ FIELDS: dict[str, Check] = {
         {0: ([4, 4, 4], 4), 3: ([96, 65, 35], 4)},
         EVERY_STEP,
     ),
-    # Of 384 tokens, after which some latents have never been active.
+    # The run has 384 tokens, and some latents are active on none of them.
     "heads.dead_after_tokens": Shows(
         lambda run: run.metrics["train/dead/layers.1"] > 0, {None: False, 384: False, 383: True}
     ),
@@ -269,7 +269,7 @@ FIELDS: dict[str, Check] = {
     ),
     "training.init_from": field_checks.begins_from_heads,
     "training.optim": Shows(
-        # Of others' optimizers, whose names are known.
+        # Only optimizers of other libraries, whose names are known.
         lambda run: {type(one).__name__ for one in run.optimizers if not type(one).__module__.startswith("sae_accel")},
         {"signum": set(), "adam": {"Adam"}, "adam8bit": {"Adam8bit"}, "muon": {"Muon", "Adam"}},
         CONSTANT,
@@ -289,14 +289,14 @@ FIELDS: dict[str, Check] = {
         {0: [1, 1, 1, 1], 3: approx([1 / 3, 2 / 3, 1, 1]), 0.5: [0.5, 1, 1, 1]},
         ADAM | CONSTANT,
     ),
-    # Each of two heads.
+    # The norm of each of two heads is 0.5.
     "training.max_grad_norm": Shows(
         lambda run: run.norms == approx([math.sqrt(2) / 2] * 3, rel=1e-3),
         {None: False, 0.5: True},
         {"training.optim": "adam", "heads.normalize_decoder": "false"},
     ),
     "training.max_non_finite": Shows(
-        # One of the eight sequences of the first step.
+        # One of the eight sequences of the first step has NaN.
         lambda run: run.log("train/skipped_steps"),
         {None: [1], 0.12: [1], 0.13: []},
         IN_ORDER | {"model.name_or_path": "broken"},
@@ -345,7 +345,7 @@ FIELDS: dict[str, Check] = {
     "training.hub_timeout": both(
         Shows(
             "refusal",
-            {None: None, "1e-9": Says("the push was left after training.hub_timeout = 1e-09 s")},
+            {None: None, "1e-9": Says("the push was stopped after training.hub_timeout = 1e-09 s")},
             PUSH | {"training.hub_strategy": "end"},
         ),
         Shows("refusal", {"5": Says("training.hub_timeout: nothing is pushed")}),
@@ -358,7 +358,7 @@ FIELDS: dict[str, Check] = {
 
 @pytest.fixture(scope="module")
 def runs(place, tmp_path_factory):
-    """Runs beside all that fields name, and a Hub on loopback whose stored login is that of `user`."""
+    """Runs in a folder with every file that a field names, and a Hub on loopback with the login of `user`."""
     root = tmp_path_factory.mktemp("fields")
     (root / "files").mkdir()
     users = {"hf_stored": "user", "hf_secret": "owner"}

@@ -1,4 +1,4 @@
-"""The server that other tests push to and read from, by the Hub's own client."""
+"""Tests the server that other tests push to and read from, with the Hub's own client."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError as NoRepo
 from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
 
-# The client gives httpx files to upload in a way that httpx has deprecated.
+# The Hub's client passes files to httpx in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 NAME = "user/saes"
@@ -20,7 +20,7 @@ NAME = "user/saes"
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The client as online, without Xet, and with nothing of the user's; lists its waits instead of waiting."""
+    """Sets the client online, without Xet and the user's login. Returns the list of its waits, which take no time."""
     waits: list[float] = []
     for setting, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("DOWNLOAD_CHUNK_SIZE", 1000)):
         monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
@@ -44,7 +44,7 @@ def api(hub):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run of two heads, of which the weights are large files to the Hub."""
+    """A run of two heads, whose weights the Hub stores as large files."""
     for i in (2, 10):
         (tmp_path / "run" / f"layers.{i}").mkdir(parents=True)
         (tmp_path / "run" / f"layers.{i}" / "config.json").write_text(f'{{"layer": {i}}}')
@@ -88,7 +88,7 @@ def test_a_folder_is_one_commit_and_pushing_it_again_sends_only_what_changed(hub
     (folder / "layers.2" / "model.safetensors").write_bytes(b"new")
     assert _push(api, folder) != oid and _uploads(hub) == 3
     assert hub.commits(NAME)[2][2] == ["layers.2/model.safetensors"]
-    # Content that the Hub has under another name is not uploaded either.
+    # A file whose content the Hub has under another name is not uploaded.
     (folder / "copy.safetensors").write_bytes(b"new")
     _push(api, folder)
     assert _uploads(hub) == 3 and hub.files(NAME)["copy.safetensors"] == b"new"
@@ -159,7 +159,7 @@ def test_private_and_gated_repos_are_refused_as_the_hub_refuses(tmp_path, waits)
 
 def test_a_download_goes_on_where_its_connection_was_cut(hub, api, folder, tmp_path, monkeypatch):
     _push(api, folder)
-    # The server's answers keep a client that may use Xet from doing so.
+    # With Xet allowed, the server's answers must still lead the client to plain downloads.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     hub.cut("layers.10/model.safetensors", after=7_500, times=2)
     path = snapshot_download(NAME, endpoint=hub.url, cache_dir=tmp_path / "cache")

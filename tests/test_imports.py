@@ -1,4 +1,4 @@
-"""What is paid for by whom: a name, a head or a command imports no more than it needs."""
+"""A public name, a head or a command imports no more than it needs."""
 
 import ast
 import json
@@ -15,13 +15,13 @@ from sae_accel.loading.convert import WRITERS
 
 
 ROOT = Path(__file__).parent.parent
-# The rooms that one head passes through on its way from a folder or repo.
+# The rooms whose code loads one head from a folder or repo.
 ROOMS_OF_A_HEAD = {"common", "ops", "recipe", "models", "formats", "loading"}
 HEAVY = {"peft", "bitsandbytes", "datasets", "matplotlib", "tensorboard", "deepspeed", "transformers.trainer_callback"}
 
 
 def _modules_after(code: str) -> set[str]:
-    """Names of all modules in a fresh interpreter that has run some code."""
+    """Names of all modules in a fresh interpreter after it has run some code."""
     code = f"import json, sys\n{code}\nprint(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr

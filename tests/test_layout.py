@@ -1,4 +1,4 @@
-"""The rooms of the package, and which may know which."""
+"""Checks the rooms of the package: which exist, and which may import which."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sae_accel"
-# From the top down: a room may import from itself and from rooms below it.
+# From the top down: a room may import from itself and from the rooms below it in this list.
 ROOMS = [
     "planning",
     "training",
@@ -32,12 +32,12 @@ ROOMS = [
     "ops",
     "common",
 ]
-# `push_to_hub` is a method of heads, as in transformers, and a release reads heads.
+# `push_to_hub` is a method of heads, as in transformers, so heads import releases, which read heads.
 ONE_EXCEPTION = {("models/releasing.py", "hub")}
 
 
 def _imported_rooms(path: Path) -> Iterator[str]:
-    """The rooms from which a file imports, wherever in it the import stands."""
+    """Yields the rooms from which a file imports, at its top or inside a function."""
     here = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -66,7 +66,7 @@ def test_a_room_imports_from_rooms_below_it_alone(room):
         assert wrong <= ONE_EXCEPTION
 
 
-# What others made is imported once; each room then is the first of the package that a process of its own imports.
+# Other libraries are imported once. Then each fork imports one room as the first of the package.
 EACH_FIRST = f"""
 import os, sys
 import accelerate, datasets, transformers.modeling_utils

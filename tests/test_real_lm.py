@@ -1,4 +1,4 @@
-"""One set of tests on a real language model: what random weights cannot show."""
+"""Tests on a real language model, for properties that random weights cannot show."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from sae_accel.training.trainer import SaeTrainer
 
 @pytest.fixture(scope="module")
 def trained(real_lm, tmp_path_factory):
-    """SAEs and a transcoder after a few steps on the language reference, with the LM and held-out tokens."""
+    """An SAE and a transcoder after a few steps on Python's language reference, with the LM and held-out tokens."""
     from pydoc_data.topics import topics
 
     torch.set_num_threads(2)

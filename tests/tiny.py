@@ -1,4 +1,4 @@
-"""Language models, data and runs small enough to be made on the spot."""
+"""Language models, data and runs that are small enough to make within a test."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def tiny_llama(layers: int = 4, dtype: torch.dtype = torch.float32) -> LlamaForC
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    # Dropout is on in the config, so a trainer that leaves the LM in training mode is found out.
+    # The config has dropout, so a trainer that leaves the LM in training mode fails a test.
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=4, n_positions=64))
 
 
@@ -71,7 +71,7 @@ def tiny_tokens(rows: int = 64, ctx_len: int = 16, seed: int = 1) -> Dataset:
 
 
 def trained_llama() -> tuple[LlamaForCausalLM, Dataset]:
-    """An LM that has learnt that each token is followed by the next number, and sequences of that kind."""
+    """An LM that has learnt to count, and its data: in each sequence a token is one more than the token before."""
     lm = tiny_llama()
     starts = torch.randint(0, VOCAB, (64, 1), generator=torch.Generator().manual_seed(2))
     rows = (starts + torch.arange(16)) % VOCAB
@@ -103,7 +103,7 @@ def tiny_trainer(output_dir, heads=None, lm=None, train=None, held_out=None, **k
 
 
 def write_place(folder: Path) -> Path:
-    """An LM, its tokenizer and a text in a folder."""
+    """Writes an LM, its tokenizer and a text into a folder."""
     tiny_llama().save_pretrained(folder / "lm")
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCAB - 2)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -118,7 +118,7 @@ def write_place(folder: Path) -> Path:
 
 
 def command_words(place, tmp_path, **changes) -> list[str]:
-    """A run of a few steps as it is typed, on the files of the fixture `place`."""
+    """The words of a command line for a short run on the files of the fixture `place`."""
     values = {
         "model.name_or_path": place / "lm",
         "data.path": place / "text.jsonl",
@@ -135,7 +135,7 @@ def command_words(place, tmp_path, **changes) -> list[str]:
 
 
 def forbid_loading(monkeypatch) -> None:
-    """A run that comes as far as reading an LM's weights fails the test."""
+    """Makes a test fail if a run gets as far as loading the LM's weights."""
 
     def load(*args, **kwargs):
         raise AssertionError("the LM's weights were about to be read")
@@ -144,7 +144,7 @@ def forbid_loading(monkeypatch) -> None:
 
 
 def torchrun_command(processes: int, words: list) -> list[str]:
-    """The words that start processes as users do, on a port that no other test uses at the same time."""
+    """The words of a torchrun command, on a port that no other test uses at the same time."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -153,7 +153,7 @@ def torchrun_command(processes: int, words: list) -> list[str]:
 
 
 def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.CompletedProcess:
-    """Processes on CPUs, with the package of this checkout."""
+    """Runs processes on CPUs, with the package of this checkout."""
     root = Path(__file__).parent.parent
     variables = {"PYTHONPATH": f"{root}:{root / 'tests'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     variables["PYTHONFAULTHANDLER"] = "1"
@@ -168,21 +168,26 @@ def torchrun(processes: int, words: list, cwd, **environment) -> subprocess.Comp
 
 def run_together(processes: int, runs: dict[str, dict], folder, **environment) -> tuple[dict[str, list[dict]], str]:
     """
-    Runs by name, each with its `words` and `environment`, on the processes of one launch.
+    Does several runs in one launch.
+
+    Args:
+        processes (`int`): Number of processes.
+        runs (`dict[str, dict]`): The runs by name, each with its `words` and `environment`.
+        folder (`Path`): Working folder of the launch.
 
     Returns:
-        `tuple`: by run what each process found, and what was printed on standard error.
+        `tuple`: for each run the findings of each process, and the lines on standard error.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
     done = torchrun(processes, [Path(__file__).with_name("many_runs.py"), folder], folder, **environment)
-    # What a process that is aborted was at, without the pages of names of libraries after it.
+    # An aborted process prints its stack, and then pages of library names, which are cut.
     assert done.returncode == 0, re.sub("(?m)^Extension modules.*", "", done.stderr)[-15_000:]
     found = {name: [json.loads((folder / f"{name}.{i}.json").read_text()) for i in range(processes)] for name in runs}
     return found, done.stderr
 
 
 class Stop(TrainerCallback):
-    """Ends a run as a kill would: nothing is saved after the step."""
+    """Ends a run after a step as a kill would: nothing is saved."""
 
     def __init__(self, step: int):
         self.step = step
@@ -193,7 +198,7 @@ class Stop(TrainerCallback):
 
 
 class Course(TrainerCallback):
-    """The bank's weights before the first step and after each, and the gradients that each backward pass left."""
+    """Records the bank's weights before the first step and after each, and the gradients of each backward pass."""
 
     def __init__(self):
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -217,7 +222,7 @@ class Course(TrainerCallback):
 
 
 def whole_and_resumed(folder, make, step: int = 5) -> tuple[SaeTrainer, SaeTrainer]:
-    """Two runs of `make`: one that never stopped, and one that was killed after `step` and gone on with."""
+    """Does two runs of `make`: one without a stop, and one that is killed after `step` and then resumed."""
     whole = make(folder / "whole")
     whole.train()
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Every way in which heads can be spread over processes: its class, and what recipe and environment ask for."""
+"""Every way to spread heads over processes: its class, its fields in the recipe, and its environment variables."""
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 WAYS = {

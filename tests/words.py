@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are words, and texts of them, so that ids are known by hand."""
+"""A tokenizer whose tokens are words, and texts of these words, so that a test can compute the ids by hand."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -12,12 +12,13 @@ VOCAB = WORDS + 3
 
 
 def make_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
-    """Word `w7` has id 10; a BOS stands before each text unless special tokens are left out; 8 tokens of context."""
+    """A tokenizer in which word `w7` has id 10. Texts start with BOS unless special tokens are off."""
     vocab = {"<eos>": EOS, "<bos>": BOS, "<unk>": 2} | {f"w{i}": i + 3 for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     names = {"bos_token": "<bos>", "unk_token": "<unk>"} | ({"eos_token": "<eos>"} if eos else {})
+    # The tokenizer states only 8 positions, and longer texts must not be cut.
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=8, **names)
 
 

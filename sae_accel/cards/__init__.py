@@ -1,4 +1,4 @@
-"""What a run's folder tells a reader: its model card and plots, made from the files in it."""
+"""Model cards and plots. A run's folder comes in; a `README.md` and images for its readers go out."""
 
 from .model_card import write_card
 

@@ -1,3 +1,11 @@
+"""
+Writes the model card of a run: the `README.md` that people read on the Hub.
+
+The card says what the heads are, on which LM and data they were trained, how good they are, and how to load them. All
+of it comes from the files in the run's folder, so the card is never out of step with them. A name that may be private,
+such as the path of a local dataset, is cut to its last part. The template beside this file holds the fixed text.
+"""
+
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,15 +27,15 @@ from .run import Run, frequencies_of, log_history, read_run
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 CARD = "README.md"
-# What a card of ours ends with; without it, a card is somebody's own.
+# The last line of each generated card. A card without it was written by a person.
 MARK = "<!-- Written by sae_accel, and anew with each release as long as this line is here. -->"
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _FILE_ENDINGS = {".bin", ".txt", *BUILDERS}
 _OPTIMIZERS = {"adam": "Adam", "adam8bit": "8-bit Adam", "muon": "Muon"}
 _LOSSES = {
-    "fvu": "each head by its own squared error",
-    "ce": "end to end, by the cross-entropy of the LM with the heads spliced in",
-    "kl": "end to end, by the KL divergence of the LM with the heads spliced in from the LM without them",
+    "fvu": "each head on its own squared error",
+    "ce": "end to end, on the cross-entropy of the LM with the heads spliced in",
+    "kl": "end to end, on the KL divergence of the LM with the heads spliced in from the LM without them",
 }
 _PAPERS = {
     "topk": ("TopK SAEs", "Gao et al. 2024", "2406.04093"),
@@ -36,8 +44,8 @@ _PAPERS = {
 }
 _LORA_PAPER = ("LoRA around SAEs", "Chen et al. 2025", "2501.19406")
 _ALT_TEXTS = {
-    FVU_PLOT: "FVU on training tokens by tokens trained, a curve for each head",
-    FREQUENCY_PLOT: "Histogram of how often latents are active, on a logarithmic scale, for each head",
+    FVU_PLOT: "FVU on training tokens against the number of these tokens, one curve per head",
+    FREQUENCY_PLOT: "Histogram of how often latents are active, on a logarithmic scale, one per head",
 }
 
 
@@ -51,29 +59,39 @@ def write_card(
     among_others: bool = False,
 ) -> Path:
     """
-    Writes the model card of a run's heads, and its plots, from what lies in the run's folder. The same folder gives
-    the same bytes. A card that somebody else wrote stays as it is.
+    Writes the model card of a run's heads, and its plots, from the files in the run's folder. The same files give the
+    same bytes. A card that a person wrote stays as it is.
 
     Args:
-        folder (`Path`): Where heads were saved. `recipe.yaml`, `metrics.json`, `log_history.jsonl`,
-            `latent_frequency.safetensors` and `adapter` are used if they are there.
-        repo_id (`str`, *optional*): Repo from which the card says to load; the folder if not given.
+        folder (`Path`): The folder of the heads. `recipe.yaml`, `metrics.json`, `log_history.jsonl`,
+            `latent_frequency.safetensors` and `adapter` are used if they exist.
+        repo_id (`str`, *optional*): Repo that the card's snippet loads from; the folder if not given.
         license (`str`, *optional*): The Hub's identifier of the heads' license; the card names none if not given.
-        include (`Sequence[str]`, *optional*): Globs over the names of heads; all if not given.
-        into (`Path`, *optional*): Where to write; the run's folder if not given.
-        revision (`str`, *optional*): Branch of the repo from which the card says to load.
-        among_others (`bool`): Whether the repo has other heads too, so that these have to be named to be loaded.
+        include (`Sequence[str]`, *optional*): Globs over the names of heads; all heads if not given.
+        into (`Path`, *optional*): Folder to write into; the run's folder if not given.
+        revision (`str`, *optional*): Branch of the repo that the card's snippet loads from.
+        among_others (`bool`): Whether the repo has other heads too, so that the snippet must name the heads.
 
     Returns:
         `Path`: the card, `README.md`.
 
     Raises:
-        `InputError`: if there is no head in the folder, or a file in it cannot be read.
+        `InputError`: if the folder has no head, or a file in it cannot be read.
+
+    Examples:
+        ```python
+        from pathlib import Path
+
+        from sae_accel.cards import write_card
+
+        card = write_card(Path("runs/quickstart"), repo_id="user/my-saes", license="mit", into=Path("card"))
+        print(card.read_text())
+        ```
     """
     folder = Path(folder)
     into = folder if into is None else into
     run = read_run(folder, include)
-    # Somebody's own card may show them too.
+    # Drawn in any case: a card that a person wrote may show the plots too.
     draw_plots(into, list(run.configs), log_history(run), frequencies_of(run))
     if (folder / CARD).is_file() and not is_ours(folder / CARD):
         return folder / CARD
@@ -98,12 +116,12 @@ def write_card(
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a card may be written anew."""
+    """Whether a card was generated, so that it may be replaced."""
     return MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def is_somebodys(card: Path) -> bool:
-    """Whether a card may not be written anew because of its text; that the Hub makes for a license has none."""
+    """Whether a person wrote a text into a card. The card that the Hub makes for a license has no text."""
     text = card.read_text(encoding="utf-8", errors="replace")
     return MARK not in text and bool(_FRONT_MATTER.sub("", text).strip())
 
@@ -133,7 +151,7 @@ def _metadata(run: Run, model_name: str, license: str | None) -> ModelCardData:
 
 
 def _about(run: Run) -> str:
-    """What was trained, on what, and how."""
+    """The first paragraph: the heads, their LM, their data, and how they were trained."""
     in_order = sorted(
         run.configs.values(), key=lambda config: (list(KINDS).index(config.kind), config.skip_connection)
     )
@@ -167,7 +185,7 @@ def _how_trained(run: Run) -> str:
         config = f" ({data['name']})" if data.get("name") else ""
         parts.append(f"{' of' if tokens else ' on'} {code(_shown(data['path'], run))}{config}")
     if data.get("ctx_len"):
-        parts.append(f", in sequences of {data['ctx_len']:,}")
+        parts.append(f", in sequences of {data['ctx_len']:,} tokens")
     if optimizer := training.get("optim"):
         rate = f" at a learning rate of {training['learning_rate']}" if training.get("learning_rate") else ""
         parts.append(f", with {_OPTIMIZERS.get(optimizer, optimizer)}{rate}")
@@ -179,7 +197,7 @@ def _how_trained(run: Run) -> str:
 
 
 def _snippet_values(run: Run, repo_id: str | None, revision: str | None, among_others: bool) -> dict[str, Any]:
-    """What the loading snippet names: the first head, and where in the LM its input comes from."""
+    """Values of the loading snippet: how to load the first head, and the place in the LM that it reads."""
     name, config = next(iter(run.configs.items()))
     places = config.reads_at(config.hookpoint or name.split("/")[0], config.source)
     read = " and ".join(f"the {side} of module {module}" for module, side in places if module)
@@ -235,7 +253,7 @@ def _credits(run: Run) -> str:
 
 
 def _lms(run: Run) -> list[str]:
-    """The LMs whose activations the heads read, as they were named when they were loaded."""
+    """The LMs whose activations the heads read, under the names that they were loaded by."""
     named = dict.fromkeys(config.base_model_name_or_path for config in run.configs.values())
     return [lm for lm in named if lm] or [lm for lm in [run.section("model").get("name_or_path")] if lm]
 
@@ -248,19 +266,19 @@ def _revision(run: Run) -> str | None:
 def _dataset_id(run: Run) -> str | None:
     data = run.section("data")
     path = data.get("path")
-    # Builders of datasets, such as json, are named as old repos are, and are told by the files that they are given.
+    # A builder of datasets, such as json, has a name like an old repo's. It is recognised by its files.
     builder = path and "/" not in path and {"data_files", "data_dir"} & set(data.get("load_args") or {})
     return path if path and not builder and _is_hub_id(path, run) else None
 
 
 def _is_hub_id(name: str, run: Run) -> bool:
-    """Whether a name is that of a repo: it has the form of one, and no file or folder of the name is in sight."""
+    """Whether a name is a repo's: it has the form of one, and no file or folder of this name is nearby."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
     here = run.folder.resolve()
-    # The run was not always started in the folder in which its card is written.
+    # The run may have started in another folder than the one in which its card is written.
     places = [root / name for root in (Path.cwd(), *here.parents)]
     return Path(name).suffix not in _FILE_ENDINGS and not any(
         place.exists() for place in places if place not in (here, *here.parents)
@@ -268,5 +286,5 @@ def _is_hub_id(name: str, run: Run) -> bool:
 
 
 def _shown(name: str, run: Run) -> str:
-    """A repo's name whole; of a path, which means nothing elsewhere, the last part."""
+    """A repo's whole name, or the last part of a path, since the rest means nothing on another machine."""
     return name if _is_hub_id(name, run) else Path(name).name or name

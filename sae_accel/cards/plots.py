@@ -1,3 +1,11 @@
+"""
+Draws the two plots of a model card: the FVU of each head over training, and a histogram of how often its latents fire.
+
+A run may have one head or a hundred, so the plots adapt: a legend becomes a colour scale, and stairs become curves.
+The same data gives the same bytes, so that a release with nothing new sends no image. matplotlib is imported only
+here, when a plot is drawn.
+"""
+
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,15 +29,15 @@ FVU_PLOT = f"{PLOTS}/fvu.png"
 FREQUENCY_PLOT = f"{PLOTS}/firing_frequency.png"
 
 _INCHES, _DPI = (8.0, 4.5), 100
-# More colours than these cannot be told apart, so that more heads get a scale in their order.
+# More colours than these look alike, so more heads than these get a colour scale in their order.
 _MOST_IN_LEGEND = 10
 _LONGEST_NAME = 30
-# More histograms than these are told apart as curves, not as stairs.
+# More histograms than these are drawn as curves, since stairs would hide each other.
 _MOST_STAIRS = 3
 _BINS = 40
-# A curve that spans more than this is read better by its logarithm.
+# If the highest FVU is more than this many times the lowest, the axis is logarithmic.
 _LINEAR_SPAN = 20
-# Beyond this a logarithmic axis has room for powers of ten alone.
+# Beyond this ratio, a logarithmic axis has room only for powers of ten.
 _DENSE_SPAN = 10_000
 
 
@@ -40,19 +48,20 @@ def draw_plots(
     frequencies: Mapping[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """
-    Draws how heads came along in training, and how often their latents fire. Equal inputs give equal bytes.
+    Draws the FVU of heads over training, and how often their latents fire. Equal inputs give equal bytes.
 
     Args:
-        folder (`Path`): Where; the images are `plots/fvu.png` and `plots/firing_frequency.png` in it.
-        names (`Sequence[str]`): Heads, in the order in which they are shown.
-        log_history (`Sequence[Mapping[str, Any]]`): Of a `TrainerState`, with `train/fvu/<head>` and `train/tokens`.
-        frequencies (`Mapping[str, np.ndarray]`, *optional*): By head, the part of tokens on which each latent is
-            active, `(num_latents,)`.
+        folder (`Path`): Folder of the images, which are `plots/fvu.png` and `plots/firing_frequency.png`.
+        names (`Sequence[str]`): Names of the heads, in the order in which they are shown.
+        log_history (`Sequence[Mapping[str, Any]]`): The log of a `TrainerState`, with `train/fvu/<head>` and
+            `train/tokens`.
+        frequencies (`Mapping[str, np.ndarray]`, *optional*): For each head, the share of tokens on which each latent
+            is active, `(num_latents,)`.
 
     Without matplotlib nothing is drawn, and a line says so.
 
     Returns:
-        `list[Path]`: the images that were drawn: those for which there was something to draw.
+        `list[Path]`: the images that were drawn. An image without data is not drawn.
     """
     if not is_installed("matplotlib"):
         _say_that_there_are_no_plots()
@@ -84,7 +93,7 @@ def _curve(name: str, log_history: Sequence[Mapping[str, Any]]) -> list[tuple[fl
 def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> "Figure":
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, axes = _axes("tokens trained", "FVU on training tokens")
+    figure, axes = _axes("training tokens", "FVU on training tokens")
     colors, labels = _colors(len(curves)), _labels(list(curves))
     for (name, curve), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(curve) == 1 else None
@@ -105,7 +114,7 @@ def _draw_fvu(curves: Mapping[str, list[tuple[float, float]]]) -> "Figure":
 
 def _draw_frequencies(frequencies: Mapping[str, np.ndarray]) -> "Figure":
     figure, axes = _axes(
-        "log₁₀ of firing frequency (part of tokens on which a latent is active)", "latents of the head"
+        "log₁₀ of firing frequency (share of tokens on which a latent is active)", "share of the head's latents"
     )
     logs = {name: np.log10(values[values > 0]) for name, values in frequencies.items()}
     lowest = min((values.min() for values in logs.values() if len(values)), default=-1.0)
@@ -161,7 +170,7 @@ def _colors(count: int) -> np.ndarray:
 
 
 def _explain_colors(figure: "Figure", axes: "Axes", names: list[str], colors: np.ndarray) -> None:
-    """A legend for a few heads; for many a scale with the names of some."""
+    """Adds a legend for a few heads, or a colour scale with some of the names for many."""
     if len(names) <= _MOST_IN_LEGEND:
         place: Any = "outside upper left" if len(names) == 1 else "outside right upper"
         figure.legend(loc=place, frameon=False, fontsize=8.5, labelspacing=0.8)
@@ -181,13 +190,13 @@ def _explain_colors(figure: "Figure", axes: "Axes", names: list[str], colors: np
 
 def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The version of matplotlib would make other bytes of the same image.
+    # Without the version of matplotlib, the same image has the same bytes.
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Heads' names, without what long ones all begin with, and with the middle left out of what is still long."""
+    """Short labels for heads: long names lose the start that all share, and then their middle."""
     shared = commonprefix(list(names)) if len(names) > 1 and max(map(len, names)) > _LONGEST_NAME else ""
     start = shared.rfind(".") + 1
     return {name: _short(f"…{name[start:]}" if start else name) for name in names}
@@ -196,7 +205,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
 def _short(name: str) -> str:
     half = _LONGEST_NAME // 2
     name = name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-    # Labels that begin with an underscore are left out of a legend, and dollar signs would be read as formulas.
+    # matplotlib leaves labels with a leading underscore out of a legend, and reads dollar signs as formulas.
     name = (name or "head").replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 

@@ -1,4 +1,4 @@
-"""What was measured of heads, as a card shows it: for machines in its metadata, and for readers in tables."""
+"""The measurements of heads in a card: as metadata for machines, and as tables for readers."""
 
 from statistics import fmean
 from typing import Any
@@ -10,9 +10,9 @@ from .markdown import code, folded, table
 from .run import Run
 
 
-# Of more heads than this a card gives their mean, lowest and highest values, with the table of all folded away.
+# A card with more heads than this shows their mean, lowest and highest values, and folds the table of all heads.
 MANY = 16
-# What was measured of a head, what it is called, and how it is shown.
+# Each metric of a head, with its title and its format in a card.
 _MEASURED = {
     "eval/fvu": ("FVU", ".4f"),
     "eval/l0": ("L0", ".1f"),
@@ -30,11 +30,11 @@ _LM_LOSSES = {
 
 def eval_results(run: Run, dataset: dict[str, Any]) -> list[EvalResult]:
     """
-    Every metric on held-out tokens: of heads, and of the LM with them.
+    Every metric on held-out tokens, of the heads and of the LM with the heads.
 
     Args:
-        run ([`Run`]): What was measured.
-        dataset (`dict[str, Any]`): The fields of each result that say on what.
+        run ([`Run`]): The run that was measured.
+        dataset (`dict[str, Any]`): The fields of each result that name the dataset.
     """
 
     def result(task: str, kind: str, words: str, value: float, args: dict[str, Any] | None = None) -> EvalResult:
@@ -59,7 +59,7 @@ def eval_results(run: Run, dataset: dict[str, Any]) -> list[EvalResult]:
 
 
 def heads_section(run: Run) -> str:
-    """The heads with what was measured of them, and what that means."""
+    """The table of the heads and their metrics, with a sentence on each metric."""
     parts = [_heads_table(run), _columns(run)]
     if len(run.configs) > MANY:
         parts = [_spans_table(run), _columns(run), folded(f"All {len(run.configs)} heads", _heads_table(run))]
@@ -96,20 +96,20 @@ def _spans_table(run: Run) -> str:
 
 
 def _columns(run: Run) -> str:
-    """What the measurements are; nothing where there are none."""
+    """One sentence on each metric that the table shows."""
     fvu, l0, silent, in_training = (
         any(f"{key}/{name}" in (run.metrics.keys() | run.no_number) for name in run.configs) for key in _MEASURED
     )
     on = f", on {run.metrics['eval/tokens']:,.0f} held-out tokens" if "eval/tokens" in run.metrics else ""
     sentences = {
-        f"FVU: squared error over the variance of what is reconstructed{on}.": fvu,
-        f"L0: active latents by token{', on the same' if on and fvu else on}.": l0,
-        f"Silent: part of the latents that were active on none of {'these' if on else 'the held-out'} tokens.": silent,
-        "Silent in training: part that were active on none of the latest tokens of training.": in_training,
+        f"FVU: fraction of variance unexplained, the squared error over the target's variance{on}.": fvu,
+        f"L0: mean number of active latents per token{', on the same tokens' if on and fvu else on}.": l0,
+        f"Silent: share of the latents that are active on none of {'these' if on else 'the held-out'} tokens.": silent,
+        "Silent in training: share of the latents that are active on none of the latest training tokens.": in_training,
     }
     return " ".join(sentence for sentence, applies in sentences.items() if applies)
 
 
 def _title(name: str, config: HeadConfig) -> str:
-    """What a head is called."""
+    """The name of a head in the card."""
     return name or config.hookpoint or "head"

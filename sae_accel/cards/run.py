@@ -1,3 +1,10 @@
+"""
+Reads a run's folder for its model card: configs of heads, recipe, metrics, log and firing frequencies.
+
+A person may have edited these files, or a kill may have cut them. So every value that the card shows is checked here,
+and the error names the file and the value. A missing file only leaves its part of the card out.
+"""
+
 import json
 import math
 from collections.abc import Sequence
@@ -17,9 +24,9 @@ from ..models import HeadConfig
 from .markdown import number
 
 
-# What stands where a metric came out as NaN or infinite.
+# The card shows this in place of a metric that is NaN or infinite.
 NO_NUMBER = "no number"
-# What the card reads of a recipe, and what that has to be.
+# The fields of a recipe that the card reads, and their types.
 _RECIPE_KINDS: dict[str, dict[str, type]] = {
     "model": {"name_or_path": str, "revision": str, "quantization": str, "adapter": str},
     "data": {"path": str, "name": str, "split": str, "ctx_len": int, "load_args": dict},
@@ -31,8 +38,15 @@ _WORDS = {str: "text", int: "a whole number", float: "a number", list: "a list",
 @dataclass(frozen=True)
 class Run:
     """
-    What lies in a run's folder: by head its config, and what the run wrote of itself, empty where it did not. Of its
-    metrics, `metrics` has those that came out as finite numbers, and `no_number` the names of the others.
+    The content of a run's folder, as a card reads it.
+
+    Args:
+        folder (`Path`): The run's folder.
+        configs (`dict[str, HeadConfig]`): The config of each head.
+        recipe_text (`str`): The recipe as it was written; empty if there is none.
+        recipe (`dict[str, Any]`): The recipe's content; empty if there is none.
+        metrics (`dict[str, float]`): The metrics that are finite numbers.
+        no_number (`frozenset[str]`): The names of the metrics that are NaN or infinite.
     """
 
     folder: Path
@@ -43,16 +57,16 @@ class Run:
     no_number: frozenset[str] = frozenset()
 
     def section(self, name: str) -> dict[str, Any]:
-        """Of the recipe."""
+        """A section of the recipe; empty if the recipe has none of this name."""
         return self.recipe.get(name) or {}
 
     def shown(self, key: str, form: str) -> str:
-        """A metric as the card shows it; empty if it was not measured."""
+        """A metric as text for the card; empty if it was not measured."""
         return NO_NUMBER if key in self.no_number else number(self.metrics.get(key), form)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA was trained around the heads."""
+        """Whether the run trained a LoRA of the LM."""
         return (self.folder / ADAPTER / "adapter_config.json").is_file()
 
 
@@ -61,11 +75,11 @@ def read_run(folder: Path, include: Sequence[str]) -> Run:
     Reads a run's folder.
 
     Args:
-        folder (`Path`): Where heads were saved.
-        include (`Sequence[str]`): Globs over the names of heads; all if there are none.
+        folder (`Path`): The folder in which heads were saved.
+        include (`Sequence[str]`): Globs over the names of heads; all heads if empty.
 
     Raises:
-        `InputError`: if there is no head in the folder, or a file in it cannot be read or holds what it should not.
+        `InputError`: if the folder has no head, or a file in it cannot be read or has a wrong content.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}.")
@@ -90,10 +104,10 @@ def read_run(folder: Path, include: Sequence[str]) -> Run:
 
 def check_run(folder: Path, include: Sequence[str]) -> None:
     """
-    Reads all that a card tells of a run, before anything is done with it.
+    Reads every file that the card of a run needs, so that a damaged one is refused before a push starts.
 
     Raises:
-        `InputError`: if a file cannot be read, or holds what it should not.
+        `InputError`: if a file cannot be read, or has a wrong content.
     """
     run = read_run(folder, include)
     log_history(run)
@@ -101,7 +115,7 @@ def check_run(folder: Path, include: Sequence[str]) -> None:
 
 
 def log_history(run: Run) -> list[dict[str, Any]]:
-    """What the trainer logged, as far as the plots read it."""
+    """The values of the trainer's log that the plots show."""
     path = run.folder / HISTORY
     shown = {"train/tokens", *(f"train/fvu/{name}" for name in run.configs)}
     if not path.is_file():
@@ -115,7 +129,7 @@ def _logged(path: Path, number: int, line: str, shown: set[str]) -> dict[str, An
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         if not line.endswith("\n"):
-            # A kill came while it was written.
+            # A kill interrupted the last line.
             return {}
         raise InputError(f"{str(path)!r} cannot be read: line {number}: {one_line(error)}") from error
     _expect(path, f"line {number}", entry, dict)
@@ -125,25 +139,25 @@ def _logged(path: Path, number: int, line: str, shown: set[str]) -> dict[str, An
 
 
 def frequencies_of(run: Run) -> dict[str, Any]:
-    """By head how often each latent is active, `(num_latents,)`."""
+    """For each head, the share of tokens on which each latent is active, `(num_latents,)`."""
     path = run.folder / FREQUENCIES
     try:
         frequencies = load_file(path) if path.is_file() else {}
     except (SafetensorError, TypeError) as error:
-        # Some types of numbers are torch's alone.
+        # numpy lacks some number types of torch.
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
     for name in frequencies.keys() & run.configs.keys():
         values, allowed = frequencies[name], (run.configs[name].num_latents,)
         if values.shape != allowed or not (np.isfinite(values) & (values >= 0)).all():
             raise InputError(
-                f"{str(path)!r} must hold for head {name!r} the part of tokens on which each latent is active, "
-                f"of shape {allowed}; it holds other values, or another shape: {values.shape}. Take it away to go on."
+                f"{str(path)!r} must hold for head {name!r} the share of tokens on which each latent is active, "
+                f"of shape {allowed}; it holds other values, or another shape: {values.shape}. Delete it to go on."
             )
     return frequencies
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    """What a file says; nothing if it is not there."""
+    """The mapping in a file; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -156,7 +170,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _expect(path: Path, where: str, value: object, kind: type) -> None:
-    """Refuses a value that is not what the card reads there."""
+    """Refuses a value that is not of the type that the card reads."""
     if not isinstance(value, (int, float) if kind is float else kind):
         raise InputError(
             f"{str(path)!r} holds {type(value).__name__} {value!r:.40} as {where}, but must hold {_WORDS[kind]}."
@@ -164,7 +178,7 @@ def _expect(path: Path, where: str, value: object, kind: type) -> None:
 
 
 def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
-    """Holds what the card reads of a recipe to its kinds; any of it may be missing."""
+    """Refuses a recipe with a field of a wrong type. Any field may be missing."""
     for section, kinds in _RECIPE_KINDS.items():
         _expect(path, section, recipe.get(section) or {}, dict)
         for key, kind in kinds.items():

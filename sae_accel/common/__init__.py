@@ -1,4 +1,4 @@
-"""What every room may use: errors, tables, globs, and the names of the files that a run leaves."""
+"""Small tools that every room may use: errors, tables, globs, and the names of the files that a run leaves."""
 
 from .errors import InputError
 

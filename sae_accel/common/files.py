@@ -6,7 +6,7 @@ from typing import Any
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a folder with all that is in it, or a link, but not what a link leads to."""
+    """Deletes a file, a folder with its content, or a link. The target of a link stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -14,7 +14,7 @@ def remove(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; of a link none, as it goes without what it leads to."""
+    """Bytes of a file, or of all files below a folder. A link counts as 0, since deleting it frees nothing else."""
     if path.is_symlink() or not path.exists():
         return 0
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -22,12 +22,12 @@ def size_of(path: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the disk on which a file or folder lies, or will lie."""
+    """Free bytes on the disk of a file or folder, which need not exist yet."""
     return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
 
 
 def in_units(size: float) -> str:
-    """Bytes in words, such as `1.2 GB` of 10^9 bytes."""
+    """A number of bytes as text, such as `1.2 GB`, where 1 GB is 10^9 bytes."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
@@ -36,7 +36,7 @@ def in_units(size: float) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file that is complete or as it was before, whenever the process or the machine ends."""
+    """Writes a JSON file. If the process or machine stops meanwhile, the file is the old or the new one, but whole."""
     staging = path.with_name(f".{path.name}.partial")
     with open(staging, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
@@ -46,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's content; nothing if it is not there or holds something else than a mapping."""
+    """The mapping in a JSON file; empty if there is no file, or it holds no mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

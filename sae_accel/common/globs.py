@@ -5,8 +5,8 @@ from .errors import InputError
 
 def glob_to_regex(pattern: str) -> str:
     """
-    A regular expression for a glob over dotted names, in which `*`, `?` and `[012]` stay within one component and `**`
-    crosses dots. It has a group for each wildcard, which tells what that stood for.
+    Translates a glob over dotted names to a regular expression. `*`, `?` and `[012]` stay within one component, and
+    `**` crosses dots. Each wildcard becomes a group, which holds the text that the wildcard stood for.
 
     Raises:
         `InputError`: if brackets hold no set of characters.
@@ -19,11 +19,11 @@ def glob_to_regex(pattern: str) -> str:
 
 
 def _character_set(piece: str) -> str:
-    # What regular expressions may come to take for operators within a set.
+    # Escaped, since a later Python may read these as operators within a set.
     inside = re.sub(r"([\\\[&|~])", r"\\\1", piece[1:-1])
     regex = f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"
     try:
         re.compile(regex)
     except re.error as error:
-        raise InputError(f"{piece!r} in a glob is no set of characters; [03], [0-3] and [!0-3] are.") from error
+        raise InputError(f"{piece!r} in a glob is no set of characters. Write [03], [0-3] or [!0-3].") from error
     return regex

@@ -1,4 +1,10 @@
-"""What the Hub's refusals mean, each in a clause of this package."""
+"""
+Turns a refusal of the Hub into a clause that a user understands.
+
+The Hub's client raises errors of many types, often one inside another, with long messages. `answer_behind` finds the
+error that holds the Hub's answer, and `clause` says in plain words what it means. A caller puts its own beginning
+and advice around the clause, so that the user reads one line.
+"""
 
 import json
 import re
@@ -12,7 +18,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -24,15 +29,15 @@ from .hub_requests import HubFailed, NoConnection
 
 
 HOW_TO_LOG_IN = "Run `hf auth login`, set HF_TOKEN, or give token."
-# What a call of the Hub's client may end in, those that an answer which is not the Hub's runs it into among them.
+# Errors that a call of the Hub's client may raise, also where the answer comes from something other than the Hub.
 EXPECTED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, HTTPError)
 COMMIT = re.compile("[0-9a-f]{40}")
-_NO_HUB = "what answers there is not the Hub: look at HF_ENDPOINT, and for a proxy or a login page in between"
+_NO_HUB = "the answer does not come from the Hub: check HF_ENDPOINT, and look for a proxy or a login page in between"
 _BY_STATUS = {
     401: "the token is not valid",
     403: "the token does not allow it",
-    404: "it is not there",
-    409: "it is there already, or is being changed",
+    404: "it does not exist",
+    409: "it exists already, or is being changed",
     412: "somebody else has committed since",
     413: "it is too large for the Hub",
 }
@@ -40,10 +45,10 @@ _BY_STATUS = {
 
 class AccessRefused(InputError):
     """
-    A repo is private, gated or missing, which the Hub does not tell apart for those who give no token.
+    A repo is private, gated or missing. Without a token, the Hub does not say which of the three.
 
     Args:
-        reason (`str`): One line, without what to do.
+        reason (`str`): One line that gives the reason without advice.
     """
 
     def __init__(self, reason: str):
@@ -52,19 +57,19 @@ class AccessRefused(InputError):
 
 
 class Unreachable(Exception):
-    """There is no connection to the Hub, or none is to be made."""
+    """The Hub cannot be reached, or the user has forbidden connections with HF_HUB_OFFLINE."""
 
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """
-    Tells of what goes wrong as a repo is read.
+    While open, an error in reading a repo becomes one line.
 
     Args:
         name (`str`): The repo.
 
     Raises:
-        `Unreachable`: if there is no connection to the Hub, or none is to be made.
+        `Unreachable`: if the Hub cannot be reached, or HF_HUB_OFFLINE is set.
         `InputError`: if the Hub refuses or fails, with the reason in one line.
     """
     try:
@@ -74,38 +79,32 @@ def hub_errors(name: str) -> Iterator[None]:
     except InputError:
         raise
     except EXPECTED as error:
-        cause = cause_of(error)
+        cause = answer_behind(error) or error.__cause__ or error
         if is_unreachable(cause):
             raise Unreachable(clause(cause)) from error
         reason = f"{name!r} cannot be read: {clause(cause)}."
         raise (AccessRefused if needs_token(cause) else InputError)(reason) from error
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """The error itself, or the one before it that the client's own line says nothing of."""
-    wraps = type(error) is RuntimeError or isinstance(error, LocalEntryNotFoundError)
-    return error.__cause__ if wraps and error.__cause__ is not None else error
-
-
 def answer_behind(error: BaseException | None) -> BaseException | None:
-    """The refusal of the Hub, or the connection that failed, for which others raise errors of their own."""
+    """The Hub's refusal, or the failed connection, that is the cause of an error; None if there is none."""
     while error is not None and not isinstance(error, (HTTPError, OfflineModeIsEnabled, FileMetadataError, HubFailed)):
         error = error.__cause__
     return error
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether the Hub was not there to be asked."""
+    """Whether the Hub could not be reached, or was not asked because HF_HUB_OFFLINE is set."""
     return isinstance(error, OfflineModeIsEnabled)
 
 
 def needs_token(error: BaseException) -> bool:
-    """Whether a token, or another, might help."""
+    """Whether a token, or a different one, might help."""
     return isinstance(error, (RepositoryNotFoundError, GatedRepoError)) or status_of(error) == 401
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of a refusal of the Hub; None of another error."""
+    """The HTTP status of a refusal of the Hub; None for any other error."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
@@ -114,7 +113,7 @@ def commit_of(info: ModelInfo) -> str:
     The commit that a repo is at.
 
     Raises:
-        `LookupError`: if the answer names none, as no answer of the Hub does.
+        `LookupError`: if the answer names no commit, and so does not come from the Hub.
     """
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise LookupError("the answer names no commit")
@@ -122,9 +121,9 @@ def commit_of(info: ModelInfo) -> str:
 
 
 def clause(error: BaseException) -> str:
-    """What went wrong, without a full stop."""
+    """A clause that says what went wrong, without a full stop."""
     if isinstance(error, GatedRepoError):
-        return f"its owner gives access on request, which is asked for on its page{_said(error)}"
+        return f"its owner gives access on request: ask for it on the repo's page{_said(error)}"
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no such repo on the Hub, or it is private and no token that opens it was given{_said(error)}"
     if isinstance(error, RevisionNotFoundError):
@@ -150,6 +149,6 @@ def clause(error: BaseException) -> str:
 
 
 def _said(error: HfHubHTTPError) -> str:
-    """The Hub's own words, if they are words and not a page."""
+    """The Hub's own words after a colon; empty if the answer is a web page."""
     words = one_line(error.server_message or "").rstrip(".")
     return f": {words}" if words and len(words) < 300 and not re.search(r"[<>{}]", words) else ""

@@ -1,6 +1,10 @@
 """
-Requests to the Hub, as this package makes them. Each has a time limit and is made again where the Hub fails for a
-moment, and who waits for long is told for what. Requests that others make in the same process stay as they were.
+Makes requests to the Hub patient, but not for ever.
+
+The Hub's client waits without limit for some answers, and gives up at once for others. Inside `hub_requests` each
+request has a time limit, and is repeated where the Hub is only busy or a connection drops. A line on standard error
+says for what a user waits. After a final failure, the Hub is not asked again within the task, since the client and its
+callers would repeat all of it. Requests of other code in the same process stay as they are.
 """
 
 import importlib
@@ -21,42 +25,42 @@ from .signals import tell
 
 
 T = TypeVar("T")
-# The Hub client's own HTTP library has changed its name, so it is taken from where the client has it.
+# The HTTP library of the Hub's client differs between versions, so it is taken from the client.
 http = importlib.import_module(HTTPError.__module__.partition(".")[0])
 
-# Seconds after which a wait is told; then each time it is three times as long.
+# Seconds until the first line about a wait. Each further line comes after three times as long.
 TOLD_AFTER = 10.0
-# Seconds without a byte: to connect, for an answer, and for that to a commit, which the Hub makes before it answers.
+# Longest silence in seconds: for a connection, for an answer, and for a commit, which the Hub makes before it answers.
 TO_CONNECT, TO_ANSWER, TO_COMMIT = 10.0, 30.0, 120.0
-# How often a request is made where it is refused for a moment or its connection drops, and where no answer comes.
+# How often a request is sent in all: after a busy answer or a dropped connection, and after silence.
 TRIES, STALLED_TRIES = 5, 2
-# A Hub that asks to wait for longer, in seconds, is told of instead.
+# If the Hub asks for a longer wait, in seconds, the request fails and the error says so.
 LONGEST_WAIT = 300.0
-# The client asks these for statistics of its own, waits a moment at most, and does without.
+# Statistics of the client itself. It waits only a moment for them, so they are left alone.
 _UNIMPORTANT = ("/api/agent-harnesses", "/api/telemetry")
 _FOR_A_MOMENT = (408, 429, 500, 502, 503, 504)
 
 
 class HubFailed(InputError):
-    """The Hub was asked as often as is sensible, and gave no answer that can be used. It says a clause."""
+    """The Hub was asked several times and gave no usable answer. The message is a clause, without a full stop."""
 
 
 class NoConnection(OfflineModeIsEnabled):
-    """The Hub is not there to be asked. The client takes it as if it had been told so, and does not try again."""
+    """The Hub cannot be reached. The client treats this as its offline mode, and does not try again."""
 
 
 @contextmanager
 def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
     """
-    While open, requests to the Hub have time limits and are made again where that helps.
+    While open, requests to the Hub have time limits and are repeated where that helps.
 
     Args:
-        task (`str`): What is done, in words that follow "Still ", such as "reading 'gpt2'".
-        shows_progress (`bool`, defaults to `False`): Whether it is seen to go on, so that only silence of the Hub is
-            told.
+        task (`str`): The task in words that follow "Still ", such as "reading 'gpt2'".
+        shows_progress (`bool`, defaults to `False`): Whether the user sees progress anyway. Then a line comes only if
+            the Hub is silent.
 
     Raises:
-        `HubFailed`: where the Hub fails for longer, even if whoever asked makes do with what is in the cache.
+        `HubFailed`: if the Hub keeps failing, even if the client has used files of the cache instead.
     """
     _patience.open()
     told = _Telling(task, shows_progress)
@@ -69,7 +73,7 @@ def hub_requests(task: str, shows_progress: bool = False) -> Iterator[None]:
 
 
 def read_again(work: Callable[[], T]) -> T:
-    """What `work` gives, done again where a connection drops while an answer is read, such as a large file."""
+    """Calls `work`, and calls it again if a connection drops in the middle of an answer, such as a large file."""
     for tries in range(1, TRIES):
         try:
             return work()
@@ -79,21 +83,21 @@ def read_again(work: Callable[[], T]) -> T:
 
 
 def ask_again() -> None:
-    """Lets a Hub that has failed be asked again, where something depends on what it did before it failed."""
+    """Allows new requests to a Hub that has failed, to find out what it did before it failed."""
     _patience.forget()
 
 
 def seconds_unanswered() -> float:
-    """For how long the Hub has not answered what it was asked; 0 if it was asked nothing."""
+    """Seconds since the oldest request that the Hub has not answered; 0 if there is none."""
     return _patience.seconds_unanswered()
 
 
 class _Patience:
     """
-    Sends the requests of this process's Hub client.
+    Sends the requests of this process's Hub client, with limits and repetitions while a task is open.
 
-    A host that has failed is not asked again before the tasks that are open end: the client, and those who call it,
-    would try again what was tried here.
+    A host that has failed gets no further request until the open tasks end, since the client and its callers would
+    repeat each try of this class.
     """
 
     def __init__(self) -> None:
@@ -108,10 +112,10 @@ class _Patience:
         with self._lock:
             self._open += 1
             if self._open == 1:
-                # The client would tell of each try in lines of its own.
+                # The client would print lines of its own for each try.
                 self._said = client_logging.get_verbosity()
                 client_logging.set_verbosity_error()
-            # A private name: the tests of this module fail without it.
+            # A private name of the client: the tests of this module fail if it changes.
             if client._GLOBAL_CLIENT_FACTORY is not _factory:
                 _wrapped.append(client._GLOBAL_CLIENT_FACTORY)
                 client.set_client_factory(_factory)
@@ -127,11 +131,11 @@ class _Patience:
         self._failed.clear()
 
     def check(self, task: str) -> None:
-        """Tells of a task that made do without the Hub; raises if the Hub was there and failed."""
+        """Raises if the Hub failed during a task. Prints a line if the cache was used, since no Hub was reached."""
         for failure in list(self._failed.values()):
             if isinstance(failure, HubFailed):
                 raise failure
-            line = f"There is {failure}. What is in the cache was used for {task}."
+            line = f"There is {failure}. Files of the cache were used for {task}."
             if line not in self._told:
                 self._told.add(line)
                 tell(line)
@@ -166,10 +170,10 @@ class _Patience:
                 response.close()
                 wait = self._wait_after_answer(request, response, tries)
             time.sleep(wait)
-        raise AssertionError("it is left by what is raised or given")
+        raise AssertionError("the loop ends with a return or an error")
 
     def _wait_after_error(self, request: Any, error: Exception, tries: int) -> float:
-        """Seconds until a request is made again; raises if it is not."""
+        """Seconds to wait before a request is repeated; raises if it is not repeated."""
         if isinstance(error, (http.ConnectError, http.ConnectTimeout, http.ProxyError)):
             if tries < STALLED_TRIES and not isinstance(error, http.ConnectTimeout):
                 return 1.0
@@ -180,7 +184,7 @@ class _Patience:
                 return 0.0
             raise self._remembered(request, HubFailed(f"{_asked_for(request)} and gave no answer")) from error
         if not isinstance(error, (http.NetworkError, http.RemoteProtocolError)) or not _can_be_sent_again(request):
-            # What is sent from a file the client sends anew.
+            # The client itself repeats a request whose body it reads from a file.
             raise error
         if tries < TRIES:
             return _growing(tries)
@@ -188,12 +192,12 @@ class _Patience:
         raise self._remembered(request, dropped) from error
 
     def _wait_after_answer(self, request: Any, response: Any, tries: int) -> float:
-        """Seconds until a request that was refused for a moment is made again; raises if it is not."""
+        """Seconds to wait before a request is repeated after a busy answer; raises if it is not repeated."""
         asked = _wait_of(response)
         wait = _growing(tries) if asked is None else asked
         if tries < TRIES and wait <= LONGEST_WAIT:
             return wait
-        later = f", to be asked again in {wait:.0f} s" if wait > LONGEST_WAIT else ""
+        later = f" and asked to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
         refused = HubFailed(f"{_asked_for(request)}, and it answered {response.status_code}{later}")
         raise self._remembered(request, refused)
 
@@ -203,7 +207,7 @@ class _Patience:
 
 
 class _Telling:
-    """Tells of a wait on standard error, in a thread."""
+    """Prints lines about a wait on standard error, from a thread."""
 
     def __init__(self, task: str, shows_progress: bool):
         self._task, self._shows_progress, self._ended = task, shows_progress, threading.Event()
@@ -223,7 +227,7 @@ class _Telling:
                 tell(f"Still {self._task} ({waited:.0f} s so far{asked}).")
 
 
-# What made clients before.
+# The functions that made clients before `_factory` replaced them.
 _wrapped: list[Callable[[], Any]] = []
 _patience = _Patience()
 
@@ -243,7 +247,7 @@ def _set_limits(request: Any) -> None:
 
 
 def _can_be_sent_again(request: Any) -> bool:
-    """Whether its body is at hand, and is not read from a file as it is sent."""
+    """Whether a request's body is in memory. A body that is read from a file can be sent only once."""
     try:
         request.content  # noqa: B018  It raises.
     except http.RequestNotRead:
@@ -256,7 +260,7 @@ def _growing(tries: int) -> float:
 
 
 def _wait_of(response: Any) -> float | None:
-    """Seconds that the Hub asks to wait."""
+    """The seconds that the Hub asks to wait; None if it does not ask."""
     limit = client.parse_ratelimit_headers(response.headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)

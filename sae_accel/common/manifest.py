@@ -1,4 +1,9 @@
-"""What a run owns in its folder."""
+"""
+The list of the files and folders that a run owns in its output folder.
+
+A run may only delete or replace its own files, even after a kill. So it writes this list, `manifest.json`, before it
+writes anything else. The next run reads the list, and leaves every other file as it is.
+"""
 
 import re
 from collections.abc import Iterable
@@ -11,22 +16,21 @@ from .files import read_json, write_json
 from .run_files import MANIFEST
 
 
-# What a kill can leave of a checkpoint that was being written or pushed.
+# Names of checkpoints that a kill interrupted while they were written or pushed.
 _UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|pushing)")
 
 
 @dataclass
 class Manifest:
     """
-    What a run owns in its folder, by paths below it. It is written down before anything else is, so that whatever a
-    kill leaves is known as the run's own.
+    The files and folders that a run owns, as paths below its output folder.
 
     Args:
         places (`list[str]`): Folders of heads, or of a LoRA.
-        files (`list[str]`): Reports: metrics, recipe, card, plots and alike.
+        files (`list[str]`): Reports, such as metrics, recipe, card and plots.
         logs (`list[str]`): Folders of trackers.
-        checkpoints (`list[str]`): In the order in which they were written.
-        identity (`dict[str, Any]`): What the run is, as a checkpoint of it says too.
+        checkpoints (`list[str]`): Checkpoints, in the order in which they were written.
+        identity (`dict[str, Any]`): The settings that identify the run. Each of its checkpoints has them too.
     """
 
     places: list[str] = field(default_factory=list)
@@ -37,7 +41,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """Of a run's folder; None if no run has been there."""
+        """Reads the manifest of a run's folder. Returns None if no run has written there."""
         content = read_json(folder / MANIFEST).get("run")
         if not isinstance(content, dict):
             return None
@@ -46,11 +50,11 @@ class Manifest:
         return cls(**lists, identity=identity if isinstance(identity, dict) else {})
 
     def write(self, folder: Path) -> None:
-        """Puts it into a run's folder, whole or not at all."""
+        """Writes the manifest into a run's folder, whole or not at all."""
         write_json(folder / MANIFEST, {"run": asdict(self)})
 
     def unfinished(self, folder: Path) -> list[Path]:
-        """What a kill left, in a run's folder, of what was being written."""
+        """Paths in a run's folder that a kill interrupted while they were written."""
         found = {path for path in folder.glob(".checkpoint-*") if _UNFINISHED.fullmatch(path.name)}
         endings: dict[str, tuple[str, ...]] = dict.fromkeys(self.places, ("partial", "old", "saving-*"))
         endings |= dict.fromkeys(self.checkpoints, ("old",))
@@ -60,13 +64,13 @@ class Manifest:
         return sorted(found)
 
     def claim(self, other: "Manifest") -> None:
-        """Adds what another owns."""
+        """Adds the paths of another manifest."""
         for name in ("places", "files", "logs", "checkpoints"):
             setattr(self, name, list(dict.fromkeys([*getattr(self, name), *getattr(other, name)])))
 
 
 def _paths_below(value: Any) -> list[str]:
-    """Of a list that a file holds, paths that lead below its folder: what is damaged must not delete others' files."""
+    """The paths in a list that stay below the folder, so that a damaged manifest never deletes other files."""
     paths: Iterable[Any] = value if isinstance(value, list) else ()
     return [path for path in paths if isinstance(path, str) and _is_below(path)]
 

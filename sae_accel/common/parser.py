@@ -7,18 +7,18 @@ from .reports import DEBUG, DEBUG_HELP
 
 class CommandParser(argparse.ArgumentParser):
     """
-    Reads a command line, and refuses what it does not know in one line.
+    Reads a command line, and refuses an unknown option in one line.
 
     Args:
-        prog (`str`): What is typed to run the command.
-        description (`str`): What it does.
+        prog (`str`): The words that a user types to run the command.
+        description (`str`): A sentence that says what the command does.
     """
 
     def __init__(self, prog: str, description: str):
-        # An option that is cut short would be another once there is a new one.
+        # No abbreviations: a new option could change the meaning of one.
         super().__init__(prog=prog, description=description, allow_abbrev=False)
-        # Read by `Reports.command`.
+        # `Reports.command` reads this option.
         self.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. --help shows what {self.prog} takes.")
+        raise InputError(f"{message}. `{self.prog} --help` lists the options.")

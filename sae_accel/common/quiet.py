@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_files() -> Iterator[None]:
-    """Keeps transformers' progress bars off the screen: one bar for each small file helps nobody."""
+    """While open, transformers shows no progress bars: one bar per small file helps nobody."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

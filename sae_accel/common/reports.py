@@ -1,6 +1,9 @@
 """
-How a command ends that meets an error. What a user can mend is one line; so is a defect, with the place of a report
-that has all that whoever mends it needs, and no secret.
+Ends a command that meets an error.
+
+If the user can mend the cause, such as a wrong path, the command prints one line and no traceback. If the cause is a
+defect of this package, the command prints one line too, and the place of a report. The report is a file with the
+command, versions, devices, recipe and traceback, so that a maintainer can find the defect. It holds no secret.
 """
 
 import errno
@@ -24,12 +27,12 @@ from .signals import is_first, signals, tell
 
 
 DEBUG = "--debug"
-DEBUG_HELP = "show an error's traceback here, and of a defect the whole report, which is a file else"
+DEBUG_HELP = "show the traceback of an error here; for a defect, show the whole report here and write no file"
 _PACKAGES = (
     "sae_accel torch transformers accelerate datasets huggingface_hub tokenizers safetensors peft bitsandbytes "
     "deepspeed numpy pyyaml"
 ).split()
-# Settings of processes and devices. Of others the value may be private.
+# Variables about processes and devices. The values of other variables may be private.
 _VARIABLES = (
     "ACCELERATE_",
     "CUDA_VISIBLE_",
@@ -40,22 +43,24 @@ _VARIABLES = (
     "OMP_NUM_",
     "HF_HUB_OFFLINE",
 )
-# What a machine, and no defect, is the cause of.
+# Errors that the machine causes, and not a defect.
 _MACHINES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-# Seconds in which the first process of a launch, if it has the same error, has written that down.
+# If the first process of a launch has the same error, it has written its report within these seconds.
 _SAME_SECONDS = 2.0
 _LONGEST = 400
 
 
 class Reports:
     """
+    Runs a command, and reports the error that ends it.
+
     Attributes:
         is_debug (`bool`): Whether reports are shown and not written.
-        folder (`Path`, *optional*): The run's, where a report is written if it is a run's already.
-        settings (`Mapping[str, Any]`, *optional*): The recipe as it is run, without its secrets.
-        secrets (`list[str]`): What must not be in a report.
-        memory_advice (`str`): What helps a command that runs out of memory.
-        is_left_to_first (`bool`): Whether the first process of the launch says why this one ends.
+        folder (`Path`, *optional*): The run's folder. A report is written there once the run has written to it.
+        settings (`Mapping[str, Any]`, *optional*): The recipe of the run, without its secrets.
+        secrets (`list[str]`): Texts that must not be in a report.
+        memory_advice (`str`): Advice for a command that runs out of memory.
+        is_left_to_first (`bool`): Whether only the first process of the launch prints the reason.
     """
 
     def __init__(self) -> None:
@@ -73,12 +78,13 @@ class Reports:
 
     def command(self, name: str, words: Sequence[str], work: Callable[[list[str]], int]) -> int:
         """
-        The status of a command: 2 after one line if its input cannot be used, 1 after one line if it cannot go on.
+        Runs a command and returns its status. After an error it prints one line, and the status is 2 if the input
+        cannot be used, and 1 if the command cannot go on.
 
         Args:
-            name (`str`): Of the command.
-            words (`Sequence[str]`): What follows it. `--debug` may stand anywhere.
-            work (`Callable[[list[str]], int]`): Does it, given the other words.
+            name (`str`): Name of the command.
+            words (`Sequence[str]`): The words after the name. `--debug` may stand anywhere.
+            work (`Callable[[list[str]], int]`): The command, which takes the words without `--debug`.
         """
         self._begin(words, name)
         try:
@@ -100,18 +106,18 @@ class Reports:
 
     def know(self, settings: Mapping[str, Any], folder: Path, whole: Mapping[str, Any]) -> None:
         """
-        Takes what a run is, for a report.
+        Stores the settings of a run, for a report.
 
         Args:
-            settings (`Mapping[str, Any]`): As the attribute.
-            folder (`Path`): As the attribute.
-            whole (`Mapping[str, Any]`): The settings with their secrets.
+            settings (`Mapping[str, Any]`): The recipe without its secrets.
+            folder (`Path`): The run's output folder.
+            whole (`Mapping[str, Any]`): The recipe with its secrets, which a report must not show.
         """
         self.settings, self.folder = settings, folder
         self.secrets += secrets_in(whole)
 
     def line(self, error: BaseException) -> str:
-        """One line about an error that no command foresees. The first time a report is written, or shown."""
+        """One line about an unexpected error. The first call for an error also writes or shows a report."""
         if self._told is None or self._told[0] is not error:
             self._told = (error, self._line(error))
         return self._told[1]
@@ -124,38 +130,38 @@ class Reports:
             return f"There is not enough memory ({reason}). {self.memory_advice}".rstrip()
         if self.is_debug:
             self._show(error)
-            return f"{reason}. This is a defect; the report is above."
+            return f"{reason}. This is a defect of sae_accel; the report is above."
         if isinstance(error, OSError) and error.errno in _MACHINES and error.filename is not None:
-            return f"{str(error.filename)!r} cannot be used: {error.strerror}. {DEBUG} shows what needed it."
+            return f"{str(error.filename)!r} cannot be used: {error.strerror}. {DEBUG} shows which step needed it."
         path = self._write(error)
         if path is None:
             self._show(error)
-            return f"{reason}. This is a defect; the report is above, since no folder takes it."
-        return f"{reason}. This is a defect; a report is in {str(path)!r}, and {DEBUG} shows it here."
+            return f"{reason}. This is a defect of sae_accel; the report is above, since no folder can be written to."
+        return f"{reason}. This is a defect of sae_accel; a report is in {str(path)!r}, and {DEBUG} shows it here."
 
     def _show(self, error: BaseException) -> None:
         print(self.text(error), file=sys.stderr)
 
     def _write(self, error: BaseException) -> Path | None:
-        """Where the report is; None if it cannot be written anywhere."""
+        """Writes the report and returns its path; None if no folder can be written to."""
         name = f"sae_accel-error-{datetime.now():%Y%m%d-%H%M%S-%f}-{_launch()}-process-{_rank()}.txt"
         for folder in self._folders():
             with suppress(OSError):
-                # Not over what is there, nor through a link that somebody laid.
+                # Mode x overwrites no file and follows no link that somebody put there.
                 with open(folder / name, "x", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(self.text(error))
                 return folder / name
         return None
 
     def _folders(self) -> Iterator[Path]:
-        """The run's, which whoever looks for it has at hand; a job's temporary folder may go with the job."""
+        """Yields folders for a report. The temporary folder comes last, since it may vanish with the job."""
         if self.folder is not None and Manifest.read(self.folder) is not None:
             yield self.folder
         yield Path(".")
         yield Path(tempfile.gettempdir())
 
     def _first_has_it(self) -> bool:
-        """Whether the first process of this machine's launch has an error too, and says so."""
+        """Whether the first process on this machine has an error too, and so prints the reason."""
         if self.is_debug:
             return False
         deadline = time.monotonic() + _SAME_SECONDS
@@ -188,7 +194,7 @@ class Reports:
 
 
 def _in_words(error: BaseException) -> str:
-    """An error's kind, and the first line of what it says."""
+    """The type of an error, and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     first = one_line(lines[0])[:_LONGEST].rstrip(".:")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -206,7 +212,7 @@ def _devices() -> Iterator[str]:
     torch = sys.modules.get("torch")
     if torch is None:
         return
-    # A device that is broken may be what the report is about.
+    # The report may be about a broken device, which raises here.
     with suppress(RuntimeError, AssertionError):
         for index in range(torch.cuda.device_count()):
             yield f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -223,7 +229,7 @@ def _rank() -> str:
 
 
 def _launch() -> int:
-    """A number that the processes of one launch on one machine share, and no other has at the same time."""
+    """A number that the processes of one launch on one machine share, and no other process has at that time."""
     return os.getppid() if "RANK" in os.environ else os.getpid()
 
 

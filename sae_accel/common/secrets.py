@@ -1,3 +1,10 @@
+"""
+Keeps secrets out of reports.
+
+A report about a defect shows the command line, the recipe and the traceback, and each of them may hold a token. Two
+nets catch tokens: values whose name says that they are secret, and words that look like a token wherever they stand.
+"""
+
 import os
 import re
 import sys
@@ -6,10 +13,10 @@ from typing import Any
 
 
 HIDDEN = "***"
-# Names of options, keys and variables whose values are for nobody else. A plain `tokens` counts something.
+# Names of options, keys and variables with secret values. `tokens` is none of them, since it is a count.
 _NAME = r"(?:[\w.-]*[_.-])?(?:token|password|passwd|secret|credentials?|api_?key|access_?key|secret_?key)"
 _NAMED = re.compile(_NAME, re.IGNORECASE)
-# What follows such a name in JSON, YAML, Python, a URL or a header.
+# The value after a secret's name, in JSON, YAML, Python, a URL or a header.
 _VALUE = re.compile(
     rf"(?i)(?<![\w.-])(['\"]?{_NAME}['\"]?\s*[=:]\s*)(['\"]?)(?!null\b|None\b|\*\*\*)[^\s'\",;&}}\])]+\2"
 )
@@ -19,18 +26,18 @@ _SHAPES = (
     (re.compile(r"(\w://)[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
     (re.compile(r"(?i)([?&][\w-]*(?:sig|signature|key|credential|policy|auth)[\w-]*=)[^\s&'\"]+"), rf"\1{HIDDEN}"),
 )
-# A shorter one would take away words that have nothing to do with it.
+# A shorter secret is not replaced, since it may be part of harmless words.
 _LEAST = 4
 
 
 def without_secrets(text: str, known: Iterable[str] = ()) -> str:
     """
-    A text in which what may be a secret is replaced by `***`: values of environment variables, options and keys that
-    are named like one, the stored login of the Hub, and whatever has the shape of a token or of a URL's password.
+    Replaces every possible secret in a text with `***`: values of environment variables, options and keys whose name
+    is a secret's, the stored login of the Hub, and words with the shape of a token or of a password in a URL.
 
     Args:
         text (`str`): The text.
-        known (`Iterable[str]`): Further secrets, such as those on a command line.
+        known (`Iterable[str]`): Further secrets, such as tokens on a command line.
     """
     for secret in sorted({*known, *_of_the_environment(), *_stored_login()}, key=len, reverse=True):
         if len(secret) >= _LEAST:
@@ -41,7 +48,7 @@ def without_secrets(text: str, known: Iterable[str] = ()) -> str:
 
 
 def secrets_in_words(words: Iterable[str]) -> Iterator[str]:
-    """What follows an option on a command line that is named like a secret, such as `--model.token`."""
+    """Yields the values of options that are named like a secret, such as `--model.token`, on a command line."""
     is_secret = False
     for word in words:
         name, equals, value = word.partition("=")
@@ -54,7 +61,7 @@ def secrets_in_words(words: Iterable[str]) -> Iterator[str]:
 
 
 def secrets_in(content: Any) -> Iterator[str]:
-    """Values under keys that are named like a secret, in nested mappings and lists."""
+    """Yields the values under keys that are named like a secret, in nested mappings and lists."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             if isinstance(value, str) and _NAMED.fullmatch(str(key)):
@@ -66,7 +73,7 @@ def secrets_in(content: Any) -> Iterator[str]:
 
 
 def without_secret_keys(content: Any) -> Any:
-    """Nested mappings and lists without the keys that are named like a secret."""
+    """A copy of nested mappings and lists without the keys that are named like a secret."""
     if isinstance(content, Mapping):
         return {k: without_secret_keys(value) for k, value in content.items() if not _NAMED.fullmatch(str(k))}
     return [without_secret_keys(value) for value in content] if isinstance(content, list) else content
@@ -79,7 +86,7 @@ def _of_the_environment() -> Iterator[str]:
 
 
 def _stored_login() -> Iterator[str]:
-    # Only a command that has imported the Hub's client can have used it.
+    # A command that never imported the Hub's client cannot have used the login.
     hub = sys.modules.get("huggingface_hub")
     token = hub.get_token() if hub is not None else None
     if token:

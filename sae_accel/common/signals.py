@@ -1,6 +1,10 @@
 """
-Signals that end a command. A thread answers them, so that neither an import nor a collective delays the answer: one
-line that says what is saved. This module imports nothing that takes time, since it comes before all that does.
+Ends a command in good order after Ctrl-C, SIGTERM, SIGHUP, a closed pipe, or the death of its launcher.
+
+The user always gets one line that says what is saved. Python answers signals only in its main thread, between two
+steps, and an import or a collective can hold that thread for minutes. So a second thread reads the signals from a
+socket, and ends the process at once. While a run trains, it defers the end: the thread only notes the signal, and the
+run saves a checkpoint after its step. This module is imported first, so it imports nothing slow.
 """
 
 import os
@@ -17,22 +21,22 @@ from typing import TextIO, cast
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Stands for a pipe whose reader has gone, such as `| head`; not sent, as Python ignores the signal itself.
+# Means that the reader of a pipe, such as `| head`, has gone. Python ignores the signal itself, so none arrives.
 CLOSED_PIPE = 13
 NOTHING_SAVED = "Nothing was saved yet: start again with the same command."
-# A terminal and a launcher both send what is one Ctrl-C.
+# One Ctrl-C can arrive twice within this time: from the terminal and from the launcher.
 SAME_SECONDS = 1.0
-# A launcher that dies leaves its processes to themselves; this long they may take to save.
+# When a launcher dies its processes go on. They have this long to save.
 ORPHAN_SECONDS = 25.0
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Stopped(KeyboardInterrupt):
     """
-    A signal has ended a run in good order.
+    Raised when a signal has ended a run in good order.
 
     Args:
-        number (`int`): The signal, `CLOSED_PIPE` for a closed pipe.
+        number (`int`): The signal; `CLOSED_PIPE` for a closed pipe.
         message (`str`): One line that says what is saved.
     """
 
@@ -43,16 +47,18 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     """
-    Answers Ctrl-C, SIGTERM, SIGHUP, a pipe that is closed and the death of a launcher. At once by default: one line,
-    and the process ends. While `is_deferred`, the first is noted in `number` for who has something to save, and only
-    a second Ctrl-C ends at once, since launchers send several SIGTERM.
+    Answers Ctrl-C, SIGTERM, SIGHUP, a closed pipe, and the death of a launcher.
+
+    By default the process prints one line and ends at once. While `is_deferred`, the first signal is only noted in
+    `number`, and the run that has something to save looks there. Then only a second Ctrl-C ends at once: launchers
+    send several SIGTERM.
 
     Attributes:
         number (`int`, *optional*): The first signal that came.
-        words (`Callable[[], str]`): What is saved, and how to go on.
-        is_active (`bool`): Whether a command is at work.
-        is_deferred (`bool`): Whether somebody looks at `number`.
-        leave (`Callable[[int], None]`): Ends the process at once; on several processes, all of them.
+        words (`Callable[[], str]`): Returns a sentence about the saved files and how to go on.
+        is_active (`bool`): Whether a command runs.
+        is_deferred (`bool`): Whether a run looks at `number`, so that the process need not end at once.
+        leave (`Callable[[int], None]`): Ends this process at once; on several processes, all of them.
     """
 
     def __init__(self) -> None:
@@ -70,22 +76,22 @@ class Signals:
 
     def command(self, work: Callable[[], int], owns_process: bool) -> int:
         """
-        The status of a command.
+        Runs a command and returns its status.
 
         Args:
             work (`Callable[[], int]`): The command.
-            owns_process (`bool`): Whether the process is there for this command alone, and ends with it. Only then are
-                its signals answered: elsewhere they belong to who calls.
+            owns_process (`bool`): Whether the process exists for this command alone. Only then are its signals
+                answered; otherwise they belong to the caller.
         """
         if not owns_process or self.is_active or threading.current_thread() is not threading.main_thread():
-            # A thread receives no signals.
+            # Only the main thread can receive signals.
             return self._status(work)
         self._begin()
         numbers = self._answer()
         try:
             return self._status(work)
         finally:
-            # All has been said; Python itself would let a signal that comes while it ends change the status.
+            # The command has ended. A later signal, while Python shuts down, must not change the status.
             for number in numbers:
                 signal.signal(number, signal.SIG_IGN)
 
@@ -93,17 +99,17 @@ class Signals:
         try:
             return work()
         except KeyboardInterrupt as interrupt:
-            # From Python's own handler, or from whom the command calls.
+            # Raised by Python's own handler, or by a library that the command calls.
             message = interrupt if isinstance(interrupt, Stopped) else f"Stopped. {self.words()}"
             tell(message)
             return interrupt.status if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
     def _answer(self) -> list[signal.Signals]:
-        """Begins to answer, to the end of the process. Returns the signals that are answered."""
+        """Answers signals from now to the end of the process. Returns the signals that are answered."""
         receiver, self._sender = socket.socketpair()
         receiver.settimeout(SAME_SECONDS)
         self._sender.setblocking(False)
-        # nohup has SIGHUP ignored, and means it.
+        # nohup sets SIGHUP to be ignored, and it stays ignored.
         numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
         gone = partial(self._received, CLOSED_PIPE)
         sys.stdout, sys.stderr = _guarded(sys.stdout, gone), _guarded(sys.stderr, gone)
@@ -117,7 +123,7 @@ class Signals:
 
     @contextmanager
     def undone(self, undo: Callable[[], object]) -> Iterator[None]:
-        """While open, a process that ends at once does `undo` before."""
+        """While open, a process that ends at once calls `undo` first."""
         self._undo.append(undo)
         try:
             yield
@@ -130,7 +136,7 @@ class Signals:
 
         Args:
             number (`int`): The signal.
-            speaks (`bool`, *optional*): Whether it is this process that says the line; if not given, the first of a
+            speaks (`bool`, *optional*): Whether this process prints the line. If not given, the first process of the
                 launch does.
         """
         try:
@@ -144,9 +150,9 @@ class Signals:
             os._exit(128 + number)
 
     def reason(self, number: int) -> str:
-        """What a signal stands for, in a sentence."""
+        """A sentence that names the signal, or the death of the launcher."""
         if self._orphan_since is not None:
-            return "Stopped, as the launcher has died."
+            return "Stopped, because the launcher has died."
         return f"Stopped by {'a closed pipe' if number == CLOSED_PIPE else signal.Signals(number).name}."
 
     def _received(self, number: int) -> None:
@@ -161,7 +167,7 @@ class Signals:
             self.leave(self.number)
 
     def _read(self, receiver: socket.socket, launcher: int | None) -> None:
-        """In a thread: receives the numbers of signals, and looks for the launcher between them."""
+        """Runs in the thread: receives the numbers of signals, and checks in between whether the launcher lives."""
         while self.is_active:
             with suppress(TimeoutError):
                 for number in receiver.recv(64):
@@ -180,7 +186,7 @@ class Signals:
 
 
 class _Guarded:
-    """A stream whose reader may go. What is written after that goes nowhere."""
+    """A stream whose reader may go away. Text that is written later is dropped."""
 
     def __init__(self, stream: TextIO, gone: Callable[[], None]):
         self._stream, self._gone = stream, gone
@@ -204,7 +210,7 @@ class _Guarded:
         return getattr(self._stream, name)
 
     def _lose(self) -> None:
-        # Else Python would write at exit what the stream still holds.
+        # Otherwise Python would try at exit to write the text that the stream still holds.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -213,29 +219,29 @@ class _Guarded:
 
 def _guarded(stream: TextIO, gone: Callable[[], None]) -> TextIO:
     if stream is None:
-        # It was closed before Python began.
+        # The stream was closed before Python started.
         return stream
     if reconfigure := getattr(stream, "reconfigure", None):
-        # A process that ends at once loses no line, and a reader that has gone is noticed.
+        # Each line is written at once: none is lost at a sudden end, and a reader that has gone is noticed.
         reconfigure(line_buffering=True)
         if getattr(stream, "errors", None) == "strict":
-            # A name with characters that the terminal does not have is no reason to end.
+            # A character that the terminal cannot show must not end the command.
             with suppress(OSError):
                 reconfigure(errors="backslashreplace")
     return cast(TextIO, _Guarded(stream, gone))
 
 
 def _launcher() -> int | None:
-    """The process that started this one as one of a launch, if any did: a shell may go, and the run stays."""
+    """The launcher of this process, if it is part of a launch. A shell is none: it may end, and the run goes on."""
     return os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """The thread answers."""
+    """Does nothing, since the thread answers."""
 
 
 def is_first() -> bool:
-    """Whether this is the first process of a launch, as long as no more is known than what the launcher said."""
+    """Whether this is the first process of a launch, by the launcher's environment variables."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -245,20 +251,20 @@ def tell(message: object, by_any: bool = False) -> None:
 
     Args:
         message (`object`): The line.
-        by_any (`bool`, defaults to `False`): Whether every process says it, or the first of a launch alone.
+        by_any (`bool`, defaults to `False`): Whether every process prints it, and not the first of a launch alone.
     """
     if by_any or is_first():
         print(_line(message), file=sys.stderr)
 
 
 def _say(message: str) -> None:
-    # Not by way of sys.stderr, which the main thread may be about to write to.
+    # Not through sys.stderr, which the main thread may hold in the middle of a write.
     with suppress(OSError):
         os.write(2, f"{_line(message)}\n".encode())
 
 
 def _line(message: object) -> str:
-    """On a line of its own, where a progress bar has left one open."""
+    """A message as a line, after a line break if a progress bar has left its line open."""
     is_open = isinstance(sys.stderr, _Guarded) and sys.stderr.is_line_open
     return f"{chr(10) if is_open else ''}sae_accel: {message}"
 
@@ -273,7 +279,7 @@ def _end_children() -> None:
 
 @cache
 def _reset_children() -> None:
-    """Processes that are forked, such as those that tokenise, end by a signal as any process does, with no word."""
+    """Makes forked processes, such as those that tokenise, end silently by a signal, as any process does."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_reset)
 

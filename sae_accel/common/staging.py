@@ -9,12 +9,12 @@ from .signals import signals
 @contextmanager
 def staging_folder(target: Path, suffix: str = "partial") -> Iterator[Path]:
     """
-    A path beside `target` to write into, so that what is whole can be moved there at once. Whatever is left at it goes
-    in the end.
+    Yields a path beside `target` to write into, so that the caller can move finished files to `target` in one step.
+    Files that are still at the path in the end are deleted.
 
     Args:
-        target (`Path`): Where the files are to be.
-        suffix (`str`, defaults to `"partial"`): Tells this folder from those of others that write there.
+        target (`Path`): The final place of the files.
+        suffix (`str`, defaults to `"partial"`): Distinguishes this folder from the staging folders of other writers.
     """
     staging = target.with_name(f".{target.name}.{suffix}")
     shutil.rmtree(staging, ignore_errors=True)

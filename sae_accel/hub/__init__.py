@@ -1,4 +1,4 @@
-"""Releases. A run's folder comes in; one commit on the Hub goes out."""
+"""Releases of heads. A run's folder comes in; one commit on the Hub goes out."""
 
 from .release import Pushed, Release, open_repo
 

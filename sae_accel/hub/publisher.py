@@ -1,3 +1,11 @@
+"""
+Pushes a run's heads to the Hub while training goes on, and releases the run at its end.
+
+A push can take minutes, and training must not wait for it. So each push runs in a thread, on hard links of the
+checkpoint's files. Pushes run one after the other, and a checkpoint is skipped while an older one is on its way. At
+the end the run waits for at most `hub_timeout`. No failure on the Hub costs a trained head: all of them are on disk.
+"""
+
 import os
 import shutil
 import signal
@@ -23,16 +31,16 @@ from .release import Pushed, Release, open_repo
 
 T = TypeVar("T")
 logger = get_logger(__name__)
-# Seconds.
+# After Ctrl-C, a Hub that is silent for this many seconds is not waited for.
 ANSWER_AFTER_CTRL_C = 1.5
 
 
 class Publisher(TrainerCallback):
     """
-    Pushes heads as they are saved, while training goes on. A push that fails is said in one line, and costs nothing.
+    Pushes heads as they are saved, while training goes on. A push that fails is one line of warning; the run goes on.
 
     Args:
-        args (`SaeTrainingArguments`): Where to push, and what when.
+        args (`SaeTrainingArguments`): The run's settings, with the repo and `hub_strategy`.
 
     Raises:
         `InputError`: if the repo cannot be made or written to.
@@ -44,15 +52,15 @@ class Publisher(TrainerCallback):
         self.timeout = args.hub_timeout
         self._line = _Line()
         self._pushes: list[Future] = []
-        # The step of the newest checkpoint, if that was left out.
+        # The step of the newest checkpoint, if it was not pushed.
         self._left_out: int | None = None
 
     def on_save(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """
-        Begins to push a checkpoint's heads. While an earlier push is at work, one that is not the last is left out,
-        unless every checkpoint is to be pushed.
+        Starts to push a checkpoint's heads. If an earlier push still runs, this checkpoint is skipped, unless it is
+        the last one or `hub_strategy` is `"all_checkpoints"`.
         """
         last = control.should_training_stop
         if self.strategy == "end":
@@ -67,17 +75,18 @@ class Publisher(TrainerCallback):
         self, release_follows: bool = True, signal_number: int | None = None, deadline: float | None = None
     ) -> None:
         """
-        Waits for pushes that are at work, for at most `hub_timeout`.
+        Waits for the pushes that still run, for at most `hub_timeout`.
 
         Args:
-            release_follows (`bool`, defaults to `True`): If not, the newest checkpoint has to be pushed even if it was
-                left out.
-            signal_number (`int`, *optional*): What has ended the run. After Ctrl-C a Hub that does not answer is left.
-            deadline (`float`, *optional*): By when, of `time.monotonic`.
+            release_follows (`bool`, defaults to `True`): Whether the run is released afterwards. If not, the newest
+                checkpoint is pushed here, should it have been skipped.
+            signal_number (`int`, *optional*): The signal that has ended the run. After Ctrl-C a Hub that gives no
+                answer is not waited for.
+            deadline (`float`, *optional*): Latest end, on the clock of `time.monotonic`.
         """
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
         if not release_follows and not all(push.done() for push in self._pushes):
-            logger.warning("Waiting until the last checkpoint has been pushed. Once more to stop at once.")
+            logger.warning("Waiting until the last checkpoint has been pushed. Ctrl-C once more stops at once.")
         all_arrived = self._wait(deadline, signal_number)
         if all_arrived and not release_follows and self._left_out is not None:
             self._begin(self._left_out)
@@ -88,7 +97,7 @@ class Publisher(TrainerCallback):
         self._pushes = []
 
     def _wait(self, deadline: float, signal_number: int | None) -> bool:
-        """Whether all pushes have ended; if not, a line says why they are left."""
+        """Waits, and returns whether all pushes have ended. If not, a line gives the reason."""
         while pending := wait(self._pushes, timeout=0.2).not_done:
             silent = seconds_unanswered()
             gives_up = signal_number == signal.SIGINT and silent > ANSWER_AFTER_CTRL_C
@@ -96,7 +105,7 @@ class Publisher(TrainerCallback):
                 reason = f"the Hub has not answered for {silent:.0f} s" if gives_up else f"{self._limit} have passed"
                 logger.warning(
                     f"{len(pending)} of the pushes of checkpoints did not arrive: {reason}. "
-                    f"`python -m sae_accel.push CHECKPOINT_FOLDER {self.repo_id}` pushes one by hand."
+                    f"To push a checkpoint by hand: python -m sae_accel.push CHECKPOINT_FOLDER {self.repo_id}."
                 )
                 return False
         return True
@@ -111,7 +120,7 @@ class Publisher(TrainerCallback):
         shutil.rmtree(place, ignore_errors=True)
         self._left_out = step
         try:
-            # Links, since the checkpoint may be deleted before it has arrived.
+            # The push sends hard links, since the checkpoint may be deleted before it has arrived.
             shutil.copytree(self.output_dir / name, place, copy_function=_link)
         except OSError as error:
             shutil.rmtree(place, ignore_errors=True)
@@ -133,7 +142,7 @@ class Publisher(TrainerCallback):
                 message=f"Training in progress, step {step}", extra=extra, was_opened=True
             )
         except InputError as error:
-            # Nobody need push again: the next save does.
+            # The advice to push again is dropped: the next save does it.
             reason = str(error).removesuffix(AGAIN).rstrip()
             logger.warning(f"Step {step} was not pushed: {reason} Training goes on.")
         finally:
@@ -144,21 +153,21 @@ def push_run(
     args: SaeTrainingArguments, publisher: Publisher | None, heads: list[str], message: str, **kwargs: Any
 ) -> Pushed:
     """
-    Releases what a run has saved in its folder, after the pushes that are at work, within `hub_timeout`.
+    Releases a run's folder, after the pushes of its checkpoints, within `hub_timeout`.
 
     Args:
-        args (`SaeTrainingArguments`): The run's.
-        publisher ([`Publisher`], *optional*): What pushed while it went on.
-        heads (`list[str]`): The run's heads.
-        message (`str`): Of the commit.
-        kwargs (*optional*): `revision` and `token`, as of [`Release.push`].
+        args (`SaeTrainingArguments`): The run's settings.
+        publisher ([`Publisher`], *optional*): The publisher that pushed during the run, if there was one.
+        heads (`list[str]`): Names of the run's heads.
+        message (`str`): Message of the commit.
+        kwargs (*optional*): `revision` and `token`, as in [`Release.push`].
 
     Raises:
         `InputError`: if the Hub refuses, fails, cannot be reached or takes too long.
     """
     repo_id = hub_repo(args) if publisher is None else publisher.repo_id
     by_hand = f"python -m sae_accel.push {args.output_dir} {repo_id}"
-    signals.words = lambda: f"All is saved in {args.output_dir}, but the push was stopped: {by_hand} goes on."
+    signals.words = lambda: f"All is saved in {args.output_dir}, but the push was stopped. To go on: {by_hand}"
     deadline = time.monotonic() + args.hub_timeout
     if publisher is not None:
         publisher.finish(deadline=deadline)
@@ -169,21 +178,21 @@ def push_run(
             lambda: release.push(private=args.hub_private_repo, message=message, was_opened=was_opened, **kwargs)
         )
         if wait([push], timeout=max(0.0, deadline - time.monotonic())).not_done:
-            raise InputError(f"{repo_id!r}: the push was left after training.hub_timeout = {args.hub_timeout:g} s.")
+            raise InputError(f"{repo_id!r}: the push was stopped after training.hub_timeout = {args.hub_timeout:g} s.")
         return push.result()
     except InputError as error:
-        raise InputError(f"{error} The heads are in {args.output_dir}: {by_hand} pushes them.") from error
+        raise InputError(f"{error} The heads are in {args.output_dir}. To push them: {by_hand}") from error
 
 
 class _Line:
-    """Does one thing after the other in a thread that a process which ends does not wait for."""
+    """Runs functions one after the other in a daemon thread, which does not hold up the end of the process."""
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[tuple[Callable[[], Any], Future]] = SimpleQueue()
         self._is_at_work = False
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """What is done once all before it has been, as in `concurrent.futures`, whose threads hold up the end."""
+        """Runs `work` after all earlier functions, and returns its future, as in `concurrent.futures`."""
         future: Future[T] = Future()
         self._waiting.put((work, future))
         if not self._is_at_work:
@@ -201,7 +210,7 @@ class _Line:
 
 
 def _link(source: str, target: str) -> None:
-    # Not every file system has links.
+    # Not every file system has hard links.
     try:
         os.link(source, target)
     except OSError:
@@ -213,7 +222,7 @@ def hub_repo(args: SaeTrainingArguments) -> str:
     The repo that a run pushes to.
 
     Raises:
-        `InputError`: if it is to have the name of `output_dir`, and no repo can have that.
+        `InputError`: if no `hub_model_id` is given, and no repo can have the name of `output_dir`.
     """
     if args.hub_model_id:
         return args.hub_model_id
@@ -222,6 +231,6 @@ def hub_repo(args: SaeTrainingArguments) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(
-            f"No repo on the Hub can have the name of training.output_dir, {name!r}. Set training.hub_model_id."
+            f"No repo on the Hub can have the name of training.output_dir, {name!r}. Set --training.hub_model_id."
         ) from error
     return name

@@ -1,3 +1,11 @@
+"""
+Releases heads on the Hub: one commit with weights, configs, model card, recipe and metrics.
+
+`Release` checks the folder before the Hub is asked anything. `push` then compares with the repo as it is, and makes
+one commit that adds the new files and deletes those that describe older weights. So a reader of the repo never sees
+half a release, and an interrupted push can be repeated. A card that a person has written is never replaced.
+"""
+
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +28,20 @@ from .refusals import push_errors
 
 
 CommitOperation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
-# What every repo has that was just made, or that says nothing of what is in it.
+# Files that a new repo may have, and that say nothing about its content.
 _EMPTY_REPO = {".gitattributes", CARD, "LICENSE"}
 
 
 class Pushed(NamedTuple):
     """
-    A release on the Hub.
+    The result of a push.
 
     Args:
-        url (`str`): Of the repo.
-        commit (`str`): The commit that holds it.
+        url (`str`): Address of the repo.
+        commit (`str`): Id of the commit that holds the release.
         is_new (`bool`): Whether there was anything to send.
-        left (`tuple[str, ...]`): Heads of the repo that are no part of the release, and that its card does not name.
-        left_card (`bool`): Whether the repo's card is somebody's own, and was left as it is.
+        left (`tuple[str, ...]`): Older heads in the repo. They stay, but the new card does not name them.
+        left_card (`bool`): Whether the repo's card stays, since a person wrote it.
     """
 
     url: str
@@ -43,38 +51,47 @@ class Pushed(NamedTuple):
     left_card: bool = False
 
     def about_left(self) -> str:
-        """A line each, or nothing, about heads that an earlier release put there, and a card that somebody wrote."""
+        """One line about older heads that stay, and one about a card that stays; empty if there are none."""
         lines = []
         if self.left:
             names = ", ".join(name or "the one at the top" for name in self.left)
-            lines.append(f"\nHeads that were there, and that the new card does not name, were left: {names}.")
+            lines.append(f"\nOlder heads stay in the repo, but its new card does not name them: {names}.")
         if self.left_card:
             lines.append(
-                f"\nThe repo's {CARD} was left, since somebody wrote it: it lacks the last line of a card of ours. "
-                "Delete it there and push again to have a new one."
+                f"\nThe repo's {CARD} stays, since a person wrote it: it lacks the last line of a generated card. "
+                "To have a generated card, delete it on the Hub and push again."
             )
         return "".join(lines)
 
 
 class Release:
     """
-    The heads of a folder as they go to the Hub: their configs and weights, the card, the recipe, metrics, and a LoRA
-    that was trained around them. Checkpoints, logs and optimizer states stay.
+    The files of a folder that go to the Hub: configs and weights of the heads, model card, recipe, metrics, and the
+    LoRA of the run if it has one. Checkpoints, logs and optimizer states are not sent.
 
     Args:
-        folder (`str` or `Path`): A run's folder, or another with heads in our layout.
-        repo_id (`str`): Where to: `name` or `user/name`.
-        include (`Sequence[str]`): Globs over the names of heads; all if not given.
+        folder (`str` or `Path`): A run's folder, or another folder with heads in this package's layout.
+        repo_id (`str`): The repo to push to: `name` or `user/name`.
+        include (`Sequence[str]`): Globs over the names of heads; all heads if not given.
         license (`str`, *optional*): The Hub's identifier of a license, for the card.
 
     Raises:
-        `InputError`: if there is no head in the folder, one or what the run told of itself is damaged, or a glob
-            matches none.
+        `InputError`: if the folder has no head, a head or a report of the run is damaged, or a glob matches none.
+
+    Examples:
+        ```python no-run
+        from sae_accel.hub import Release
+
+        release = Release("runs/quickstart", "user/my-saes", include=["layers.*"], license="mit")
+        print(release.table())  # the files and their sizes; nothing is sent yet
+        pushed = release.push(private=True)
+        print(pushed.url, pushed.commit)
+        ```
     """
 
     def __init__(self, folder: str | Path, repo_id: str, include: Sequence[str] = (), license: str | None = None):
         if folder == "":
-            raise InputError("The folder's name is empty. Name the run's folder, or '.' for the one that you are in.")
+            raise InputError("The folder's name is empty. Give the run's folder, or '.' for the current folder.")
         self.folder, self.repo_id = Path(folder).expanduser(), repo_id
         self.include, self.license = list(include), license
         if not self.folder.is_dir():
@@ -86,7 +103,19 @@ class Release:
         self.files = released_files(self.folder, self.heads)
 
     def table(self, revision: str | None = None) -> str:
-        """One line a file, with its size, and the sum; `revision` as of `push`."""
+        """
+        Lists the files that `push` sends, one per line with its size in bytes, and the sum. Nothing is sent.
+
+        Args:
+            revision (`str`, *optional*): Branch that the card names, as in [`push`].
+
+        Examples:
+            ```python
+            from sae_accel.hub import Release
+
+            print(Release("runs/quickstart", "user/my-saes").table())
+            ```
+        """
         with tempfile.TemporaryDirectory() as place:
             files = self.files | _card(self, self.repo_id, Path(place), revision)
             sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -104,21 +133,31 @@ class Release:
         was_opened: bool = False,
     ) -> Pushed:
         """
-        Sends all of it in one commit, and of that only what the repo does not have. Until the commit the repo stays as
-        it was, so that a push that was interrupted can be run again. The commit also deletes what would tell of the
-        weights that it replaces. A card that somebody wrote on the Hub stays, unless the folder has one too.
+        Sends the release in one commit. Files that the repo has already are not sent again, so an interrupted push can
+        be repeated: until the commit, the repo stays as it was. The same commit deletes files that describe the
+        replaced weights. A card that a person wrote on the Hub stays, unless the folder has such a card too.
 
         Args:
-            private (`bool`, *optional*): Whether a repo that is made for it is private; the namespace's default if not
-                given.
-            revision (`str`, *optional*): Branch to commit to, made if there is none; the main one if not given.
+            private (`bool`, *optional*): Whether a new repo is private; the namespace's default if not given.
+            revision (`str`, *optional*): Branch to commit to, made if it does not exist; the main one if not given.
             token (`str`, *optional*): Hub token; the stored login if not given.
-            message (`str`, *optional*): Of the commit.
-            extra (`dict[str, Path]`, *optional*): Further files, by their path in the repo.
-            was_opened (`bool`, defaults to `False`): Whether `open_repo` has found the repo fit for this run before.
+            message (`str`, *optional*): Message of the commit.
+            extra (`dict[str, Path]`, *optional*): Further files to send, by their path in the repo.
+            was_opened (`bool`, defaults to `False`): Whether `open_repo` has already accepted the repo for this run.
+
+        Returns:
+            [`Pushed`]: the repo's address and the commit.
 
         Raises:
             `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
+
+        Examples:
+            ```python no-run
+            from sae_accel.hub import Release
+
+            pushed = Release("runs/quickstart", "user/my-saes").push(revision="v2", message="More tokens")
+            pushed.is_new  # False if the repo had all files already
+            ```
         """
         api = HfApi(token=token)
         repo_id = open_repo(self.repo_id, private=private, token=token, was_opened=was_opened)
@@ -146,15 +185,28 @@ def open_repo(
     repo_id: str, private: bool | None = None, token: str | bool | None = None, was_opened: bool = False
 ) -> str:
     """
-    Makes a repo for heads if there is none, and gives its name with its namespace.
+    Makes a repo for heads if it does not exist, and returns its full name, `user/name`.
+
+    Args:
+        repo_id (`str`): `name` or `user/name`.
+        private (`bool`, *optional*): Whether a new repo is private; the namespace's default if not given.
+        token (`str`, *optional*): Hub token; the stored login if not given.
+        was_opened (`bool`, defaults to `False`): Whether an earlier call has accepted the repo, for the error's words.
 
     Raises:
-        `InputError`: if the Hub refuses, with its reason, cannot be reached, or the name is taken by something else.
+        `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
+
+    Examples:
+        ```python no-run
+        from sae_accel.hub import open_repo
+
+        open_repo("my-saes", private=True)  # "user/my-saes"
+        ```
     """
     api = HfApi(token=token)
     with push_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # A repo of somebody else that can be read is no error to the line above.
+        # `create_repo` accepts a readable repo of somebody else, so the right to write is checked.
         api.auth_check(repo_id, write=True)
         there = api.list_repo_files(repo_id)
         is_public = private and api.model_info(repo_id).private is False
@@ -162,13 +214,14 @@ def open_repo(
         newest = api.list_repo_commits(repo_id)[0] if other and not _has_head(api, repo_id, there) else None
     if is_public:
         raise InputError(
-            f"{repo_id!r} is there and public, but private was asked for. Make it private on the Hub, or name another."
+            f"{repo_id!r} exists and is public, but private was asked for. Make it private on the Hub, or use another "
+            "name."
         )
     if newest is not None:
         taken = "was free when this run began, but somebody else has committed to it" if was_opened else "is taken"
         raise InputError(
-            f"{repo_id!r} {taken}: it holds {', '.join(other[:3])} and no head of ours, by the commit "
-            f"{newest.title!r} of {newest.created_at:%Y-%m-%d %H:%M}. Name another repo."
+            f"{repo_id!r} {taken}: it holds {', '.join(other[:3])} and no head of sae_accel, by the commit "
+            f"{newest.title!r} of {newest.created_at:%Y-%m-%d %H:%M}. Use another name."
         )
     return repo_id
 
@@ -176,7 +229,7 @@ def open_repo(
 def _card(
     release: Release, repo_id: str, place: Path, revision: str | None, among_others: bool = False
 ) -> dict[str, Path]:
-    """The card with the repo's name in it, and its plots, beside the run's folder."""
+    """Writes the card for a repo, and its plots, into `place`, so that the run's folder stays as it is."""
     card = write_card(
         release.folder, repo_id, release.license, release.include, place, revision=revision, among_others=among_others
     )
@@ -188,8 +241,8 @@ def _commit(
     api: HfApi, repo_id: str, operations: Sequence[CommitOperation], message: str, revision: str | None, before: str
 ) -> str:
     """
-    The id of a commit on top of `before`, for which what it changes was decided. A commit that is there although its
-    answer was lost counts.
+    Commits on top of `before`, the commit that the changes were planned for, and returns the new id. If the Hub's
+    answer is lost, the function looks whether the commit was made.
     """
     try:
         return api.create_commit(
@@ -204,7 +257,7 @@ def _commit(
 
 
 def _holds(api: HfApi, repo_id: str, commit: str, operations: Sequence[CommitOperation]) -> bool:
-    """Whether a commit has the large files that were to be added, which are the weights."""
+    """Whether a commit has the large files of `operations`: the weights."""
     added = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
     there = api.get_paths_info(repo_id, [operation.path_in_repo for operation in added], revision=commit)
     large = {item.path: item.lfs.sha256 for item in there if isinstance(item, RepoFile) and item.lfs}
@@ -213,9 +266,9 @@ def _holds(api: HfApi, repo_id: str, commit: str, operations: Sequence[CommitOpe
 
 
 def _has_head(api: HfApi, repo_id: str, there: list[str]) -> bool:
-    """Whether what looks like a head of ours, by the names of files, is one; other models have such files too."""
+    """Whether a repo has a head of this package. Other models use the same file names, so the config is read."""
     ours = [place for place in find_heads(there, repo_id).values() if place.layout is None]
-    # What lies at the top is what the repo is of.
+    # A head at the top decides what the repo is, whatever its folders hold.
     ours = [place for place in ours if not place.name] or ours
     return any(is_config_of_ours(_fetch(api, repo_id, place.files["config"])) for place in ours)
 

@@ -1,6 +1,6 @@
 """
-The frozen language model. A recipe's `model` comes in; an LM goes out, with ways to read, replace and measure what its
-modules give.
+The frozen language model. A recipe's `model` section comes in; an LM goes out, with functions that read, replace and
+measure the outputs of its modules.
 """
 
 from .hooks import Site

@@ -1,3 +1,10 @@
+"""
+Puts a PEFT adapter, such as a LoRA, onto the frozen LM.
+
+`Adapter` fetches the adapter's files and compares their shapes with an LM without weights. So a wrong adapter is
+refused before the LM's weights are read, which can take minutes. Then it adds the layers to the real LM, in place.
+"""
+
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +32,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# Names in an adapter's file begin with this, and go on as in the model that it was trained on.
+# Every name in an adapter's file begins with this. The rest is the name in the model that the adapter was trained on.
 _PREFIX = "base_model.model."
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-# An LM's class is found by its config.
+# Classes of transformers that pick an LM's own class by its config.
 AutoClass = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]
 
 
@@ -39,10 +46,10 @@ class Adapter:
     A PEFT adapter in a folder or repo.
 
     Args:
-        arguments ([`ModelArguments`]): Which adapter, and which LM it is for.
+        arguments ([`ModelArguments`]): The adapter, and the LM that it is for.
 
     Raises:
-        `InputError`: if it cannot be found, or works by other means than layers.
+        `InputError`: if the adapter cannot be found, or changes the LM's input and not its layers.
     """
 
     def __init__(self, arguments: ModelArguments):
@@ -59,12 +66,12 @@ class Adapter:
         if isinstance(self.config, PromptLearningConfig):
             kind = getattr(self.config.peft_type, "value", self.config.peft_type)
             raise InputError(
-                f"model.adapter: {arguments.adapter!r} is of type {kind}, which changes what the LM reads and not its "
+                f"model.adapter: {arguments.adapter!r} is of type {kind}, which changes the LM's input and not its "
                 "modules. Use an adapter such as LoRA."
             )
 
     def auto_class(self, config: PreTrainedConfig) -> AutoClass:
-        """The class of an LM with whose names its files were written: with or without the LM's head."""
+        """Returns the class, with or without the LM's head, whose module names the adapter's files use."""
         prefixes = {name.removeprefix(_PREFIX).split(".")[0] for name in self.shapes}
         for mapping, auto_class in (
             (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -76,10 +83,10 @@ class Adapter:
 
     def check(self, architecture: PreTrainedModel) -> None:
         """
-        Puts its layers, without weights, onto an LM without weights.
+        Adds the adapter's layers, without weights, to an LM without weights.
 
         Raises:
-            `InputError`: if it does not fit the LM.
+            `InputError`: if the adapter does not fit the LM.
         """
         from peft import get_peft_model, get_peft_model_state_dict
 
@@ -97,10 +104,10 @@ class Adapter:
 
     def put_onto(self, model: PreTrainedModel) -> None:
         """
-        Puts it onto an LM, in place.
+        Adds the adapter to an LM, in place.
 
         Raises:
-            `InputError`: if it does not fit the LM.
+            `InputError`: if the adapter does not fit the LM.
         """
         from peft import PeftModel
 
@@ -113,7 +120,7 @@ class Adapter:
             with quiet_peft():
                 yield
         except Exception as error:
-            # Whatever PEFT runs into, it does so in the adapter's files.
+            # PEFT raises errors of many types here, and all of them come from the adapter's files.
             if is_out_of_memory(error) or (isinstance(error, InputError) and str(error).startswith("model.")):
                 raise
             raise InputError(
@@ -123,27 +130,27 @@ class Adapter:
 
 def unwrapped(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """
-    The LM itself, in whose modules an adapter lies; what PEFT wraps around it is not needed.
+    Returns the LM inside PEFT's wrapper. The adapter's layers sit in the LM's modules, so the wrapper adds nothing.
 
     Raises:
-        `InputError`: if the adapter works by other means than modules.
+        `InputError`: if the adapter changes the LM's input and not its modules.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise InputError("The LM's adapter changes what the LM reads and not its modules. Use one such as LoRA.")
+        raise InputError("The LM's adapter changes the LM's input and not its modules. Use an adapter such as LoRA.")
     within: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, model) if within is None else within()
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT reads a property that transformers has renamed, and would have each user told so."""
+    """Hides a warning of transformers: PEFT reads a property that transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def _fetch(arguments: ModelArguments) -> str:
-    """Where the adapter's files lie on this machine, after fetching them if need be."""
+    """Fetches the adapter's files where needed, and returns their folder on this machine."""
     repository = Repository(str(arguments.adapter), token=arguments.token)
     if _FILES[0] not in repository.files:
         raise ValueError(f"it has no {_FILES[0]}. Name a folder or repo that PEFT has written.")

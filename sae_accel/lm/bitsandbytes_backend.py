@@ -1,3 +1,8 @@
+"""
+What this package needs from bitsandbytes, which quantises LMs and runs 8-bit optimizers: a check that it works on this
+machine, made before anything is loaded, and a setting that keeps its 4-bit weights usable for training on CPUs.
+"""
+
 import logging
 
 import torch
@@ -9,15 +14,15 @@ from ..common.extras import require_extra
 
 def require_bitsandbytes(field: str, value: str) -> None:
     """
-    Checks that bitsandbytes works on this machine, before anything large is read, and keeps its notices on casts to
-    half precision, one for each product, off the screen.
+    Checks that bitsandbytes works on this machine, before anything large is read. It also hides the notice about half
+    precision that bitsandbytes prints for each matrix product.
 
     Args:
-        field (`str`): Of the recipe, with which an error begins.
-        value (`str`): Its value, which needs bitsandbytes.
+        field (`str`): The recipe's field, with which an error begins.
+        value (`str`): The field's value, which needs bitsandbytes.
 
     Raises:
-        `InputError`: if it does not.
+        `InputError`: if bitsandbytes does not work.
     """
     require_extra(f"{field} {value}", "bitsandbytes")
     try:
@@ -30,22 +35,22 @@ def require_bitsandbytes(field: str, value: str) -> None:
         reason = one_line(error)
         raise InputError(
             f"{field}: {value} needs bitsandbytes with a backend for this machine: {reason} Remove "
-            f"{field}, or install it."
+            f"{field}, or install bitsandbytes."
         ) from error
     # On other devices bitsandbytes works without a library of its own.
     if torch.cuda.is_available() and isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         raise InputError(
             f"{field}: {value} needs bitsandbytes, whose version {bitsandbytes.__version__} has no library for this "
-            f"machine. Remove {field}, or install one that has."
+            f"machine. Remove {field}, or install a version that has one."
         )
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def keep_unpacked(model: nn.Module) -> None:
     """
-    Keeps an LM's 4-bit weights as they are on CPUs with AVX512-BF16, where bitsandbytes would pack them in its first
-    forward pass without gradients, for a product that has none and that takes no odd widths.
+    Keeps an LM's 4-bit weights unpacked on CPUs with AVX512-BF16. There, bitsandbytes packs the weights in the first
+    forward pass without gradients, for a matrix product that has no backward pass and accepts no odd widths.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch's types know tensors alone.
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch's types allow tensors alone.

@@ -1,3 +1,11 @@
+"""
+Reads activations from a running LM.
+
+A `Site` is a place in the LM: the input or the output of one module. `record` puts a hook on each site, and the hook
+hands over every tensor that passes. `capture` runs the LM on a batch, copies the activations at each site, and stops
+the forward pass after the last site. A hook only reads: nothing here changes or trains the LM.
+"""
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple, cast
@@ -19,7 +27,7 @@ class Site(NamedTuple):
         module (`str`): Name of a submodule of the base model.
         side (`str`): `"input"` or `"output"` of that module.
         within (`str`, *optional*): For a module that may run any number of times, such as an expert of a mixture or a
-            layer that is shared: the nearest module around it that runs once, after which nothing more is to come.
+            shared layer: the nearest module around it that runs once. When that one ends, all activations have come.
     """
 
     module: str
@@ -28,16 +36,16 @@ class Site(NamedTuple):
 
 
 class _AllRecorded(Exception):
-    """Ends a forward pass once every site has been read: what follows would be computed for nothing."""
+    """Ends a forward pass once every site has been read, since the rest would be computed for nothing."""
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """An LM without its own head."""
+    """The base model of an LM: the LM without its own head."""
     return cast(PreTrainedModel, model.base_model)
 
 
 def token_model(base_model: PreTrainedModel) -> nn.Module:
-    """The part of an LM that runs on tokens alone: of an encoder and a decoder, the encoder."""
+    """The part of an LM that runs on tokens alone: the encoder of an encoder-decoder model, else the whole LM."""
     return base_model.get_encoder() if base_model.config.is_encoder_decoder else base_model
 
 
@@ -50,7 +58,7 @@ def record(
 
     Args:
         base_model (`PreTrainedModel`): The LM without its head.
-        sites (`list[Site]`): What to read.
+        sites (`list[Site]`): Where to read.
         on_tensor (`Callable[[Site, Tensor], None]`): Receives each activation, `(..., d)`.
     """
 
@@ -71,10 +79,11 @@ def record(
 
 def first_tensor(value: Any, site: Site) -> Tensor:
     """
-    The activation in what a module takes or gives: the tensor itself, or the first of a tuple or `ModelOutput`.
+    The activation in a module's input or output: the tensor itself, or the first floating-point tensor of a tuple or
+    `ModelOutput`.
 
     Raises:
-        `InputError`: if there is no floating-point tensor in it.
+        `InputError`: if there is no floating-point tensor.
     """
     if isinstance(value, Tensor):
         value = (value,)
@@ -89,24 +98,25 @@ def first_tensor(value: Any, site: Site) -> Tensor:
 
 
 def capture(base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any]) -> dict[Site, Tensor]:
-    """As `capture_pieces`, with what the runs of a module gave one after the other: by site `(num_rows, d)`."""
+    """Runs the LM as `capture_pieces` does, and joins each module's runs: one tensor per site, `(num_rows, d)`."""
     found = capture_pieces(base_model, sites, inputs)
+    # Each piece is (rows of one run, d), and they add up to (num_rows, d).
     return {site: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for site, pieces in found.items()}
 
 
 @torch.no_grad()
 def capture_pieces(base_model: PreTrainedModel, sites: list[Site], inputs: dict[str, Any]) -> dict[Site, list[Tensor]]:
     """
-    Runs the LM up to the last of `sites`, and no further, but for the rest of the layer if the LM is sharded.
+    Runs the LM up to the last of `sites` and no further. A sharded LM runs to the end of that site's layer.
 
     Args:
         base_model (`PreTrainedModel`): The LM without its head.
-        sites (`list[Site]`): What to read.
-        inputs (`dict`): Arguments of its forward pass.
+        sites (`list[Site]`): Where to read.
+        inputs (`dict`): Arguments of the LM's forward pass.
 
     Returns:
-        `dict[Site, list[Tensor]]`: for each site a copy of what each run of its module gave, `(num_rows, d)`, in the
-        LM's own precision; a site with `within` that was not reached is left out.
+        `dict[Site, list[Tensor]]`: for each site, one copy of the activations per run of its module, `(num_rows, d)`,
+        in the LM's own precision. A site with `within` that was not reached is left out.
 
     Raises:
         `InputError`: if a site was not reached.
@@ -116,8 +126,8 @@ def capture_pieces(base_model: PreTrainedModel, sites: list[Site], inputs: dict[
     waiting = set(sites)
 
     def keep(site: Site, tensor: Tensor) -> None:
-        # A copy, because some modules go on to change their input or output in place.
-        found[site].append(tensor.reshape(-1, tensor.shape[-1]).clone())
+        # A copy, because some modules later change their input or output in place.
+        found[site].append(tensor.reshape(-1, tensor.shape[-1]).clone())  # (batch, ctx_len, d) -> (num_rows, d)
         if completed_by[site] is None:
             done(site)
 
@@ -141,17 +151,17 @@ def capture_pieces(base_model: PreTrainedModel, sites: list[Site], inputs: dict[
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some module's parameters lie in parts on several processes, which must then all run it together."""
+    """Whether several processes each hold a part of some module's parameters, and so must run the module together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _completed_by(base_model: PreTrainedModel, site: Site) -> nn.Module | None:
     """
-    The module at whose end a site has all that is to come, and a forward pass may be ended. None if one may be ended
-    as soon as the site is reached.
+    The module at whose end a site has received everything, so that the forward pass may end there. None if the pass
+    may end as soon as the site is reached.
 
-    A pass that ended inside a sharded module would leave its parameters gathered, so it goes on to the end of the
-    outermost one around the site, where FSDP's own hook, which is older than any here, has let go of them.
+    A pass that ended inside a sharded module would leave that module's parameters gathered. So the pass goes on to the
+    end of the outermost sharded module around the site. FSDP's own hook runs there first, and frees the parameters.
     """
     last = site.module if site.within is None else site.within
     parts = last.split(".")

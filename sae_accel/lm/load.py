@@ -1,3 +1,11 @@
+"""
+Loads a recipe's LM and its tokenizer.
+
+`load_architecture` builds the LM without weights, so that a wrong recipe is refused before anything large is read.
+`load_lm` then reads the weights, quantised, placed on devices, sharded or with an adapter, as the recipe says. The LM
+is frozen: its own weights never train.
+"""
+
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,21 +41,21 @@ if TYPE_CHECKING:
     from .adapter import Adapter, AutoClass
 
 
-# Files by which tokenizers are loaded, of one kind or another.
+# Every tokenizer has at least one of these files.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) -> PreTrainedModel:
     """
-    The LM without weights: on the meta device, so that a recipe is checked before anything large is read.
+    Builds the LM without weights, on the meta device, so that a recipe is checked before anything large is read.
 
     Args:
-        arguments ([`ModelArguments`]): Which LM.
-        with_lm_head (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
+        arguments ([`ModelArguments`]): The LM.
+        with_lm_head (`bool`, defaults to `False`): Whether to keep the LM's own head, which an end-to-end loss needs.
 
     Raises:
-        `InputError`: if there is no such model, it has no head that predicts the next token where one is needed, the
-            adapter does not fit it, or it cannot be quantised on this machine or sharded in this run.
+        `InputError`: if the model does not exist, lacks a head for the next token where one is needed, does not fit
+            its adapter, or cannot be quantised on this machine or sharded in this run.
     """
     if arguments.quantization is not None:
         require_bitsandbytes("model.quantization", arguments.quantization)
@@ -56,14 +64,14 @@ def load_architecture(arguments: ModelArguments, *, with_lm_head: bool = False) 
     check_source(arguments)
     _check_placement(arguments)
     if arguments.trust_remote_code:
-        say(f"Runs code of {arguments.name_or_path!r}, where it has any, as model.trust_remote_code is true.")
+        say(f"Code of {arguments.name_or_path!r}, if it has any, will run: model.trust_remote_code is true.")
     with lm_errors(arguments):
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         check_runs_no_code(config, arguments)
         if with_lm_head:
             _check_predicts(config, arguments)
         adapter = _adapter(arguments)
-        # An expert that is run only on its own tokens cannot be without values.
+        # The choice of an expert's tokens needs values, which the meta device lacks, so experts run on whole batches.
         experts = {"experts_implementation": "batched_mm"} if hasattr(config, "_experts_implementation") else {}
         with torch.device("meta"):
             model = _auto_class(config, adapter, with_lm_head).from_config(
@@ -81,16 +89,16 @@ def load_lm(
     arguments: ModelArguments, *, with_lm_head: bool = False, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """
-    The frozen LM in evaluation mode, with its adapter if it is to carry one.
+    Loads the frozen LM in evaluation mode, with its adapter if the recipe names one.
 
     Args:
-        arguments ([`ModelArguments`]): Which LM, and in which precision. With `shard`, every process must call this.
-        with_lm_head (`bool`, defaults to `False`): With its own head, for an end-to-end loss.
-        device (`torch.device`, *optional*): Where a quantised LM is loaded to, unless there is a `device_map`.
+        arguments ([`ModelArguments`]): The LM and its precision. With `shard`, every process must call this function.
+        with_lm_head (`bool`, defaults to `False`): Whether to keep the LM's own head, which an end-to-end loss needs.
+        device (`torch.device`, *optional*): Device of a quantised LM, if the recipe has no `device_map`.
 
     Raises:
-        `InputError`: if there is no such model, it cannot be read, or its files lack weights of a head that is needed.
-            With `shard` on all processes, if it is raised on one, and if it cannot be sharded in this run.
+        `InputError`: if the model does not exist, cannot be read, lacks weights of a head that is needed, or cannot be
+            sharded in this run. With `shard`, all processes raise if one does.
     """
     if arguments.shard:
         check_sharding(with_lm_head=with_lm_head, processes=this_process().num_processes)
@@ -102,12 +110,12 @@ def load_lm(
         config = AutoConfig.from_pretrained(arguments.name_or_path, **_source(arguments))
         check_runs_no_code(config, arguments)
         adapter = _adapter(arguments)
-        # With the report that is asked for it gives a pair, which its types do not know.
+        # With `output_loading_info` transformers returns a pair, which its types do not say.
         model, report = cast(Any, _auto_class(config, adapter, with_lm_head)).from_pretrained(
             arguments.name_or_path,
             dtype=arguments.dtype,
             output_loading_info=True,
-            # Told below, where transformers would raise without saying which.
+            # `check_weights_fit` refuses these and names them; transformers' own error does not.
             ignore_mismatched_sizes=True,
             **_source(arguments),
             **_attention(arguments),
@@ -117,7 +125,7 @@ def load_lm(
     if with_lm_head and (missing := sorted(report["missing_keys"])):
         raise InputError(
             f"training.loss: the files of {arguments.name_or_path!r} lack {missing[0]!r}, which the LM needs to "
-            "predict tokens. Use files with its head, or loss: fvu."
+            "predict tokens. Use files with the LM's head, or set --training.loss fvu."
         )
     if arguments.quantization == "4bit":
         keep_unpacked(model)
@@ -128,15 +136,15 @@ def load_lm(
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
     """
-    The LM's tokenizer; None if it has none, which only text needs.
+    Loads the LM's tokenizer. Returns None if the LM has none: token ids can be trained on without one.
 
     Raises:
-        `InputError`: if it cannot be loaded.
+        `InputError`: if there is a tokenizer that cannot be loaded.
     """
     try:
         with lm_errors(arguments):
             tokenizer = AutoTokenizer.from_pretrained(arguments.name_or_path, **_source(arguments))
-            # A damaged one may only fail at its first text.
+            # A damaged tokenizer may fail only at its first text.
             tokenizer("text", add_special_tokens=False, verbose=False)
             return tokenizer
     except InputError:
@@ -148,7 +156,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
 def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
     source = {name: value for name, value in _source(arguments).items() if name in ("revision", "token")}
     with lm_errors(arguments):
-        # Asked for one by one: a file that is not there is no error, and one that cannot be asked for is.
+        # A file that does not exist is no error here; a Hub that gives no answer is.
         return any(
             cached_file(arguments.name_or_path, name, _raise_exceptions_for_missing_entries=False, **source)
             for name in _TOKENIZERS
@@ -156,7 +164,7 @@ def _has_file_of_tokenizer(arguments: ModelArguments) -> bool:
 
 
 def _adapter(arguments: ModelArguments) -> "Adapter | None":
-    """The adapter that an LM is to carry. Only those who ask for one wait for PEFT to be imported."""
+    """The adapter that the recipe names, if any. PEFT is imported only then, since the import takes time."""
     if arguments.adapter is None:
         return None
     from .adapter import Adapter
@@ -165,7 +173,7 @@ def _adapter(arguments: ModelArguments) -> "Adapter | None":
 
 
 def _auto_class(config: PreTrainedConfig, adapter: "Adapter | None", with_lm_head: bool) -> "AutoClass":
-    """Without its head, which is never run, unless the head or the names that an adapter's files use need it."""
+    """The class that loads the LM: without its head, unless a loss or the names in an adapter's files need it."""
     if with_lm_head:
         return AutoModelForCausalLM
     return AutoModel if adapter is None else adapter.auto_class(config)
@@ -185,8 +193,8 @@ def _check_predicts(config: PreTrainedConfig, arguments: ModelArguments) -> None
             reason = f"its files are those of a {bare[0]}, which has no LM head"
     if reason is not None:
         raise InputError(
-            f"training.loss: ce and kl need an LM with its head, and {name!r} has none: {reason}. Use loss: fvu, or "
-            "another LM."
+            f"training.loss: ce and kl need an LM with its head, and {name!r} has none: {reason}. Set "
+            "--training.loss fvu, or use another LM."
         )
 
 
@@ -212,7 +220,7 @@ def _placement(
     if arguments.quantization == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif arguments.quantization == "4bit":
-        # Products are taken in the precision of the other weights, where the library's own choice is float32.
+        # Matrix products run in the precision of the other weights; the default of bitsandbytes is float32.
         dtype = config.dtype if arguments.dtype == "auto" else arguments.dtype
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -228,13 +236,13 @@ def _check_placement(arguments: ModelArguments) -> None:
     for device, memory in (arguments.max_memory or {}).items():
         if device not in ("cpu", "disk", "mps", *map(str, range(torch.cuda.device_count()))):
             raise InputError(
-                f"model.max_memory: there is no device {device!r} here, with {torch.cuda.device_count()} GPUs. Others "
-                "are cpu, disk and mps."
+                f"model.max_memory: there is no device {device!r} on this machine, which has "
+                f"{torch.cuda.device_count()} GPUs. Use the number of a GPU, cpu, disk or mps."
             )
         try:
             convert_file_size_to_int(memory)
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"model.max_memory: {memory!r} is no size. Use one such as 20GiB.") from error
+            raise InputError(f"model.max_memory: {memory!r} is no size. Write a size such as 20GiB.") from error
 
 
 def _attention(arguments: ModelArguments) -> dict[str, str]:

@@ -1,3 +1,11 @@
+"""
+End-to-end losses that never hold all logits at once.
+
+Training through the LM needs the logits of every token. With a vocabulary of 128,000, the logits of one batch can take
+more memory than the LM. So the losses start from the hidden states before the LM's head, and make logits for a few
+tokens at a time. The gradient of each piece is taken at once, and its logits are dropped before the next piece.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +19,16 @@ from ..common.errors import InputError
 from .hooks import base_of
 
 
-# Bounds the logits that exist at one time to 64 MiB in float32, whatever the batch and the vocabulary.
+# The most logits in one piece: 64 MiB in float32, whatever the batch and the vocabulary.
 MAX_LOGITS = 2**24
+# The label of a token that has no next token.
 IGNORED = -100
 
 
 class LogitLoss:
     """
-    Cross-entropy of next tokens and KL divergence from clean logits, from the hidden states before an LM's own head.
+    Computes the cross-entropy of next tokens, and the KL divergence from clean logits, from the hidden states before
+    an LM's own head.
 
     Logits are made for a few tokens at a time and dropped once their loss and its gradient are known.
 
@@ -35,34 +45,34 @@ class LogitLoss:
         if model.get_output_embeddings() is None or base_of(model) is model or name.endswith("ForMaskedLM"):
             raise InputError(
                 f"training.loss: ce and kl need an LM with a head that predicts the next token, and {name} has none. "
-                "Load one by AutoModelForCausalLM, or use loss: fvu."
+                "Load one with AutoModelForCausalLM, or set --training.loss fvu."
             )
         self.model = model
         self.output_class: type[ModelOutput] = ModelOutput
 
     def hidden_states(self, **inputs: Any) -> Tensor:
-        """What the LM's head reads, `(batch, ctx_len, d_model)`."""
+        """Runs the LM up to its head, and returns the head's input, `(batch, ctx_len, d_model)`."""
         output = base_of(self.model)(**inputs)
         self.output_class = type(output)
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """
-        What the LM's head makes of hidden states, with any scale or cap that belongs to it.
+        Runs the LM's head on hidden states, with the scale or cap that some LMs put on their logits.
 
         Args:
-            hidden (`torch.Tensor` of shape `(num_tokens, d_model)`): Of `hidden_states`.
+            hidden (`torch.Tensor` of shape `(num_tokens, d_model)`): From `hidden_states`.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, vocab_size)`, in float32 or wider.
         """
         base_model = base_of(self.model)
         own = vars(base_model).get("forward")
-        # The LM's own forward pass goes from here on as if its base model had just given these hidden states.
+        # The LM's own forward pass runs as if its base model had just returned these hidden states.
         base_model.forward = lambda *args, **kwargs: self.output_class(last_hidden_state=hidden[None])
         try:
-            placeholder = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits = self.model(input_ids=placeholder).logits[0]
+            placeholder = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)  # (1, num_tokens)
+            logits = self.model(input_ids=placeholder).logits[0]  # (num_tokens, vocab_size)
         finally:
             if own is None:
                 del base_model.forward
@@ -72,7 +82,7 @@ class LogitLoss:
 
     def __call__(self, hidden: Tensor, labels: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
         """
-        Losses in nats, summed over tokens. Only that which is trained by has a gradient: `kl` if `clean` is given,
+        Returns losses in nats, summed over tokens. Only the loss to train on has a gradient: `kl` if `clean` is given,
         else `ce`.
 
         Args:
@@ -86,12 +96,12 @@ class LogitLoss:
         """
 
         def losses(piece: Tensor, rows: slice) -> tuple[Tensor, ...]:
-            log_probs = F.log_softmax(self.logits(piece), -1)
+            log_probs = F.log_softmax(self.logits(piece), -1)  # (size, vocab_size)
             ce = F.nll_loss(log_probs, labels[rows], ignore_index=IGNORED, reduction="sum")
             if clean is None:
                 return (ce,)
             with torch.no_grad():
-                clean_log_probs = F.log_softmax(self.logits(clean[rows]), -1)
+                clean_log_probs = F.log_softmax(self.logits(clean[rows]), -1)  # (size, vocab_size)
                 ce_clean = F.nll_loss(clean_log_probs, labels[rows], ignore_index=IGNORED, reduction="sum")
             kl = F.kl_div(log_probs, clean_log_probs, log_target=True, reduction="sum")
             return kl, ce, ce_clean
@@ -102,17 +112,18 @@ class LogitLoss:
 
 
 class _InPieces(torch.autograd.Function):
-    """Sums of losses over pieces of tokens. The first one's gradient is taken piece by piece on the way."""
+    """Sums losses over pieces of tokens. The forward pass already takes the first loss's gradient, piece by piece."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, losses: Callable, size: int, count: int) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if wanted else None
+        grad = torch.empty_like(hidden) if wanted else None  # (num_tokens, d_model)
+        # (count,)
         totals = torch.zeros(count, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             with torch.set_grad_enabled(wanted):
-                piece = hidden[rows].detach().requires_grad_(wanted)
+                piece = hidden[rows].detach().requires_grad_(wanted)  # (size, d_model)
                 values = losses(piece, rows)
                 if grad is not None:
                     grad[rows] = torch.autograd.grad(values[0], piece)[0]

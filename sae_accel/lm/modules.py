@@ -11,10 +11,10 @@ from ..common.globs import glob_to_regex
 
 def match_modules(pattern: str, names: list[str]) -> Iterator[tuple[str, list[str]]]:
     """
-    Module names that a glob matches, in the order given, with what each wildcard stood for.
+    Yields the names that a glob matches, in the order given, each with the text that every wildcard stood for.
 
     Args:
-        pattern (`str`): Dots stand for slashes: `*`, `?` and `[012]` stay within one component, `**` crosses dots.
+        pattern (`str`): A glob over dotted names: `*`, `?` and `[012]` stay within one component, `**` crosses dots.
         names (`list[str]`): Dotted names.
     """
     regex = re.compile(glob_to_regex(pattern))
@@ -25,8 +25,8 @@ def match_modules(pattern: str, names: list[str]) -> Iterator[tuple[str, list[st
 
 def hookpoint_names(base_model: PreTrainedModel) -> list[str]:
     """
-    Dotted names of the modules that a glob can match. Lists of modules have no forward pass; what PEFT put around a
-    module goes by that module's name.
+    Dotted names of the modules that a glob can match. Lists of modules are left out, since they have no forward pass.
+    Modules that PEFT has put inside its wrapper are left out too: the wrapper has the module's name.
     """
     names: list[str] = []
     passed_over: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ def layer_list(base_model: PreTrainedModel) -> str:
     Name of the list of an LM's layers, such as `layers`, `h` or `encoder.layer`.
 
     Raises:
-        `InputError`: if there is no such list, or there are several.
+        `InputError`: if no list has the LM's number of layers, or several have.
     """
     count = getattr(base_model.config.get_text_config(), "num_hidden_layers", None)
     lists = [
@@ -61,12 +61,12 @@ def layer_list(base_model: PreTrainedModel) -> str:
             else f"no list of {count} modules"
         )
         raise InputError(
-            f"The layers of {type(base_model).__name__} cannot be told: it has {found}. Set `hookpoints`."
+            f"The layers of {type(base_model).__name__} cannot be found: it has {found}. Set --heads.hookpoints."
         )
     return outermost[0]
 
 
 def closest(name: str, names: list[str]) -> str:
-    """A sentence with the names that are spelt most alike."""
+    """A sentence with the names that are spelt most like `name`."""
     closest = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
     return f"Near names: {', '.join(closest)}."

@@ -1,4 +1,11 @@
-"""How long a sequence an LM can read, and which positions its tokens have."""
+"""
+Finds how long a sequence an LM can read, and whether the LM takes positions with its tokens.
+
+An LM states its number of positions in its config, but the number means two things. An LM that looks each position up
+in a table fails beyond the last row. An LM that computes positions, such as one with rotary embeddings, only gets
+worse. To tell one from the other, the LM is run on the meta device, where nothing is computed, on a few more tokens
+than it states, and every lookup in a table is noted.
+"""
 
 import inspect
 from typing import Any, NamedTuple, cast
@@ -15,9 +22,9 @@ from .hooks import base_of, token_model
 from .probe import ProbeFailed, run_on_tokens
 
 
-# Tokens beyond those that an LM states: more than rows that a table has to spare.
+# A trial run has this many tokens more than the LM states. A table has fewer spare rows than this.
 _BEYOND = 37
-# Nobody learns more positions; and a pass over as many tokens takes its time, even without values.
+# No LM has learned more positions than this, and a longer trial run would take long even without values.
 _LONGEST_TABLE = 2**15
 
 
@@ -27,7 +34,7 @@ class Positions(NamedTuple):
 
     Args:
         tokens (`int`): The most that a sequence can have.
-        learned (`bool`): Whether each position is a row of an embedding, so that there is nothing beyond the last.
+        learned (`bool`): Whether each position is a row of an embedding, so that no position exists beyond the last.
     """
 
     tokens: int
@@ -39,12 +46,13 @@ def settled_ctx_len(ctx_len: int | None, model: PreTrainedModel) -> int:
     The length of the sequences of a run.
 
     Args:
-        ctx_len (`int`, *optional*): What the recipe asks for; the least of 2,048 and what the LM has if not given.
+        ctx_len (`int`, *optional*): The recipe's length. If not given: 2,048, or the LM's number of positions if that
+            is less.
         model (`PreTrainedModel`): The LM, or its architecture on the meta device.
 
     Raises:
-        `InputError`: if the LM has no positions for as many tokens. Where positions are computed, and not looked up,
-            it is only said that there are more tokens than the LM was made for.
+        `InputError`: if `ctx_len` is more than the positions that the LM looks up. If the LM computes them, a line
+            only says that the sequence is longer than the LM was made for.
     """
     positions = positions_of(model)
     if positions is None:
@@ -54,7 +62,7 @@ def settled_ctx_len(ctx_len: int | None, model: PreTrainedModel) -> int:
     if ctx_len > positions.tokens and positions.learned:
         raise InputError(
             f"data.ctx_len: {ctx_len:,} is more than the {positions.tokens:,} positions that {model.name_or_path!r} "
-            "has. Lower it, or remove it."
+            f"has. Set --data.ctx_len {positions.tokens}, or remove it."
         )
     if ctx_len > positions.tokens:
         say(f"data.ctx_len: {ctx_len:,} is more than the {positions.tokens:,} tokens that the LM was made for.")
@@ -62,7 +70,7 @@ def settled_ctx_len(ctx_len: int | None, model: PreTrainedModel) -> int:
 
 
 def positions_of(model: PreTrainedModel) -> Positions | None:
-    """The positions of an LM, which may be on the meta device; None if it states none, or reads no tokens."""
+    """The positions of an LM, which may be on the meta device. None if it states none, or reads no tokens."""
     base_model = base_of(model)
     if base_model.main_input_name == "pixel_values":
         return None
@@ -76,20 +84,22 @@ def positions_of(model: PreTrainedModel) -> Positions | None:
 
 def _looked_up(base_model: PreTrainedModel, stated: int) -> int | None:
     """
-    Positions in the table in which an LM looks them up; None if it computes them. It is run on the meta device, where
-    no value is looked at, on more tokens than it states: then a table that is too short is still used.
+    Number of positions in the table in which an LM looks them up. None if the LM computes its positions.
+
+    The LM runs on the meta device, on more tokens than it states. No value is read there, so a table that is too short
+    raises no error, and its size can be noted.
     """
     if next(base_model.parameters()).device.type != "meta":
         return None
     with _Lookups(stated) as lookups:
         runs_beyond = _runs(base_model, stated + _BEYOND)
-    # A table from which as many rows are cut as there are tokens does not fit then.
+    # An LM that slices one row per token from its table fails on the longer sequence: the slice is too short.
     cut = not runs_beyond and (_runs(base_model, stated) or _has_table(base_model, stated))
     return min([*lookups.found, *([stated] if cut else [])], default=None)
 
 
 def _has_table(base_model: PreTrainedModel, stated: int) -> bool:
-    """Of an LM that runs on values only this is all that can be known."""
+    """Whether an LM has a table of the stated size. If the LM needs values to run, nothing more can be known."""
     embeddings = (module for module in base_model.modules() if isinstance(module, nn.Embedding))
     others = (module for module in embeddings if module is not base_model.get_input_embeddings())
     return any(stated <= module.num_embeddings < stated + _BEYOND for module in others)
@@ -105,12 +115,12 @@ def _runs(base_model: PreTrainedModel, tokens: int) -> bool:
 
 def without_unknown_positions(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    A batch without its `position_ids` if what reads the tokens takes none, or finds them by its padding token as
+    A batch without its `position_ids`, if the module takes none, or computes positions from its padding token as
     RoBERTa does.
 
     Args:
-        module (`nn.Module`): What reads the tokens.
-        batch (`dict[str, torch.Tensor]`): As `collate` makes it.
+        module (`nn.Module`): The module that reads the tokens.
+        batch (`dict[str, torch.Tensor]`): A batch from `collate`, each tensor `(batch, ctx_len)`.
     """
     if "position_ids" not in batch or _takes_positions(module):
         return batch
@@ -126,13 +136,13 @@ def _takes_positions(module: nn.Module) -> bool:
 
 class _Lookups(TorchDispatchMode):
     """
-    Notes tables with too few rows for the tokens that are looked up in them.
+    Notes each table with fewer rows than there are tokens to look up.
 
     Args:
-        stated (`int`): Positions that the LM states. A table may have some rows more, for padding.
+        stated (`int`): Number of positions that the LM states. A table may have a few rows more, for padding.
 
     Attributes:
-        found (`list[int]`): Positions in each.
+        found (`list[int]`): Number of positions in each table.
     """
 
     def __init__(self, stated: int):
@@ -143,12 +153,12 @@ class _Lookups(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.embedding.default:
-            # RoBERTa and alike have no positions in the rows up to that of padding.
+            # Table (rows, d), indices (batch, ctx_len). RoBERTa's rows up to the padding row hold no positions.
             self._note(args[0].shape[0], args[1], 1 + (args[2] if len(args) > 2 else -1))
         elif func is torch.ops.aten.index.Tensor:
-            self._note(args[0].shape[0], args[1][0], 0)
+            self._note(args[0].shape[0], args[1][0], 0)  # table (rows, ...)
         elif func in (torch.ops.aten.gather.default, torch.ops.aten.index_select.default):
-            self._note(args[0].shape[args[1]], args[2], 0)
+            self._note(args[0].shape[args[1]], args[2], 0)  # table with its rows along dimension args[1]
         return func(*args, **kwargs)
 
     def _note(self, rows: int, indices: Tensor | None, unused: int) -> None:

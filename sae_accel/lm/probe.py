@@ -1,3 +1,11 @@
+"""
+Finds the shape of an LM's activations before anything trains.
+
+Two short forward passes of different sizes show which dimensions of an activation follow the number of sequences and
+tokens, and which is the width. They also show a module that gives no activation per token, so that a head on it is
+refused, and a module that runs several times, such as an expert. On the meta device the passes compute nothing.
+"""
+
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any, cast
@@ -10,28 +18,28 @@ from ..common.errors import InputError, one_line
 from .hooks import Site, record, token_model
 
 
-# Sequences and tokens of the two passes. Odd numbers, that no width is likely to be; enough tokens for every expert.
+# Sequences and tokens of the two passes: odd numbers, which are rarely a width, and enough tokens for every expert.
 PROBES = ((2, 31), (3, 37))
 
 
 class ProbeFailed(InputError):
-    """The LM could not be run: for want of values on the meta device, or because it does not read tokens or images."""
+    """The LM could not be run: it needs values, which the meta device lacks, or it reads neither tokens nor images."""
 
 
 def probe(base_model: PreTrainedModel, sites: list[Site]) -> dict[Site, tuple[Site, int]]:
     """
-    Width of the activation at each site, by two short forward passes, which may be on the meta device.
+    Finds the width of the activations at each site with two short forward passes. The LM may be on the meta device.
 
     Args:
         base_model (`PreTrainedModel`): The LM without its head.
-        sites (`list[Site]`): What to look at.
+        sites (`list[Site]`): The sites to measure.
 
     Returns:
-        `dict[Site, tuple[Site, int]]`: for each site its width, and the site itself, which has `within` if its module
-        may run any number of times.
+        `dict[Site, tuple[Site, int]]`: for each site, the site again and its width. The site has `within` set if its
+        module may run any number of times.
 
     Raises:
-        `InputError`: if a site is not reached, has no tensor, or what it has is not one activation for each token.
+        `InputError`: if a site is not reached, has no tensor, or does not have one activation per token.
         [`ProbeFailed`]: if the LM cannot be run.
     """
     runs = [_Run(base_model, sites, *size) for size in PROBES]
@@ -40,11 +48,12 @@ def probe(base_model: PreTrainedModel, sites: list[Site]) -> dict[Site, tuple[Si
 
 class _Run:
     """
-    What a forward pass did at each site.
+    One forward pass, and the shapes that it had at each site.
 
     Attributes:
-        shapes (`dict[Site, list[torch.Size]]`): Of the activations, in the order in which they came.
-        once_around (`dict[Site, set[str]]`): Modules around it that ran once, and within which all of it happened.
+        shapes (`dict[Site, list[torch.Size]]`): Shapes of a site's activations, in the order in which these came.
+        once_around (`dict[Site, set[str]]`): Modules around a site that ran once, and inside which all of the site's
+            activations came.
     """
 
     @torch.no_grad()
@@ -79,10 +88,15 @@ class _Run:
 
 def run_on_tokens(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
     """
-    Runs an LM, which may be on the meta device, on some tokens, or images.
+    Runs an LM, which may be on the meta device, on random tokens or images.
+
+    Args:
+        base_model (`PreTrainedModel`): The LM without its head.
+        rows (`int`): Number of sequences.
+        ctx_len (`int`): Tokens per sequence.
 
     Raises:
-        [`ProbeFailed`]: if it cannot be run.
+        [`ProbeFailed`]: if the LM cannot be run.
     """
     try:
         token_model(base_model)(**_inputs(base_model, rows, ctx_len))
@@ -96,7 +110,7 @@ def run_on_tokens(base_model: PreTrainedModel, rows: int, ctx_len: int) -> None:
 def _inputs(base_model: PreTrainedModel, rows: int, ctx_len: int) -> dict[str, Any]:
     device = next(base_model.parameters()).device
     if device.type == "meta" and any(hasattr(module, "_hf_hook") for module in base_model.modules()):
-        # Accelerate reads in what lies on disk as it runs, and brings the inputs there.
+        # The weights lie on disk. Accelerate reads them during the pass, and moves the inputs to their device.
         device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     if base_model.main_input_name == "pixel_values":
@@ -138,10 +152,10 @@ def _by_token(base_model: PreTrainedModel, shape: torch.Size, rows: int, ctx_len
 
 
 def _any_number(base_model: PreTrainedModel, shapes: list[list[torch.Size]]) -> bool:
-    """Whether a module runs on whole batches several times, as a shared layer does, or on tokens that were picked."""
+    """Whether a module runs several times on whole batches, as a shared layer does, or on a choice of tokens."""
     whole = all(_by_token(base_model, shape, *size) for run, size in zip(shapes, PROBES, strict=True) for shape in run)
     flat = all(len(shape) == 2 for run in shapes for shape in run)
-    # A pooler has one row a sequence, positions have one row a place in the sequence.
+    # A pooler gives one row per sequence, and a table of positions one row per place in the sequence.
     fixed = any(
         all(len(run) == 1 and run[0][0] == size[i] for run, size in zip(shapes, PROBES, strict=True)) for i in (0, 1)
     )
@@ -149,6 +163,6 @@ def _any_number(base_model: PreTrainedModel, shapes: list[list[torch.Size]]) -> 
 
 
 def _around(name: str) -> list[str]:
-    """The modules around a module, innermost first, the base model (with no name) last."""
+    """Names of the modules around a module, innermost first. The last is the base model, whose name is empty."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]

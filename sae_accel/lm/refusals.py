@@ -1,3 +1,8 @@
+"""
+Turns the errors of transformers, PEFT and the Hub's client into one line that names the field, the reason and the way
+out.
+"""
+
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,13 +20,13 @@ from ..recipe.arguments import ModelArguments
 @contextmanager
 def lm_errors(arguments: ModelArguments) -> Iterator[None]:
     """
-    Gives the reason for a model that cannot be read in one line; keeps reports on unused weights off the screen.
+    While open, an LM that cannot be read is refused in one line. The report on unused weights is not shown.
 
     Args:
-        arguments ([`ModelArguments`]): Which LM.
+        arguments ([`ModelArguments`]): The LM that is read.
 
     Raises:
-        `InputError`: in the place of what transformers raises.
+        `InputError`: in place of any error that transformers raises.
     """
     name, verbosity = arguments.name_or_path, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -30,7 +35,7 @@ def lm_errors(arguments: ModelArguments) -> Iterator[None]:
             nullcontext() if os.path.isdir(name) else hub_requests(f"loading {name!r}"),
             warnings.catch_warnings(),
         ):
-            # Of a config that makes no sense torch warns as well, before it is refused.
+            # For a config that makes no sense torch warns too, before the config is refused.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
             yield
     except Exception as error:
@@ -43,16 +48,16 @@ def lm_errors(arguments: ModelArguments) -> Iterator[None]:
 
 def _what_is_wrong(error: Exception) -> str:
     if (answer := answer_behind(error)) is not None:
-        # transformers tells of it in many lines, and by addresses.
+        # The message of transformers has many lines, and addresses in place of reasons.
         with_cache = ", and it is not in the cache" if is_unreachable(answer) else ""
         advice = " Try again later." if isinstance(answer, HubFailed) else ""
-        advice = " Set model.token, or run `hf auth login`." if needs_token(answer) else advice
+        advice = " Set --model.token, or run `hf auth login`." if needs_token(answer) else advice
         return f"cannot be loaded: {clause(answer)}{with_cache}.{advice}"
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return (
-            "needs code of its own, and code that comes with a model runs with model.trust_remote_code: true alone. "
-            "Read that code before you set it, or use another LM."
+            "needs code of its own, which runs only with --model.trust_remote_code true. Read that code before you "
+            "set it, or use another LM."
         )
     if "backend tokenizer" in str(error):
-        return "has no tokenizer: neither tokenizer.json nor files that one can be made of."
+        return "has no tokenizer: neither tokenizer.json nor files to make one from."
     return f"cannot be loaded: {reason_of(error)}"

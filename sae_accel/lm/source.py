@@ -1,4 +1,7 @@
-"""Whether what a recipe names as its LM can be one, and what of its files must not run."""
+"""
+Checks on the LM that a recipe names: whether the folder or repo can be an LM, whether its config would run code from
+the Hub, and whether its weights fit its config.
+"""
 
 import re
 from pathlib import Path
@@ -12,16 +15,16 @@ from ..recipe.arguments import ModelArguments
 
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-# Settings that may name a repo on the Hub whose code is then fetched and run, that which a recipe may replace first.
+# Settings that may name a repo on the Hub, whose code transformers then runs. A recipe can replace the first one.
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 def check_source(arguments: ModelArguments) -> None:
     """
-    Refuses what is surely no LM; whether a repo of that name is on the Hub is found when it is read.
+    Refuses a name that is surely no LM. Whether the Hub has a repo of the name shows only when the repo is read.
 
     Raises:
-        `InputError`: if it is an address, a file, a folder that is not there, or one of something else.
+        `InputError`: if the name is an address, a file, a missing folder, or a folder without an LM.
     """
     name = arguments.name_or_path
     where, path = f"model.name_or_path: {name!r}", Path(name).expanduser()
@@ -36,24 +39,24 @@ def check_source(arguments: ModelArguments) -> None:
     if (path / _ADAPTER).is_file() and not (path / _CONFIG).is_file():
         lm = read_json(path / _ADAPTER).get("base_model_name_or_path")
         raise InputError(
-            f"{where} is a PEFT adapter. Name it as model.adapter, and the LM that it was trained on"
-            f"{f', {lm!r},' if lm else ''} as model.name_or_path."
+            f"{where} is a PEFT adapter. Set --model.adapter to it, and --model.name_or_path to the LM that it was "
+            f"trained on{f', {lm!r}' if lm else ''}."
         )
     if arguments.gguf_file is None and not (path / _CONFIG).is_file():
-        gguf = next((f" Name its {file.name!r} as model.gguf_file." for file in sorted(path.glob("*.gguf"))), "")
+        gguf = next((f" Set --model.gguf_file {file.name}." for file in sorted(path.glob("*.gguf"))), "")
         raise InputError(f"{where} has no {_CONFIG}, which every LM's folder has.{gguf}")
     if known_config(read_json(path / _CONFIG).get("model_type")) is not None:
         raise InputError(
-            f"{where} is an SAE or transcoder, not an LM. To start heads from it, see training.init_from."
+            f"{where} is an SAE or transcoder, not an LM. To start heads from it, set --training.init_from."
         )
 
 
 def check_runs_no_code(config: PreTrainedConfig, arguments: ModelArguments) -> None:
     """
-    Refuses a config that has code of a repo run, such as a kernel for attention.
+    Refuses a config that would run code from a repo, such as a kernel for attention.
 
     Raises:
-        `InputError`: if it names any, and neither is it trusted nor does the recipe name another.
+        `InputError`: if the config names a repo that the recipe neither trusts nor replaces.
     """
     if arguments.trust_remote_code:
         return
@@ -62,31 +65,31 @@ def check_runs_no_code(config: PreTrainedConfig, arguments: ModelArguments) -> N
         for setting in settings:
             if "/" in str(getattr(part, setting, None) or ""):
                 raise InputError(
-                    f"model.name_or_path: the config.json of {arguments.name_or_path!r} has code of "
-                    f"{getattr(part, setting)!r} run ({setting.lstrip('_')}). Set model.attn_implementation if it is "
-                    "of attention, to sdpa or eager, or model.trust_remote_code: true once you have read that code."
+                    f"model.name_or_path: the config.json of {arguments.name_or_path!r} would run code "
+                    f"of {getattr(part, setting)!r} ({setting.lstrip('_')}). Set --model.attn_implementation sdpa "
+                    "if the code is for attention, or read the code and set --model.trust_remote_code true."
                 )
 
 
 def check_weights_fit(report: dict, name: str) -> None:
     """
-    Holds what transformers tells of weights that it has read to what the config asks for.
+    Refuses weights that differ from the LM's config, since transformers fills them with random numbers.
 
     Args:
-        report (`dict`): Its loading info.
-        name (`str`): The LM.
+        report (`dict`): The loading info of transformers.
+        name (`str`): The LM's folder or repo.
 
     Raises:
-        `InputError`: if a weight has another shape, or a layer's is missing: both would be random.
+        `InputError`: if a weight has another shape than the config gives it, or a layer's weight is missing.
     """
     for key, found, expected in sorted(report["mismatched_keys"]):
         raise InputError(
             f"model.name_or_path: {name!r} cannot be loaded: by its config.json {key} should have shape "
             f"{tuple(expected)}, but in its weights it has {tuple(found)}."
         )
-    # What lies in no layer, such as a pooler, is missing from many files and not run here.
+    # Weights outside of layers, such as a pooler's, are missing from many files and do not run here.
     if missing := sorted(key for key in report["missing_keys"] if re.search(r"\.\d+\.", key)):
         raise InputError(
-            f"model.name_or_path: {name!r} cannot be loaded: its weights lack {missing[0]!r}, and {len(missing)} in "
-            "all, which by its config.json it has."
+            f"model.name_or_path: {name!r} cannot be loaded: its weights lack {missing[0]!r}, one of {len(missing)} "
+            "missing weights that its config.json describes."
         )

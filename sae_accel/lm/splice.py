@@ -1,3 +1,12 @@
+"""
+Puts heads into a running LM, so that later layers read reconstructions in place of true activations.
+
+A head that reads its own hookpoint's output, such as an SAE, needs one hook: it takes the output and returns the
+reconstruction. A head that reads elsewhere, such as a transcoder, replaces the forward method of its hookpoint. The
+module that it replaces need not run at all, unless the LM caches keys and values or the module has further outputs.
+When the context closes, hooks and forward methods are as before.
+"""
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,14 +27,14 @@ from .other_names import near_names
 @dataclass(frozen=True)
 class Replacement:
     """
-    What takes the place of a module's output.
+    A replacement for the output of one module.
 
     Args:
-        name (`str`): Of the head, for errors.
+        name (`str`): Name of the head, for errors.
         hookpoint (`str`): Module of the base model whose output is replaced.
-        reads (`Site`): Where the input of `compute` comes from.
-        compute (`Callable`): From the activation that was read, `(..., d_in)`, and the module's own output, `(...,
-            d_out)` or None where the module was not run, to the new output.
+        reads (`Site`): Where the input of `compute` is read.
+        compute (`Callable`): Takes the activation that was read, `(..., d_in)`, and the module's own output, `(...,
+            d_out)`, or None if the module did not run. Returns the new output, `(..., d_out)`.
         needs_output (`bool`): Whether the module must run, although `reads` is not its output.
     """
 
@@ -41,26 +50,40 @@ def splice(
     model: PreTrainedModel, heads: HeadModel | Mapping[str, HeadModel], *, replace: bool = True
 ) -> Iterator[dict[str, Latents]]:
     """
-    Puts heads into a running LM: while the context is open, each hookpoint gives its head's reconstruction. The module
-    that a transcoder replaces is not run, once its first pass has shown that it gives nothing else.
+    Puts heads into a running LM. While the context is open, each hookpoint's output is its head's reconstruction.
+
+    A transcoder replaces a whole module. That module runs once, which shows whether it has further outputs. If it has
+    none, it does not run again.
 
     Args:
         model (`PreTrainedModel`): The LM, with or without its own head.
-        heads ([`HeadModel`] or `Mapping[str, HeadModel]`): One head, whose config names its hookpoint, or heads by
-            name.
+        heads ([`HeadModel`] or `Mapping[str, HeadModel]`): One head, whose config names its hookpoint, or several
+            heads by name.
         replace (`bool`, defaults to `True`): `False` leaves the LM as it is and only reads latents.
 
     Yields:
-        `dict[str, Latents]`: for each head the latents of the latest forward pass, each `(..., k)`.
+        `dict[str, Latents]`: for each head the latents of the latest forward pass, `(batch, ctx_len, k)`.
 
     Raises:
         `InputError`: if the LM has no module of a head's name, or two heads would replace one output.
 
     Examples:
         ```python
-        with splice(lm, AutoSae.from_pretrained("runs/quickstart")) as latents:
+        from sae_accel import splice
+
+        with splice(lm, sae) as latents:
             loss = lm(**inputs, labels=inputs["input_ids"]).loss
-        latents["layers.2"].top_indices
+        latents["layers.1"].top_indices  # (batch, ctx_len, k)
+        ```
+
+        With `replace=False` the LM's output stays as it is, and the latents are only read:
+
+        ```python
+        from sae_accel import AutoSae, splice
+
+        with splice(lm, AutoSae.from_pretrained("runs/quickstart"), replace=False) as latents:
+            lm(**inputs)
+        {name: acts.top_acts.shape for name, acts in latents.items()}
         ```
     """
     if isinstance(heads, HeadModel):
@@ -69,13 +92,14 @@ def splice(
 
     def through(name: str, head: HeadModel) -> Replacement:
         def compute(activations: Tensor, original: Tensor | None) -> Tensor | None:
-            latents[name] = head.encode(activations)
-            return head.decode(latents[name], activations=activations) if replace else original
+            latents[name] = head.encode(activations)  # (..., d_in) -> (..., k)
+            return head.decode(latents[name], activations=activations) if replace else original  # (..., d_out)
 
         hookpoint = head.config.hookpoint or name.split("/")[0]
         if not hookpoint:
             raise InputError(
-                "A head's files do not tell where it sits. Set its config.hookpoint to a module of the base model."
+                "The config of a head has no hookpoint. Set head.config.hookpoint to the name of a module of the base "
+                "model, such as 'layers.3'."
             )
         return Replacement(name, hookpoint, source_site(head, hookpoint), compute, not replace)
 
@@ -88,8 +112,13 @@ def replaced(base_model: PreTrainedModel, replacements: Iterable[Replacement], u
     """
     While open, forward passes of `base_model` go through `replacements`.
 
+    Args:
+        base_model (`PreTrainedModel`): The LM without its head.
+        replacements (`Iterable[Replacement]`): The replacements, at most one per hookpoint if `unique`.
+        unique (`bool`, defaults to `True`): Whether to refuse two replacements of one output.
+
     Raises:
-        `InputError`: if there is no module of a replacement's name, or, with `unique`, two are for one output.
+        `InputError`: if the LM has no module of a replacement's name, or two replacements are for one output.
     """
     seen: set[str] = set()
     with ExitStack() as stack:
@@ -106,16 +135,16 @@ def replaced(base_model: PreTrainedModel, replacements: Iterable[Replacement], u
 
 def source_site(head: HeadModel, hookpoint: str) -> Site:
     """
-    Where a head at a hookpoint reads.
+    The place where a head at a hookpoint reads.
 
     Raises:
-        `InputError`: if it reads or predicts what lies at several places.
+        `InputError`: if the head reads at several places, or predicts anything but its hookpoint's output.
     """
     reads, predicts = head.config.reads_at(hookpoint, head.config.source), head.config.predicts_at(hookpoint)
     if len(reads) > 1 or predicts != ((hookpoint, "output"),):
         raise InputError(
-            f"A {head.config.title} at {hookpoint!r} cannot be spliced in: it does not read one activation to replace "
-            "the output of its hookpoint."
+            f"A {head.config.title} at {hookpoint!r} cannot be spliced in. A head can be spliced if it reads one "
+            "activation and predicts the output of its hookpoint."
         )
     return Site(*reads[0])
 
@@ -155,18 +184,18 @@ def _submodule(base_model: PreTrainedModel, replacement: Replacement, name: str)
 
 @contextmanager
 def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -> Iterator[None]:
-    """A module whose forward pass is the replacement's, on its own input or else on what `read` holds."""
+    """While open, a module's forward pass is the replacement, on the module's input or on the tensor in `read`."""
     forward, was_own = module.forward, "forward" in vars(module)
 
     def bypass(*args: Any, **kwargs: Any) -> Any:
         if replacement.reads.side == "input":
-            activations = first_tensor((*args, *kwargs.values()), replacement.reads)
+            activations = first_tensor((*args, *kwargs.values()), replacement.reads)  # (batch, ctx_len, d_in)
         elif read:
-            activations = read.pop()
+            activations = read.pop()  # (batch, ctx_len, d_in)
         else:
             raise InputError(
                 f"Head {replacement.name!r} reads {replacement.reads.module!r}, which runs only after "
-                f"{replacement.hookpoint!r}. Name a source that runs before."
+                f"{replacement.hookpoint!r}. Set head.config.source to a module that runs before."
             )
         caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
         wraps = None
@@ -175,8 +204,8 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
         if wraps is None:
             output = forward(*args, **kwargs)
             return _exchange(replacement, output, activations)
-        new = replacement.compute(activations, None)
-        assert new is not None, "what only reads needs the module's output"
+        new = replacement.compute(activations, None)  # (batch, ctx_len, d_out)
+        assert new is not None, "a replacement that only reads needs the module's output"
         return wraps(new.to(activations.dtype))
 
     module.forward = bypass
@@ -189,14 +218,14 @@ def _bypassed(module: nn.Module, replacement: Replacement, read: list[Tensor]) -
             del module.forward
 
 
-# By module, and by the attention that it may be told to use, how its output is made from the activation alone; None if
-# there is more in it.
+# For each module and kind of attention, a function that wraps an activation as the module's output does. None if the
+# output holds more than the activation.
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[str | None, Callable[[Tensor], Any] | None]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _what_is_around(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Callable[[Tensor], Any] | None:
-    """How a module's output is made from its activation, if that is all there is in it, which a first pass tells."""
+    """A function that wraps an activation as the module's output does, or None. A first pass shows which."""
     attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
     known = _OUTPUTS.setdefault(module, {})
     if attention not in known:
@@ -214,9 +243,9 @@ def _container(output: Any) -> Callable[[Tensor], Any] | None:
 
 
 def _exchange(replacement: Replacement, output: Any, activations: Tensor | None = None) -> Any:
-    """`output` with its activation exchanged, whatever container it sits in."""
-    original = first_tensor(output, Site(replacement.hookpoint, "output"))
-    new = replacement.compute(original if activations is None else activations, original)
+    """Returns `output` with a new activation, in the same tuple or mapping as before."""
+    original = first_tensor(output, Site(replacement.hookpoint, "output"))  # (batch, ctx_len, d_out)
+    new = replacement.compute(original if activations is None else activations, original)  # (batch, ctx_len, d_out)
     if new is None or new is original:
         return output
     new = new.to(original.dtype)

@@ -120,9 +120,9 @@ def test_the_text_says_what_was_trained_on_what(run):
     assert (
         "# saes\n\n2 sparse autoencoders (SAEs) and a skip transcoder on the activations of `acme/tiny-llama`" in text
     )
-    assert "at revision `v1`. Trained on 640 tokens of `acme/tokens` (small), in sequences of 16, with Adam" in text
-    assert "at a learning rate of 0.001: each head by its own squared error." in text
-    assert "on 128 held-out tokens" in text and "the latest tokens" in text
+    assert "at revision `v1`. Trained on 640 tokens of `acme/tokens` (small), in sequences of 16 tokens, " in text
+    assert "with Adam at a learning rate of 0.001: each head on its own squared error." in text
+    assert "on 128 held-out tokens" in text and "the latest training tokens" in text
     assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])["heads"][0]["k"] == 4
     assert "2406.04093" in text and "2406.11944" in text
     assert "2412.06410" not in text and "2407.14435" not in text and "LoRA" not in text

@@ -143,7 +143,7 @@ def test_a_wait_that_the_hub_asks_for_is_kept_by_seconds_date_and_limits_unless_
         assert len(waits) == 1 and low <= waits[0] <= high
     waits.clear()
     hub.fail(None, f"/api/models/{NAME}", 429, headers={"Retry-After": "4000"})
-    assert "answered 429, to be asked again in 4000 s" in _line(AutoSae.open, NAME) and not waits
+    assert "answered 429 and asked to wait 4000 s" in _line(AutoSae.open, NAME) and not waits
 
 
 def test_a_hub_that_does_not_answer_is_told_of_and_left(hub, released, tmp_path, soon, capsys):
@@ -157,7 +157,7 @@ def test_a_hub_that_does_not_answer_is_told_of_and_left(hub, released, tmp_path,
     hub.mend()
     hub.stall("/commit/", times=100)
     line = _line(Release(released, "user/other").push)
-    assert "'user/other' cannot be pushed to: the Hub was asked for POST " in line and line.endswith("not sent twice.")
+    assert "'user/other' cannot be pushed to: the Hub was asked for POST " in line and line.endswith("is sent twice.")
     assert "Still pushing to 'user/other'" in capsys.readouterr().err
 
 
@@ -288,7 +288,7 @@ def test_a_private_repo_says_which_argument_takes_a_token(hub, released, place, 
     assert len(AutoSae.open("user/closed", token="secret")) == 2
     words = command_words(place, tmp_path, **{"training.init_from": "user/closed", "training.max_steps": 1})
     assert train.main(words) == 2
-    assert capsys.readouterr().err.endswith("Set model.token, or run `hf auth login`.\n")
+    assert capsys.readouterr().err.endswith("Set --model.token, or run `hf auth login`.\n")
     assert train.main([*words, "--model.token", "secret", "--heads.k", "4"]) == 0
     assert "secret" not in "".join(path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*.[jmy]*"))
 
@@ -307,7 +307,7 @@ def test_the_last_push_ends_in_time_with_how_to_push_by_hand(hub, tmp_path, caps
     began = time.monotonic()
     line = _line(trainer.train)
     assert time.monotonic() - began < 60 and "training.hub_timeout = 0.7 s" in line
-    assert f"python -m sae_accel.push {tmp_path / 'saes'} {NAME} pushes them" in line
+    assert f"To push them: python -m sae_accel.push {tmp_path / 'saes'} {NAME}" in line
     assert len(AutoSae.open(tmp_path / "saes")) == 2
 
 

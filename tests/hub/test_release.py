@@ -178,7 +178,7 @@ def test_a_release_is_one_commit_of_heads_and_report_alone_and_is_sent_once(hub,
     capsys.readouterr()
     assert _push(run, "user/saes", "--include", "layers.2") == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "Heads that were there, and that the new card does not name, were left: layers.1."
+        "Older heads stay in the repo, but its new card does not name them: layers.1."
     ]
     assert set(HEADS) < set(hub.files("user/saes")) and "layers.1 " not in hub.files("user/saes")["README.md"].decode()
 
@@ -189,7 +189,7 @@ def test_a_push_that_is_cut_off_changes_nothing_and_goes_on_when_run_again(hub, 
     assert _push(run, "user/saes") == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("sae_accel: 'user/saes' cannot be pushed to: Error while uploading 'layers.2/model.safe")
-    assert "disconnected" in line and line.endswith("Push again to go on: what has arrived is not sent twice.")
+    assert "disconnected" in line and line.endswith("Push again to go on: no file that has arrived is sent twice.")
     assert not _messages(hub, "user/saes") and list(hub.files("user/saes")) == [".gitattributes"]
     arrived = set(hub.repo("user/saes").objects)
     assert len(arrived) >= 2 and lost not in arrived
@@ -258,7 +258,7 @@ def test_one_head_a_branch_and_a_private_repo(hub, run, capsys):
         ("secret", ["someone/open"], "don't have write access"),
         ("secret", ["someone/gated"], "'someone/gated' cannot be pushed to: the token does not allow it (status 403)"),
         ("other", ["user/closed"], "'user/closed' cannot be pushed to: the token does not allow it (status 403)"),
-        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head of ours"),
+        ("secret", ["user/lm"], "'user/lm' is taken: it holds config.json, pytorch_model.bin and no head of"),
         ("secret", ["user/a/b"], "'repo_name' or 'namespace/repo_name': 'user/a/b'"),
         ("secret", ["user/two words"], "alphanumeric"),
         ("secret", ["user/new", "--include", "layer.1"], "'layer.1' matches. Near names: layers.1, layers.2."),
@@ -457,7 +457,7 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays_and_that_is_said(hub, run, 
         (hub.root / "user" / repo / "README.md").write_text(text)
         assert _push(run, f"user/{repo}") == 0
         left = repo == "notes"
-        assert ("README.md was left, since somebody wrote it" in capsys.readouterr().out) == left
+        assert ("README.md stays, since a person wrote it" in capsys.readouterr().out) == left
         assert (hub.files(f"user/{repo}")["README.md"] == text.encode()) == left
         assert set(RELEASE) <= set(hub.files(f"user/{repo}"))
     assert _push(run, "user/notes") == 0 and "nothing new" in capsys.readouterr().out
@@ -506,7 +506,7 @@ def test_the_card_says_how_to_load_what_is_not_all_of_the_repo_or_on_a_branch(hu
     AutoSae.open(run)["layers.1"].push_to_hub("user/top")
     capsys.readouterr()
     assert _push(run, "user/top") == 0
-    assert "were left: the one at the top.\n" in capsys.readouterr().out
+    assert "does not name them: the one at the top.\n" in capsys.readouterr().out
 
 
 def test_a_push_whose_reader_has_gone_says_what_was_sent(run):
@@ -605,7 +605,7 @@ def test_broken_files_and_repos_without_heads_are_told_in_one_line(hub, run):
 def test_a_public_repo_is_not_taken_for_a_private_one_nor_an_lm_for_a_head(hub, run):
     Release(run, "user/saes").push()
     before = hub.commits("user/saes")
-    assert "is there and public, but private was asked for" in _line(Release(run, "user/saes").push, private=True)
+    assert "exists and is public, but private was asked for" in _line(Release(run, "user/saes").push, private=True)
     lm = hub.root / "user" / "lm"
     lm.mkdir(parents=True)
     (lm / "config.json").write_text('{"model_type": "llama"}')

@@ -104,7 +104,7 @@ def test_a_peft_model_is_taken_as_the_lm_that_it_is(tmp_path):
             lambda folder: get_peft_model(
                 tiny_llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
             ).save_pretrained(folder),
-            "changes what the LM reads and not its modules",
+            "changes the LM's input and not its modules",
         ),
         (lambda folder: _save_adapter(tiny_llama(layers=5), folder), "does not fit"),
         (

@@ -116,7 +116,7 @@ def test_a_name_from_elsewhere_is_told_in_this_lms_words(kind, given, meant):
     ("given", "advice"),
     [
         ("blocks.7.hook_resid_post", "this LM has layers 0 to 3"),
-        ("blocks.0.hook_resid_pre", "is what 'layers.0' reads"),
+        ("blocks.0.hook_resid_pre", "is the input of 'layers.0'"),
         ("layers.*.mpl", "Near names: layers."),
     ],
 )
@@ -155,7 +155,7 @@ def test_heads_are_found_or_told_by_names_from_elsewhere(tmp_path, asked):
 @pytest.mark.parametrize(
     ("kind", "reads"),
     [
-        ("vit", "reads images, .* SaeTrainer trains on it, on rows with `pixel_values`"),
+        ("vit", "reads images, .* SaeTrainer trains on it, with rows that have `pixel_values`"),
         ("whisper", "reads audio"),
         ("wav2vec2", "reads audio"),
         ("clip", "a recipe trains on text"),

@@ -61,7 +61,7 @@ def refusal(words, capsys) -> str:
         (config_with(hidden_size=32), r"embed_tokens.weight should have shape (101, 32), but in its weights"),
         (config_with(num_hidden_layers=6), "lack 'layers.4."),
         (config_with(hidden_act="nope"), "nope"),
-        (config_with(_attn_implementation="somebody/kernel"), "has code of 'somebody/kernel' run"),
+        (config_with(_attn_implementation="somebody/kernel"), "would run code of 'somebody/kernel'"),
         (half_of("model.safetensors"), "incomplete metadata"),
         (half_of("tokenizer.json"), "not valid JSON"),
     ],
@@ -80,7 +80,7 @@ def test_a_folder_without_what_an_lm_has_is_one_line(place, tmp_path, capsys, ed
         ("{}/nowhere", "no such folder"),
         ("{}", "has no config.json"),
         ("https://huggingface.co/gpt2", "is an address"),
-        ("{}/adapter", "is a PEFT adapter. Name it as model.adapter"),
+        ("{}/adapter", "is a PEFT adapter. Set --model.adapter"),
         ("{}/head", "is an SAE or transcoder"),
     ],
 )

@@ -172,10 +172,10 @@ tell("trusted", lambda: (train.main({words!r} + ["--model.trust_remote_code"]), 
         tmp_path,
     )
     ours = [line for line in told if line.startswith(("sae_accel: ", "refused", "trusted"))]
-    assert ours[0].startswith("sae_accel: model.name_or_path: ") and "model.trust_remote_code: true" in ours[0]
+    assert ours[0].startswith("sae_accel: model.name_or_path: ") and "--model.trust_remote_code true" in ours[0]
     # The code leaves its mark, and has no class in it.
     assert ours[1] == "refused (2, False)" and ours[-1] == "trusted (2, True)"
-    assert [line for line in told if "Runs code" in line] == [ours[2]] and repr(str(lm)) in ours[2]
+    assert [line for line in told if "will run: model" in line] == [ours[2]] and repr(str(lm)) in ours[2]
 
 
 def evil_lm(folder, place, mark):

@@ -168,10 +168,10 @@ def test_a_push_that_is_stopped_tells_what_is_saved_and_what_goes_on(place, tmp_
         stop()
 
     status, said = run(words, tmp_path, before)
-    by_hand = "python -m sae_accel.push run user/saes goes on."
+    by_hand = "To go on: python -m sae_accel.push run user/saes"
     assert (status, _said(said, tmp_path)) == (
         143,
-        [f"sae_accel: Stopped by SIGTERM. All is saved in run, but the push was stopped: {by_hand}"],
+        [f"sae_accel: Stopped by SIGTERM. All is saved in run, but the push was stopped. {by_hand}"],
     )
     status, said = run(
         [str(tmp_path / "run"), "user/saes"],
@@ -181,5 +181,5 @@ def test_a_push_that_is_stopped_tells_what_is_saved_and_what_goes_on(place, tmp_
     )
     assert status == 129
     assert lines_of_ours(said) == [
-        "sae_accel: Stopped by SIGHUP. Push again to go on: what has arrived is not sent twice."
+        "sae_accel: Stopped by SIGHUP. Push again to go on: no file that has arrived is sent twice."
     ]
