@@ -59,9 +59,9 @@ class _Reason:
 class FiniteSteps:
     """
     Takes or skips optimizer steps. A step is skipped if more than `training.max_non_finite` of its tokens are left
-    out because an activation is NaN or infinite, or if a loss or a gradient is not finite. A skipped step changes neither
-    weights, optimizer, learning rate and thresholds nor the counts of silent latents. It still counts as one of the
-    run's steps, so that the run ends, and resumes from a checkpoint as if it had never stopped.
+    out because an activation is NaN or infinite, or if a loss or a gradient is not finite. A skipped step changes no
+    weight, optimizer state, learning rate, threshold or count of silent latents. It still counts as one of the run's
+    steps, so that the run ends, and resumes from a checkpoint as if it had never stopped.
 
     If everything is finite, the check costs the host no further wait for the device: the findings arrive together with
     the step's number of tokens.
