@@ -1,7 +1,7 @@
 """
 The start of a run: new heads or a checkpoint, the output folder, the optimizer and the trackers, in this order.
 
-Everything that can fail without harm comes first. The output folder is changed only once heads or checkpoint are loaded.
+Everything that can fail without harm comes first: the output folder changes only after heads or checkpoint are loaded.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def begin(
 
     Raises:
         `InputError`: if the checkpoint or the heads of `init_from` cannot be used, or no token of the data trains.
-        `NotFinite`: if heads cannot be initialized because no activation is finite.
+        `NotFinite`: if heads cannot be initialised because no activation is finite.
     """
     args, main = run.args, run.accelerator.is_main_process
     run.progress.max_steps = batches.max_steps()

@@ -2,8 +2,8 @@
 The LM with heads spliced in: at each hookpoint the head's reconstruction takes the place of the module's output.
 
 `SplicedLM` runs the LM, with heads or clean, and computes the losses on its logits. `SplicedHeads` lives for one
-forward pass: it holds the batch's mask, replaces the hookpoints' outputs and collects each head's measurements. At an excluded
-token the LM keeps its own activation.
+forward pass: it holds the batch's mask, replaces the hookpoints' outputs and collects each head's measurements. At an
+excluded token the LM keeps its own activation.
 """
 
 from collections.abc import Callable, Iterator

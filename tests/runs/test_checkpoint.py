@@ -161,7 +161,7 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path):
     tiny_trainer(tmp_path, max_steps=3, train=grown).train(resume_from_checkpoint=True)
     other = concatenate_datasets([rows.select([3]), rows])
     trainer = tiny_trainer(tmp_path, max_steps=4, train=other)
-    with pytest.raises(InputError, match="is of other data: it has data.rows .*, this run has"):
+    with pytest.raises(InputError, match="comes from other data: it has data.rows .*, this run has"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -42,7 +42,7 @@ def build_optimizer(
         bank (`SaeBank`): The heads.
         arguments (`SaeTrainingArguments`): The optimizer, and the learning rate of heads that set none.
         lora ([`LoraArguments`], *optional*): The learning rate of the bank's LoRA, if it has one.
-        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, the factor of its gradients, `()`; read in each step.
+        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, its gradients' factor, `()`; read in each step.
 
     Raises:
         `InputError`: if bitsandbytes cannot be used for `adam8bit`.
@@ -58,7 +58,7 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, arguments: SaeTrainingArguments, max_steps: int) -> LRScheduler:
-    """Makes the schedule of the learning rate over `max_steps` optimizer steps; the arguments' help states defaults."""
+    """Makes the learning rate's schedule over `max_steps` optimizer steps; the arguments' help states defaults."""
     schedule_free = arguments.optim == "signum"
     warmup = arguments.warmup_steps
     if warmup is None:

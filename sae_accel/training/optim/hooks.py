@@ -17,8 +17,8 @@ from ...bank.parameter_role import ParameterRole
 from ...ops.rows import normalize_rows_, own_part, remove_parallel_
 
 
-# In a step a threshold moves by up to 5 learning rates, relative to its size. With 1 instead of 5, L0 was still a sixth
-# above k after 100 steps at learning rate 2e-3.
+# In a step a threshold moves by about 5 learning rates, relative to its size. With 1 instead of 5, L0 was still a
+# sixth above k after 100 steps at learning rate 2e-3.
 THRESHOLD_PACE = 5
 
 
