@@ -2,8 +2,8 @@
 Who owns which file in an output folder, and whether a run may begin there.
 
 A file belongs to a run if the folder's manifest lists it. Every other file is somebody's: it is never deleted, and a
-run that would overwrite it is refused. A run may go on from a checkpoint in the folder, replace an earlier run if the user
-says so, or replace an unfinished run that has the same settings and has saved nothing.
+run that would overwrite it is refused. A run may go on from a checkpoint in the folder, replace an earlier run if the
+user says so, or replace an unfinished run that has the same settings and has saved nothing.
 """
 
 import re
