@@ -211,7 +211,7 @@ def _spread_out(rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> 
     working = rehearsal.training - parameters - gradients - optimizer
     measuring = rehearsal.evaluation - parameters - optimizer - copies
     bucket = min(gradients, 4 * LEAN["reduce_bucket_size"]) if stage else 0
-    # ZeRO optimizes a copy of the parameters.
+    # ZeRO trains a copy of the parameters.
     optimizer = (optimizer + (parameters if stage else 0)) // n
     parameters = parameters if stage in (1, 2) else parameters // n
     whole, gradients = gradients, gradients if stage == 1 else gradients // n

@@ -1,3 +1,8 @@
+"""
+The Accelerator of a run, made from the Accelerate config. On CPUs this file also turns on DeepSpeed or FSDP, which
+Accelerate would not use there, so that tests can run each way without a GPU.
+"""
+
 import os
 from contextlib import nullcontext
 

@@ -6,8 +6,8 @@ from .agreement import this_process
 
 def check_launched() -> None:
     """
-    Checks the number of processes: all that were started train together, and `accelerate launch` started as many as
-    the user asked for. On CPUs it starts only one per machine.
+    Checks that all started processes train together, and that `accelerate launch` started as many as the user wants. It
+    starts only one per machine on CPUs.
 
     Raises:
         `InputError`: if there are fewer.

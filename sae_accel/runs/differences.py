@@ -1,4 +1,4 @@
-"""The differences between a checkpoint's settings and those of the run that goes on from it."""
+"""The differences between the settings of a checkpoint and the settings of the run that goes on from it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping

@@ -117,15 +117,15 @@ class OutputFolder:
         own.write(self.path)
 
     def to_delete(self, checkpoint: Path | None) -> str:
-        """Names and sizes of the files that a run deletes first, if it goes on from `checkpoint`; empty if none."""
+        """Names and sizes of the files that a run from `checkpoint`, or from the start if None, deletes first."""
         return "" if self._goes_on_here(checkpoint) else self._in_words(self.leftovers())
 
     def bytes_freed(self, checkpoint: Path | None) -> int:
-        """The number of bytes that a run deletes first, if it goes on from `checkpoint`."""
+        """The number of bytes that a run from `checkpoint`, or from the start if None, deletes first."""
         return 0 if self._goes_on_here(checkpoint) else sum(map(size_of, self.leftovers()))
 
     def bytes_held(self, checkpoint: Path | None) -> int:
-        """The number of bytes of the checkpoints that a run already owns, if it goes on from `checkpoint`."""
+        """The number of bytes of the checkpoints that a run from `checkpoint` already owns."""
         own = self.manifest.checkpoints if self._goes_on_here(checkpoint) else ()
         return sum(size_of(self.path / name) for name in own)
 
@@ -143,7 +143,7 @@ class OutputFolder:
         return found + manifest.unfinished(self.path)
 
     def in_the_way(self, checkpoint: Path | None = None) -> list[Path]:
-        """Lists somebody's files and folders that the run would overwrite, if it goes on from `checkpoint`."""
+        """Lists somebody's files and folders that a run from `checkpoint` would overwrite."""
         manifest, step = self.manifest, 0 if checkpoint is None else step_of(checkpoint)
         own = {self.path / name for name in manifest.checkpoints} | ({checkpoint} if checkpoint else set())
         foreign = [path for path in checkpoints(self.path) if path not in own and step_of(path) > step]

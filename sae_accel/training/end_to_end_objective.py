@@ -60,8 +60,8 @@ class EndToEndObjective:
         The loss is a mean over the tokens of the whole window and all processes. A local loss is divided by the
         variance of the clean activations over the same tokens, and its gradient reaches only its own head.
 
-        A sequence with a token that is not finite is left out whole. Without local losses the passes find that
-        sequence only when they come to it, so the gradient is scaled at the end by the tokens that are left.
+        A sequence with a token that is not finite is left out whole. Without local losses it is found only when its
+        pass runs, so the gradient is scaled at the end by the tokens that are left.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         sums, logit_sums, tokens = StepSums(), StepSums(), _Kept(self.accelerator.device)
@@ -175,7 +175,7 @@ class EndToEndObjective:
     ) -> dict[str, Any]:
         """Runs one spliced pass: losses on the logits, local losses if `variances` is not empty, and measurements."""
         heads = SplicedHeads(bank, batch, self.lm.exclude_tokens, k, variances, dead_masks)
-        logits = self.lm(batch, heads, clean)  # by loss, summed over tokens, ()
+        logits = self.lm(batch, heads, clean)  # () each, summed over tokens
         local_loss = torch.stack(heads.local_losses).sum() if heads.local_losses else 0.0
         values = [value.detach() for value in logits.values()]
         finite = torch.stack([*(value.isfinite() for value in values), *heads.finite]).all()

@@ -1,5 +1,5 @@
 """
-Which optimizer steps are taken: only steps from finite numbers.
+A run takes only optimizer steps from finite numbers; this file decides which steps it takes.
 
 A step first runs fast: it assumes that every number is finite, and checks that with a few sums on the device. If a
 check fails, the step's gradients are computed again with care, without the tokens that are not finite. If too many

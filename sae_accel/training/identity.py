@@ -1,3 +1,10 @@
+"""
+The identity of a run: the settings that decide whether it may go on from a checkpoint.
+
+Each checkpoint stores the identity of its run. Paths and names are made independent of the folder in which the user
+typed them, so that only real changes count as differences.
+"""
+
 import glob
 import json
 import os

@@ -1,3 +1,7 @@
+"""
+Notices that a loss has risen since its best value, which is a sign of a learning rate that is too high.
+"""
+
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

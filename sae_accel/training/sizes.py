@@ -15,7 +15,7 @@ from ..recipe.arguments import LoraArguments, SaeTrainingArguments
 from .lora import lora_targets
 
 
-# bitsandbytes keeps the state of smaller parameters in 32 bits. Of larger ones it keeps a scale per block of elements.
+# bitsandbytes keeps the state of smaller parameters in 32 bits. For larger ones it keeps a scale per block.
 _LEAST_IN_8_BITS, _BLOCK = 4096, 256
 
 

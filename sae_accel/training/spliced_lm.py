@@ -218,7 +218,7 @@ class SplicedHeads:
         shape = (*activations.shape[:-1], reconstruction.shape[-1])
         if self.rows is None:
             return reconstruction.to(activations.device).view(shape)
-        # Zeros if the module did not run: then nobody reads the other tokens.
+        # Zeros if the module did not run: then the LM reads no other token.
         around = activations.new_zeros(shape) if original is None else original
         reconstruction = reconstruction.to(around.device, around.dtype)
         return around.reshape(-1, shape[-1]).index_copy(0, self.rows.to(around.device), reconstruction).view(shape)

@@ -1,3 +1,10 @@
+"""
+The measurements of one optimizer step, from the sums of each process to totals over all processes.
+
+Moments and sums are added up first, over micro-batches and processes, and divided only at the end. So no result
+depends on how tokens are cut into batches or spread over processes.
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
