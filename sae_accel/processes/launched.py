@@ -6,8 +6,8 @@ from .agreement import this_process
 
 def check_launched() -> None:
     """
-    Checks that all started processes train together, and that `accelerate launch` started as many as the user wants. It
-    starts only one per machine on CPUs.
+    Checks that all started processes train together, and that `accelerate launch` started as many as the user wants.
+    On CPUs it starts only one per machine.
 
     Raises:
         `InputError`: if there are fewer.
