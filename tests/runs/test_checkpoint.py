@@ -30,7 +30,7 @@ def test_going_on_from_an_older_checkpoint_puts_the_later_ones_aside(tmp_path, c
     changed = dict(save_steps=1, learning_rate=0.01)
     _trained(tmp_path, max_steps=3, resume_from_checkpoint=chosen, **changed)
     said = capsys.readouterr().err
-    assert "checkpoint-4 as checkpoint-4.before-" in said and "training.learning_rate null, this run has 0.01" in said
+    assert "checkpoint-4 to checkpoint-4.before-" in said and "training.learning_rate null, this run has 0.01" in said
     assert _names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4.", "checkpoint-6."]
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-3"
     assert list(AutoSae.open(tmp_path)) == ["layers.1", "layers.2"]
