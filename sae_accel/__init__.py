@@ -5,11 +5,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
-# Libraries that import bitsandbytes do so wherever it is installed, and on some CPUs it says then that a kernel could
-# be had.
+# Some libraries import bitsandbytes whenever it is installed; on some CPUs it then logs that it could use a kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Accelerate imports DeepSpeed wherever it is installed, which says then that there is no GPU. What else DeepSpeed says
-# is for who uses it.
+# Accelerate imports DeepSpeed whenever it is installed, and DeepSpeed then logs that there is no GPU. Its other
+# messages stay, for runs that use it.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. A name is imported when it is first asked for, so that who loads a head pays for no
+# The module of each public name. A name is imported at its first use, so that loading a head does not import the
 # trainer.
 _HOMES = {
     "Activations": "activations.running_lm",

@@ -160,7 +160,7 @@ def goes_on(field: str, runs: Runs) -> None:
     every_step = EVERY_STEP | {"training.save_steps": 1}
     runs.inside("parts", every_step | {"training.max_steps": 2})
     whole = every_step | {"training.max_steps": 3}
-    assert "training.resume_from_checkpoint to go on" in runs.inside("parts", whole | {field: "false"}).refusal
+    assert "--training.resume_from_checkpoint true to go on" in runs.inside("parts", whole | {field: "false"}).refusal
     resumed = runs.inside("parts", whole | {field: "true"})
     assert resumed.log("step") == [1, 2, 3] and len(resumed.norms) == 1
     assert_equal(resumed.weights(), runs().weights())

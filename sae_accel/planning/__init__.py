@@ -1,4 +1,4 @@
-"""What a run will need before it starts (`--dry-run`): its own code runs on tensors without memory."""
+"""The memory plan of `--dry-run`: the run's own code runs on tensors without memory, and its bytes are counted."""
 
 from .launch import Launch
 from .memory import plan_memory, show_plan

@@ -9,12 +9,12 @@ from ..recipe.arguments import SaeTrainingArguments
 
 class Launch(NamedTuple):
     """
-    How a run is to be started.
+    How a run will be started.
 
     Args:
-        processes (`int`): How many processes.
-        way (`str`): How heads are spread over them: `""` on one, `"DDP"`, `"FSDP"`, `"ZeRO-1"` to `"ZeRO-3"`,
-            `"distribute_modules"` or `"distribute_latents"`.
+        processes (`int`): The number of processes.
+        way (`str`): How heads are spread over the processes: `""` for one process, `"DDP"`, `"FSDP"`, `"ZeRO-1"` to
+            `"ZeRO-3"`, `"distribute_modules"` or `"distribute_latents"`.
         bf16 (`bool`, defaults to `False`): Whether heads compute in bfloat16.
     """
 
@@ -25,11 +25,12 @@ class Launch(NamedTuple):
     @classmethod
     def of(cls, training: SaeTrainingArguments, processes: int | None = None) -> "Launch":
         """
-        What the recipe and Accelerate's configuration, which its launcher has put into the environment, ask for.
+        Reads the launch from the recipe and the Accelerate config, which `accelerate launch` puts into environment
+        variables.
 
         Args:
             training (`SaeTrainingArguments`): Whether to distribute modules or latents.
-            processes (`int`, *optional*): How many processes; as many as were started if not given.
+            processes (`int`, *optional*): The number of processes; if not given, the number that was started.
         """
         processes = processes or int(os.environ.get("WORLD_SIZE", 1))
         bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"

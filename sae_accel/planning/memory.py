@@ -1,4 +1,10 @@
-"""What each process of a run will need of memory, found before it starts by its own code, on tensors without any."""
+"""
+The memory that each process of a run will need, before the run starts.
+
+The plan builds the LM's architecture without weights, and trains and evaluates the heads for a step on fake tensors,
+which have shapes but no memory (`rehearsal.py`). It counts the bytes of all tensors that live at one time. FSDP, ZeRO
+and quantisation cannot run on fake tensors: there the plan divides the counts, with factors that were measured.
+"""
 
 import os
 from copy import copy
@@ -35,30 +41,30 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# Bytes of a weight of a linear layer that bitsandbytes holds, with the scales of its rows or of blocks of 64.
+# Bytes per weight of a linear layer that bitsandbytes quantises; with 4 bits also one scale per block of 64.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-# Copies of the largest head that FSDP and ZeRO-3 make of their parts: while they train and while they evaluate.
-# Measured with gloo, whose collectives copy; on GPUs it is less.
+# Copies of the largest head that FSDP and ZeRO-3 gather from their parts, in training and in evaluation. Measured with
+# gloo, whose collectives copy; on GPUs it is less.
 _GATHERED = {"FSDP": (6.2, 3.0), "ZeRO-3": (7.5, 1.5)}
-# Bytes that data, trackers and threads of a run take of a CPU's memory after this.
+# Bytes of CPU memory that the run's data, trackers and threads take after the plan is made.
 _YET_TO_LOAD = 80_000_000
-# Ways in which heads lie in parts, with the stage of those that are DeepSpeed's.
+# Ways that cut heads into parts, with their ZeRO stage; 0 for FSDP.
 _IN_PARTS = {"FSDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
 
 @dataclass(frozen=True)
 class ProcessMemory:
     """
-    Memory of a process at its peak, in bytes.
+    The peak memory of a process, in bytes.
 
     Args:
-        heads (`list[str]`): Heads that it holds, or holds a part of.
-        parameters (`int`): Of heads, and of a LoRA.
-        gradients (`int`): Of those.
-        optimizer (`int`): Its state.
+        heads (`list[str]`): The heads that the process holds, whole or in part.
+        parameters (`int`): The parameters of heads and of a LoRA.
+        gradients (`int`): The gradients of the parameters.
+        optimizer (`int`): The optimizer's state.
         lm (`int`): The LM's weights.
-        work (`int`): Whatever else lives at the peak: activations, gathered parts, and copies while it evaluates.
-        libraries (`int`): On a CPU, Python and what it has loaded.
+        work (`int`): Everything else at the peak: activations, gathered parts, and copies in an evaluation.
+        libraries (`int`): On a CPU, Python with its loaded libraries; 0 with a GPU.
     """
 
     heads: list[str]
@@ -71,17 +77,17 @@ class ProcessMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.lm + self.work + self.libraries
 
 
 def show_plan(recipe: Recipe, processes: int | None = None) -> None:
     """
-    Prints what each process of a run would hold and need of memory, and what its checkpoints need of the disk.
+    Prints the heads and the memory of each process of a run, and the disk space of its checkpoints.
 
     Args:
         recipe ([`Recipe`]): The run.
-        processes (`int`, *optional*): How many processes; as many as were started if not given.
+        processes (`int`, *optional*): The number of processes; if not given, the number that was started.
 
     Raises:
         `InputError`: if the run would be refused.
@@ -90,7 +96,7 @@ def show_plan(recipe: Recipe, processes: int | None = None) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     if recipe.model.shard:
         check_sharding(with_lm_head=recipe.training.loss != "fvu", processes=launch.processes)
-    # Whether it is sharded is nothing to the process that plans, which may be alone.
+    # The plan itself may run on a single process, which cannot shard the LM.
     whole = replace(recipe, model=replace(recipe.model, shard=False))
     ahead = look_ahead(whole, launch.processes, writes=first)
     plan = plan_memory(replace(recipe, data=ahead.recipe.data), launch)
@@ -101,14 +107,17 @@ def show_plan(recipe: Recipe, processes: int | None = None) -> None:
 
 def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     """
-    What each process will need. The LM's weights are not read.
+    Computes the memory of each process. It does not read the LM's weights.
 
     Args:
         recipe (`Recipe`): The run.
-        launch ([`Launch`]): How it is to be started.
+        launch ([`Launch`]): How the run will be started.
+
+    Returns:
+        `list[ProcessMemory]`: one entry per process.
 
     Raises:
-        `InputError`: if the run would be refused for its LM, its heads or the number of processes.
+        `InputError`: if the run would be refused because of its LM, its heads or the number of processes.
     """
     training = recipe.training
     with_lm_head = training.loss != "fvu"
@@ -119,7 +128,7 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
     nn.Module.to(lm, _dtype_of(recipe, lm))
     lm_bytes = _lm_bytes(lm, recipe, launch)
     adapter = None if recipe.lora is None else _with_lora(lm, plans, recipe.lora)
-    # With all that a run imports, which a process that only plans would not have loaded.
+    # Imported only so that its memory counts: a run loads these modules, a plan does not.
     import_module("sae_accel.training.run")
     libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss + _YET_TO_LOAD
     found: dict[tuple, Rehearsal] = {}
@@ -128,7 +137,7 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
         whole = lm if adapter is None else adapter
         whole.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
         for share in _shares(recipe, plans, launch):
-            # Processes that hold as much need as much.
+            # Processes with shares of equal size need the same memory: rehearse once per size.
             if (size := _size(share)) not in found:
                 found[size] = rehearse(recipe, lm, adapter, share, launch.bf16)
             names = [plan.name for plan in share.plans]
@@ -140,8 +149,8 @@ def plan_memory(recipe: Recipe, launch: Launch) -> list[ProcessMemory]:
 
 
 def memory_table(processes: list[ProcessMemory], launch: Launch) -> str:
-    """One line for each process, in GB of 10^9 bytes, as `nvidia-smi` and `free` nearly count."""
-    head = ("process", "heads", "parameters", "gradients", "optimizer", "LM", "activations", "Python", "in all")
+    """A table with one line per process, in GB of 10^9 bytes."""
+    head = ("process", "heads", "parameters", "gradients", "optimizer", "LM", "activations", "Python", "total")
     rows: list[tuple[str, ...]] = [head]
     for index, one in enumerate(processes):
         sizes = (one.parameters, one.gradients, one.optimizer, one.lm, one.work, one.libraries, one.total)
@@ -151,12 +160,12 @@ def memory_table(processes: list[ProcessMemory], launch: Launch) -> str:
     how = f"{launch.processes} processes, {launch.way}" if launch.way else "1 process"
     title, *lines = aligned(rows)
     return "\n".join(
-        [f"Memory at the peak, in GB, on {how}:", "", title, "-" * max(map(len, [title, *lines])), *lines]
+        [f"Peak memory per process, in GB, on {how}:", "", title, "-" * max(map(len, [title, *lines])), *lines]
     )
 
 
 def _countable(plan: HeadPlan) -> HeadPlan:
-    """Where the data decide how many latents are selected, topk of as many as the widest token may have."""
+    """Replaces a selection whose count depends on the data by topk, with the largest `k` that a token may have."""
     config = plan.config
     if SELECTIONS[config.activation].counts:
         return plan
@@ -170,7 +179,7 @@ def _with_lora(lm: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) 
 
 
 def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share]:
-    """What each process holds."""
+    """The share of each process."""
     count, widths = launch.processes, site_widths(plans)
     if launch.way == "distribute_modules":
         training = recipe.training
@@ -186,7 +195,7 @@ def _shares(recipe: Recipe, plans: list[HeadPlan], launch: Launch) -> list[Share
 
 
 def _size(share: Share) -> tuple:
-    """What a share's memory follows from."""
+    """A key for a share: shares with equal keys need equal memory."""
     sizes = []
     for plan in share.plans:
         bounds = None if share.bounds is None else share.bounds[plan.name]
@@ -196,7 +205,7 @@ def _size(share: Share) -> tuple:
 
 
 def _spread_out(rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> tuple[int, int, int, int]:
-    """Of a process: parameters, gradients, the optimizer's state, and all else, where these may lie in parts."""
+    """A process's bytes of parameters, gradients, optimizer state and work, after FSDP or ZeRO has cut them up."""
     parameters, gradients, optimizer, copies = rehearsal[:4]
     if launch.way not in _IN_PARTS:
         held = parameters + gradients + optimizer
@@ -206,7 +215,7 @@ def _spread_out(rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> 
     working = rehearsal.training - parameters - gradients - optimizer
     measuring = rehearsal.evaluation - parameters - optimizer - copies
     bucket = min(gradients, 4 * LEAN["reduce_bucket_size"]) if stage else 0
-    # Under ZeRO what is optimized is a copy of its own.
+    # ZeRO trains a copy of the parameters.
     optimizer = (optimizer + (parameters if stage else 0)) // n
     parameters = parameters if stage in (1, 2) else parameters // n
     whole, gradients = gradients, gradients if stage == 1 else gradients // n
@@ -219,8 +228,8 @@ def _spread_out(rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> 
 
 def _with_saving(one: ProcessMemory, rehearsal: Rehearsal, plans: list[HeadPlan], launch: Launch) -> ProcessMemory:
     """
-    A process that writes heads, on a CPU, where what is written is copied: one head at a time, which if it lies in
-    parts is gathered in the same memory first.
+    The memory of a process that saves heads, on a CPU. Saving copies one head at a time; a head in parts is first
+    gathered in the same memory.
     """
     in_parts = launch.way == "distribute_latents" or launch.way in _IN_PARTS
     largest = 4 * max(num_parameters([plan]) for plan in plans)
@@ -231,7 +240,7 @@ def _with_saving(one: ProcessMemory, rehearsal: Rehearsal, plans: list[HeadPlan]
 
 
 def _lm_bytes(lm: PreTrainedModel, recipe: Recipe, launch: Launch) -> int:
-    """The LM's weights and buffers as they are loaded, or where it is sharded a process's part and one layer."""
+    """The bytes of the LM's weights and buffers; if it is sharded, of this process's part and two gathered layers."""
     quantized = _quantized_weights(lm) if recipe.model.quantization else set()
     small = _QUANTIZED_BYTES.get(recipe.model.quantization or "", 0.0)
 
@@ -242,18 +251,18 @@ def _lm_bytes(lm: PreTrainedModel, recipe: Recipe, launch: Launch) -> int:
     if not recipe.model.shard:
         return size(lm)
     cut = [size(module) for module in modules_to_shard(lm)]
-    # A layer is gathered into a buffer, which lives beside it.
+    # Twice: a layer is gathered into a buffer, and both live at the same time.
     return size(lm) - sum(cut) + sum(cut) // launch.processes + 2 * max(cut)
 
 
 def _quantized_weights(lm: PreTrainedModel) -> set[Tensor]:
-    """Those of the linear layers, but for the LM's head."""
+    """The weights of all linear layers except the LM head."""
     head = lm.get_output_embeddings()
     return {m.weight for m in lm.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
 def _dtype_of(recipe: Recipe, lm: PreTrainedModel) -> torch.dtype:
-    """In which the LM's weights that are not quantised are loaded."""
+    """The dtype of the LM's weights that are not quantised."""
     if recipe.model.dtype != "auto":
         return getattr(torch, recipe.model.dtype)
     kept = lm.config.dtype

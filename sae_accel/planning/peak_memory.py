@@ -1,3 +1,10 @@
+"""
+Counts the peak memory of code that runs on fake tensors.
+
+Torch calls `__torch_dispatch__` for each operation. The counter adds the bytes of each new storage, and subtracts them
+when Python frees it.
+"""
+
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 class PeakMemory(TorchDispatchMode):
     """
-    Counts the bytes of tensors that code makes while this is open, among fake tensors, which take none.
+    Counts the bytes of the tensors that code makes while this is open. It works on fake tensors, which take no memory.
 
-    Where the code asks for a tensor's value, it is answered as by a mask that keeps every token.
+    A fake tensor has no value. If the code asks for one, the answer is 1, as if every token counted.
 
     Args:
-        known (`Iterable[torch.Tensor]`): Tensors that are not counted.
+        known (`Iterable[torch.Tensor]`): Tensors that do not count.
 
     Attributes:
-        live (`int`): Bytes of what has been made and not yet let go.
+        live (`int`): Bytes of all tensors that exist now.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -29,7 +36,7 @@ class PeakMemory(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def of(self, work: Callable[[], object]) -> int:
-        """The most bytes that live at one time while `work` goes on, with those that lived before."""
+        """Runs `work`, and returns the highest number of live bytes during it, including tensors made before."""
         self._peak = self.live
         work()
         return self._peak
@@ -38,6 +45,7 @@ class PeakMemory(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
         if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):
+            # (..., width) becomes (tokens, width), with every token kept.
             result = args[0].flatten(0, args[1][0].ndim - 1).clone()
         else:
             result = func(*args, **(kwargs or {}))

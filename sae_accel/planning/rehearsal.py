@@ -1,3 +1,10 @@
+"""
+A rehearsal of training for the memory plan: one optimizer step and one evaluation of a process, on fake tensors.
+
+The same code runs as in a real run: `assemble`, the objective, the optimizer. Only the other processes are missing, so
+small stand-ins take the place of the Accelerator and of exchanges, and allocate the same memory.
+"""
+
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,18 +36,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Share:
     """
-    What one process of a run holds and sees.
+    The heads and tokens of one process of a run.
 
     Args:
-        plans (`list[HeadPlan]`): Its heads.
-        widths (`dict[Site, int]`): Every site that some head of the run reads or predicts, with its width.
-        needs (`list[list[Site]]`, *optional*): By process, the sites whose activations it gets of all tokens; if not
-            given, each sees its own tokens alone.
-        index (`int`, defaults to 0): Which process this is.
-        bounds (`dict[str, list[int]]`, *optional*): By head, where the latents of each process begin, and the end of
-            the last; if not given, heads are whole.
-        keeps_gradients (`bool`, defaults to `False`): Whether gradients have memory of their own all the time, as DDP
-            gives them.
+        plans (`list[HeadPlan]`): The process's heads.
+        widths (`dict[Site, int]`): Every site that a head of the run reads or predicts, with its width.
+        needs (`list[list[Site]]`, *optional*): By process, the sites whose activations it gets for all tokens; if not
+            given, each process sees only its own tokens.
+        index (`int`, defaults to 0): The index of this process.
+        bounds (`dict[str, list[int]]`, *optional*): By head, the first latent of each process, and the end of the
+            last; if not given, heads are whole.
+        keeps_gradients (`bool`, defaults to `False`): Whether gradients keep their memory between steps, as with DDP.
     """
 
     plans: list[HeadPlan]
@@ -53,15 +59,15 @@ class Share:
 
 class Rehearsal(NamedTuple):
     """
-    Bytes that a process needs beside the LM's weights and what libraries take.
+    The bytes that a process needs, without the LM's weights and libraries.
 
     Args:
-        parameters (`int`): Of heads, and of a LoRA.
-        gradients (`int`): Of those.
-        optimizer (`int`): Its state.
-        copies (`int`): Of parameters, while evaluation has others in their place.
-        training (`int`): All of it at the peak of an optimizer step.
-        evaluation (`int`): All of it at the peak of an evaluation.
+        parameters (`int`): The parameters of heads and of a LoRA.
+        gradients (`int`): The gradients of the parameters.
+        optimizer (`int`): The optimizer's state.
+        copies (`int`): Copies of parameters while an evaluation uses averaged ones.
+        training (`int`): The total at the peak of an optimizer step.
+        evaluation (`int`): The total at the peak of an evaluation.
     """
 
     parameters: int
@@ -74,13 +80,14 @@ class Rehearsal(NamedTuple):
 
 def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: "PeftModel | None", share: Share, bf16: bool) -> Rehearsal:
     """
-    Trains and evaluates a process's heads on tensors without memory, and notes what they would take.
+    Trains and evaluates a process's heads on tensors without memory, and counts the bytes. Call it within
+    `FakeTensorMode`.
 
     Args:
         recipe (`Recipe`): The run.
-        lm (`PreTrainedModel`): Its LM, of fake tensors. Must be called within their mode.
+        lm (`PreTrainedModel`): The run's LM, of fake tensors.
         adapter (`PeftModel`, *optional*): The LM with a LoRA that trains.
-        share ([`Share`]): What the process holds.
+        share ([`Share`]): The heads and tokens of the process.
         bf16 (`bool`): Whether heads compute in bfloat16.
     """
     peak = PeakMemory([*lm.parameters(), *lm.buffers()])
@@ -88,7 +95,7 @@ def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: "PeftModel | None", s
     with peak, device:
         stage = _Stage(recipe, lm, adapter, share, bf16, device)
         parameters, gradients = stage.sizes()
-        # A LoRA came with the LM.
+        # The LoRA was made with the LM, before the count began.
         peak.live += sum(parameter.numel() * parameter.itemsize for parameter in stage.bank.adapter)
         if share.keeps_gradients:
             stage.allot_gradients()
@@ -100,7 +107,7 @@ def rehearse(recipe: Recipe, lm: PreTrainedModel, adapter: "PeftModel | None", s
 
 
 class _Stage:
-    """Heads, optimizer and objective of a process, put together as the trainer does it, and one batch."""
+    """One batch and the heads, optimizer and objective of a process, put together as in the trainer."""
 
     def __init__(
         self,
@@ -142,7 +149,7 @@ class _Stage:
             self.objective.gradients(self.bank, self.window, k, dead, careful=False)
 
     def step(self) -> None:
-        # A slice's tensors count little beside the whole, and each costs as much time as a real one.
+        # Few slices: a slice's tensors take little memory, but each operation takes time even on fake tensors.
         with few_slices(max(p.numel() for p in self.bank.parameters()) // 64):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
@@ -154,31 +161,31 @@ class _Stage:
 
 
 class _RehearsedSpread(Replicated):
-    """How heads lie on a process whose others are not there."""
+    """The spread of heads on one process of a run, while the other processes do not exist."""
 
     def __init__(self, device: torch.device, share: Share):
         super().__init__(_Alone(device), share.plans)
         self.share = share
 
     def settle(self, bank: SaeBank) -> SaeBank:
-        """Fake tensors stay where they were made."""
+        """Returns the bank as it is, since fake tensors need no move."""
         return bank
 
     def build(self, plan: HeadPlan) -> HeadModel:
-        """A fresh head, or the latents of it that the process holds."""
+        """Makes a head, whole or with only the latents that the process holds."""
         head = build_head(plan)
         if self.share.bounds is not None:
             head.keep_latents(_SliceAlone(self.share.bounds[plan.name], self.share.index))
         return head
 
     def source(self, lm: RunningLM) -> ActivationSource:
-        """Activations of this process's tokens, or with a copy for each process that they would come from."""
+        """The source of activations; if processes exchange them, copies stand in for the other processes' ones."""
         needs, index = self.share.needs, self.share.index
         return lm if needs is None else lambda batch, careful=True: _exchanged(lm(batch, careful), needs, index)
 
 
 class _Alone(SimpleNamespace):
-    """What an objective asks of an `Accelerator`, of a process without others."""
+    """Stands in for the `Accelerator` of a single process, with the few methods that an objective calls."""
 
     def __init__(self, device: torch.device):
         super().__init__(device=device, num_processes=1, process_index=0, is_main_process=True)
@@ -194,7 +201,7 @@ class _Alone(SimpleNamespace):
 
 
 class _SliceAlone(LatentSlice):
-    """A slice of latents whose other processes are not there, but take the memory that they would."""
+    """A slice of latents without its other processes; it uses the same memory as with them."""
 
     def sum(self, part: Tensor) -> Tensor:
         return part.clone()
@@ -203,15 +210,17 @@ class _SliceAlone(LatentSlice):
         return tensor
 
     def largest(self, values: Tensor) -> Tensor:
+        # (tokens, k * processes)
         candidates = values.detach().repeat(1, len(self.bounds) - 1)
         candidates.topk(values.shape[1], dim=1)
         return values.clone()
 
 
 def _exchanged(own: Activations, needs: list[list[Site]], index: int) -> Activations:
-    """Activations of all processes' tokens, with what is sent and received on the way."""
+    """The activations of all processes' tokens, made through send and receive buffers as in the exchange."""
     sent = torch.cat([own.by_site[site].flatten() for sites in needs for site in sites])
     received = torch.cat([own.by_site[site].flatten() for _ in needs for site in needs[index]])
+    # (tokens * processes, width) each
     by_site = {site: own.by_site[site].repeat(len(needs), 1) for site in needs[index]}
     del sent, received
     return Activations(by_site, own.num_tokens * len(needs))

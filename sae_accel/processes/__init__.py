@@ -1,5 +1,5 @@
 """
-What the processes of one run owe each other: agreement, one order, and word of a death. And their `Accelerator`.
+The processes of one run: how they agree, wait for each other and notice that one died. And their `Accelerator`.
 """
 
 from .agreement import first_on_node, gather_objects, gather_to_main, raise_together, this_process

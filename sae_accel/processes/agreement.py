@@ -1,4 +1,10 @@
-"""What the processes of one run owe each other before and around training: agreement and order."""
+"""
+How the processes of a run agree, and in which order they work.
+
+If one process raises an error while the others go on, the others wait for it forever. Therefore each step that can
+fail runs in `raise_together`: all processes do their part, exchange the outcome, and raise the same error if one
+failed. The exchanges use a process group of their own on CPUs, which waits for days: tokenisation may take hours.
+"""
 
 import atexit
 import sys
@@ -20,22 +26,23 @@ S = TypeVar("S")
 
 
 def this_process() -> PartialState:
-    """This process among others. Made without the flag, it would be alone wherever Accelerate is told to use CPUs."""
+    """The state of this process among the others of its run."""
+    # Without the flag, Accelerate on CPUs takes each process as alone.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def say(message: object) -> None:
-    """Prints one line for all processes on standard error."""
+    """Prints one line on standard error, from the main process only."""
     if this_process().is_main_process:
         print(f"sae_accel: {message}", file=sys.stderr)
 
 
 def raise_together(work: Callable[[], T]) -> T:
     """
-    What `work` gives on this process, once every process has done its own.
+    Returns the result of `work` on this process, after every process has run its own.
 
     Raises:
-        `InputError`: on all processes if it was raised on one, with the message of the first of those.
+        `InputError`: on all processes if one raised it, with the message of the first that did.
     """
     result, _ = gather_together(work, lambda _: None)
     return result
@@ -43,10 +50,10 @@ def raise_together(work: Callable[[], T]) -> T:
 
 def gather_together(work: Callable[[], T], told: Callable[[T], S]) -> tuple[T, list[S]]:
     """
-    What `work` gives on this process, and what `told` makes of it on each.
+    Returns the result of `work` on this process, and `told(result)` of each process.
 
     Raises:
-        `InputError`: on all processes if `work` raised it on one, with the message of the first of those.
+        `InputError`: on all processes if `work` raised it on one, with the message of the first that did.
     """
     if this_process().num_processes == 1:
         result = work()
@@ -65,7 +72,7 @@ def gather_together(work: Callable[[], T], told: Callable[[T], S]) -> tuple[T, l
 
 
 def gather_objects(value: T) -> list[T]:
-    """`value` of each process, on every process, however long the slowest takes."""
+    """Returns the `value` of each process, on every process; it waits for the slowest as long as needed."""
     process = this_process()
     values = [value] * process.num_processes
     if process.num_processes > 1:
@@ -75,10 +82,14 @@ def gather_objects(value: T) -> list[T]:
 
 def gather_to_main(part: Tensor) -> list[Tensor] | None:
     """
-    Each process's `part`, on the CPU of the main process; None on the others. No device holds more than its own.
+    Collects the `part` of each process in the CPU memory of the main process; no device needs memory for it.
 
     Args:
-        part (`torch.Tensor`): Of one dtype on all processes, and of one size but in its first dimension.
+        part (`torch.Tensor` of shape `(own length, ...)`): This process's part. All parts have the same dtype and,
+            except in the first dimension, the same shape.
+
+    Returns:
+        `list[torch.Tensor]` on the main process, None on the others.
     """
     process = this_process()
     own = part.detach().cpu().contiguous()
@@ -96,30 +107,33 @@ def gather_to_main(part: Tensor) -> list[Tensor] | None:
 
 def first_on_node(work: Callable[[], T], task: str) -> T:
     """
-    What `work` gives, done by one process of each machine first, so that the others find it done in a cache.
+    Runs `work` on one process of each machine first, so that the other processes find its result in a cache.
 
     Args:
-        work (`Callable`): What is done.
-        task (`str`): What it is, in words that follow "waits for": one line on standard error says who waits.
+        work (`Callable`): The work, with a cache of its own.
+        task (`str`): Words for the work, which follow "wait for" in the printed line.
+
+    Returns:
+        The result of `work`.
     """
     process = this_process()
     if process.num_processes == 1:
         return work()
     first = process.is_local_main_process
     if process.local_process_index == 1:
-        print(f"sae_accel: every other process of this machine waits for {task} by its first.", file=sys.stderr)
+        print(f"sae_accel: The other processes of this machine wait for {task} by the first process.", file=sys.stderr)
     result = raise_together(work if first else lambda: None)
     return raise_together((lambda: cast(T, result)) if first else work)
 
 
 @cache
 def _patient_group() -> dist.ProcessGroup:
-    """Processes that wait for each other as long as it takes: tokenisation may last for hours."""
+    """A process group whose members wait for each other for days, since tokenisation may take hours."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 @atexit.register
 def _end_processes() -> None:
-    """Else a thread of the group that outlives the interpreter now and then aborts a process whose work is done."""
+    """Destroys the process group, whose thread otherwise sometimes aborts a finished process at its exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

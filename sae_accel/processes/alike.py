@@ -13,10 +13,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 def check_alike(settings: dict[str, Any]) -> None:
     """
-    Checks that all processes run the same, by the same versions.
+    Checks that all processes have the same settings, code and package versions.
 
     Args:
-        settings (`dict[str, Any]`): What this process runs, in values that can be compared, nested or not.
+        settings (`dict[str, Any]`): The settings of this process, as values that can be compared, nested or not.
 
     Raises:
         `InputError`: on every process, with the first difference.
@@ -35,7 +35,7 @@ def check_alike(settings: dict[str, Any]) -> None:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value in nested mappings and lists, with its path."""
+    """Yields each value in nested mappings and lists, with its dotted path."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if pairs is None:
         yield path, value

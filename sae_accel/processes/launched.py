@@ -6,8 +6,8 @@ from .agreement import this_process
 
 def check_launched() -> None:
     """
-    Checks that as many processes train together as were started, and as many were started as `accelerate launch` was
-    asked for: on CPUs it starts one a machine.
+    Checks that all started processes train together, and that `accelerate launch` started as many as the user wants.
+    On CPUs it starts only one per machine.
 
     Raises:
         `InputError`: if there are fewer.
@@ -15,18 +15,19 @@ def check_launched() -> None:
     here, asked = int(os.environ.get("WORLD_SIZE", 1)), _asked_processes()
     if this_process().num_processes < here:
         raise InputError(
-            f"{here} processes were started, but there is no device for each, so that Accelerate takes each for "
-            "alone. Set ACCELERATE_USE_CPU=true to train on CPUs."
+            f"{here} processes were started, but there is no device for each, so Accelerate runs each of them alone. "
+            "Start one process per device, or set ACCELERATE_USE_CPU=true to train on CPUs."
         )
     if asked is not None and here < asked:
         raise InputError(
-            f"accelerate launch was asked for {asked} processes, but started {here}, as it does on CPUs. Start them "
-            f"with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} -m sae_accel.train ..., or ask for 1."
+            f"accelerate launch should start {asked} processes, but it started {here}: on CPUs it starts one per "
+            f"machine. Start them with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} -m sae_accel.train "
+            "..., or set --num_processes 1."
         )
 
 
 def _asked_processes() -> int | None:
-    """What `accelerate launch` was told in its words or its config file, if it is what started this process."""
+    """The number of processes that `accelerate launch` should start, if it started this process; otherwise None."""
     import psutil
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser

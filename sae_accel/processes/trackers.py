@@ -14,11 +14,12 @@ from .agreement import say
 
 def wanted_trackers(report_to: list[str]) -> list[str] | None:
     """
-    What Accelerate is to log with; None is nothing. It leaves out a tracker that is not installed, but a run without
-    the logs that were asked for is no use.
+    Returns the trackers that Accelerate should use, or None.
+
+    Accelerate by itself ignores a tracker that is not installed; here it is an error, because the user wants its logs.
 
     Raises:
-        `InputError`: if one is not installed.
+        `InputError`: if a tracker is not installed.
     """
     wanted = [tracker for tracker in report_to if tracker != "none"]
     if "tensorboard" in wanted:
@@ -26,14 +27,14 @@ def wanted_trackers(report_to: list[str]) -> list[str] | None:
     available = [tracker.value for tracker in get_available_trackers()]
     if missing := [tracker for tracker in wanted if tracker not in [*available, "all"]]:
         raise InputError(
-            f"training.report_to: {missing[0]} is not installed. Install it, or choose from {', '.join(available)} "
-            "or none."
+            f"training.report_to: {missing[0]} is not installed. Install it, or choose from "
+            f"{', '.join([*available, 'none'])}."
         )
     return wanted or None
 
 
 def shown_settings(args: SaeTrainingArguments) -> dict[str, Any]:
-    """The settings that a tracker can show: no lists, no secrets."""
+    """Returns the settings that a tracker can show: no lists, no secrets."""
     hidden = secret_fields(args)
     return {
         key: value
@@ -44,15 +45,15 @@ def shown_settings(args: SaeTrainingArguments) -> dict[str, Any]:
 
 def start_trackers(accelerator: Accelerator, name: str, args: SaeTrainingArguments) -> None:
     """
-    Begins to log with what the run is to log with.
+    Starts the trackers of a run.
 
     Args:
-        accelerator (`Accelerator`): Keeps the trackers.
-        name (`str`): The run's name in them.
-        args (`SaeTrainingArguments`): Shown by them as the run's settings.
+        accelerator (`Accelerator`): Holds the trackers.
+        name (`str`): The name of the run in the trackers.
+        args (`SaeTrainingArguments`): The settings, which the trackers show.
 
     Raises:
-        `InputError`: if they cannot write.
+        `InputError`: if a tracker cannot write.
     """
     threading.excepthook = _quiet_for_writers
     try:
@@ -60,21 +61,21 @@ def start_trackers(accelerator: Accelerator, name: str, args: SaeTrainingArgumen
     except OSError as error:
         raise InputError(
             f"training.report_to: {', '.join(args.report_to)} cannot write its logs: {one_line(error)}. Set another "
-            "training.output_dir, or none."
+            "training.output_dir, or --training.report_to none."
         ) from error
 
 
 def with_trackers(accelerator: Accelerator, work: Callable[[GeneralTracker], object]) -> None:
-    """Does `work` with each tracker. One that cannot write is left out from then on, and costs its logs alone."""
+    """Calls `work` with each tracker. If a tracker cannot write, the run prints a line and goes on without it."""
     for tracker in list(accelerator.trackers):
         try:
             work(tracker)
         except OSError as error:
             accelerator.trackers.remove(tracker)
-            say(f"{tracker.name} can log no more: {one_line(error)}. Training goes on without it.")
+            say(f"{tracker.name} can no longer log: {one_line(error)}. Training goes on without it.")
 
 
 def _quiet_for_writers(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes from a thread, whose end is told in one line once the run uses it again."""
+    """Hides the traceback of TensorBoard's writer thread; the run prints one line when it next uses the tracker."""
     if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
         threading.__excepthook__(args)

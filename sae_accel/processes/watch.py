@@ -1,3 +1,11 @@
+"""
+Notices that a process of the run has died, and ends the others with one clear line.
+
+Without this watch, a dead process leaves the others waiting in a collective, on GPUs until its timeout. A thread of
+each process therefore writes a counter into a small shared store each second. The first process looks at all counters,
+and at the ids of the processes on its machine. A process that ends with an error writes the reason into the store.
+"""
+
 import os
 import signal
 import socket
@@ -16,28 +24,28 @@ from ..common.signals import signals
 from .agreement import gather_objects, this_process
 
 
-# Seconds between two signs of life, and without one after which a process of another machine counts as dead: below a
-# minute, but longer than any call that keeps other threads of its process from running.
+# Seconds between two signs of life, and seconds of silence after which a process of another machine counts as dead:
+# less than a minute, but longer than any call that blocks the other threads of its process.
 BEAT, SILENCE = 1.0, 45.0
-# In what gloo and NCCL say when the process at the other end is no more.
+# Words in the errors of gloo and NCCL when the process at the other end has ended.
 _LOST = ("Connection", "connection", "closed by peer", "NCCL", "Broken pipe", "timed out", "Timed out")
-_DIED = "Process {} has died without a word: it was killed, or its machine is gone."
+_DIED = "Process {} has died without an error message: something killed it, or its machine is gone."
 
 
 class Watch:
     """
-    Each process gives signs of life while this is open, and the first process ends the run if one of them falls silent
-    or says why it ends. If it is the first that dies, another of each machine says so. A signal that one process is to
-    end by at once ends all.
+    Watches the processes of a run, and ends all of them if one ends.
 
-    A dead process leaves the others waiting in a collective, on GPUs for as long as its timeout.
+    While this is open, each process gives signs of life. If one falls silent, or says why it ends, the first process
+    prints the reason and ends the run. If the first process dies, one other process of each machine says so. A signal
+    that ends one process at once ends all.
     """
 
     def __init__(self) -> None:
         self.process = this_process()
         self._closed = threading.Event()
         self._beats: dict[int, tuple[bytes, float]] = {}
-        # Taken, and kept, by the thread that says why the process ends.
+        # The thread that says why the process ends takes this lock and keeps it, so that only one speaks.
         self._last_words = threading.Lock()
 
     def __enter__(self) -> "Watch":
@@ -64,11 +72,11 @@ class Watch:
         try:
             self._store.set(f"closed/{self.process.process_index}", "1")
             if self.process.is_main_process and waits:
-                # To the others a store that is gone means that this process has died.
+                # The store must outlive the others' use of it: a vanished store means to them that this process died.
                 everyone = [f"closed/{index}" for index in range(self.process.num_processes)]
                 self._store.wait(everyone, timedelta(seconds=4 * BEAT))
         except RuntimeError:
-            pass  # The first process, which kept the store, has gone, or one of the others.
+            pass  # The first process, which holds the store, has ended, or another process has.
         self._thread.join()
 
     def _connect(self) -> dist.TCPStore:
@@ -76,13 +84,13 @@ class Watch:
         host = os.environ.get("MASTER_ADDR", "localhost")
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if first else None
         everyone = gather_objects((0 if store is None else store.port, _machine(), os.getpid()))
-        # Of this machine the numbers of processes tell at once who has died.
+        # On this machine a process's id shows at once whether it still lives.
         self._pids = {i: pid for i, (_, machine, pid) in enumerate(everyone) if machine == _machine()}
         return store or dist.TCPStore(host, everyone[0][0], is_master=False)
 
     def _explain(self, error: BaseException) -> None:
-        """Says why this process ends; if it ends because another did, that is the reason that counts."""
-        # The launcher, which ends all once one has ended, must leave time to say so.
+        """Says why this process ends. If it ends because another did, the other's reason counts."""
+        # The launcher sends signals to all processes once one has ended; ignore them until the reason is printed.
         signals.leave = _stay
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -99,16 +107,16 @@ class Watch:
             reports.is_left_to_first = True
             self._store.set(f"ended/{self.process.process_index}", reports.line(error))
         else:
-            # Meanwhile the thread ends this process, once it knows why.
+            # Meanwhile the watching thread ends this process, as soon as it knows the reason.
             time.sleep(8 * BEAT)
 
     def _tell_of_the_end(self) -> None:
-        """So that the others, when they find this process gone, need not say so."""
+        """Marks the run as over, so that the others end silently when they find this process gone."""
         self._store.set("over", "1")
         time.sleep(2 * BEAT)
 
     def _run(self) -> None:
-        """In a thread: gives signs of life, and looks for those of the others."""
+        """Runs in a thread: gives signs of life, and looks for the others' signs."""
         count = 0
         while not self._closed.wait(BEAT):
             count += 1
@@ -129,33 +137,33 @@ class Watch:
             if 0 in self._pids and not _is_alive(self._pids[0]):
                 self._say_that_the_first_has_died()
             return
-        # After a signal a launcher waits for less than a minute.
+        # After a signal a launcher kills its processes in less than a minute, so be quicker then.
         found = self._ended(SILENCE if signals.number is None else 10 * BEAT)
         if found:
-            # Leaves the main thread, which may be about to say the same, the first word.
+            # The main thread may be about to report the same; it goes first.
             time.sleep(2 * BEAT)
             if not self._closed.is_set():
                 self._end(found)
 
     def _end(self, found: str) -> None:
-        """Ends this process, the first, as another has ended."""
+        """Ends this process, the first, because another has ended."""
         self._last_words.acquire()
         _say(f"{found} {signals.words()}")
         self._tell_of_the_end()
         os._exit(1)
 
     def _say_that_the_first_has_died(self) -> None:
-        """Ends this process. Of each machine one says why."""
+        """Ends this process; one process of each machine prints why."""
         self._last_words.acquire()
         if self.process.local_process_index == (1 if 0 in self._pids else 0):
             _say(f"{_DIED.format(0)} {signals.words()}")
         os._exit(1)
 
     def _leave(self, number: int) -> None:
-        """Ends all processes at once, each with the status of the signal, and with one line."""
+        """Ends all processes at once, each with the exit status of the signal; the first prints one line."""
         try:
             if self.process.is_main_process and (found := self._ended(SILENCE)):
-                # It is why the launcher sends a signal to the others.
+                # The launcher's signal only follows from the end of another process: report that end.
                 self._end(found)
             self._store.set("leaving", str(number))
         except RuntimeError:
@@ -166,7 +174,7 @@ class Watch:
         signals.end(number, speaks=self.process.is_main_process)
 
     def _wait_for_others(self) -> None:
-        """Until all processes know that they are to leave; the first, which keeps the store, then stays a moment."""
+        """Waits until all processes know that they leave. The first, which holds the store, stays a moment longer."""
         self._store.set(f"gone/{self.process.process_index}", "1")
         everyone = [f"gone/{index}" for index in range(self.process.num_processes)]
         deadline = time.monotonic() + 4 * BEAT
@@ -176,7 +184,7 @@ class Watch:
             time.sleep(BEAT / 2)
 
     def _ended(self, silence: float) -> str | None:
-        """Which process has ended, and why, in words; None if all are well."""
+        """A sentence that says which process has ended and why; None if none has."""
         now = time.monotonic()
         if self._store.check(["leaving"]):
             return None
@@ -197,15 +205,15 @@ class Watch:
 
 
 class ProcessDied(RunEnded):
-    """Another process of the run has ended, so that this one cannot go on."""
+    """Raised when another process of the run has ended, so that this one cannot go on."""
 
 
 def _stay(number: int) -> None:
-    """What ends this process is under way."""
+    """Ignores a signal, because this process ends already."""
 
 
 def _machine() -> str:
-    """What tells machines, and containers on them, apart: processes see each other's numbers within one."""
+    """A name for this machine, or this container: processes with the same name can look up each other's ids."""
     space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else ""
     return f"{socket.gethostname()} {space}"
 
@@ -216,7 +224,7 @@ def _is_alive(pid: int) -> bool:
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
-        # It is there, and may not be looked at.
+        # The process exists, but this user may not look at it.
         return True
 
 

@@ -1,4 +1,4 @@
-"""A run's folder on disk: what an earlier run left in it, checkpoints, and the message that a run ends with."""
+"""A run's output folder: its lock, its owner, its checkpoints, and the message at the end of a run."""
 
 from .checkpoint import newest_complete
 from .output_folder import OutputFolder

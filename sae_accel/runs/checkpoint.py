@@ -1,4 +1,10 @@
-"""The checkpoints of a run: which there are, which is the newest, and the state that one holds."""
+"""
+The checkpoints of a run on disk: which exist, which is the newest complete one, and the state that one holds.
+
+A checkpoint is complete if its manifest lists every file with its size, and the sizes are right; a kill never leaves a
+folder that looks complete. The run's own manifest lists the checkpoints that the run has written. Only these are ever
+deleted or renamed, and files that somebody else has put into one are kept.
+"""
 
 import os
 import random
@@ -21,22 +27,22 @@ from ..common.signals import NOTHING_SAVED
 from ..processes.agreement import say
 
 
-GO_ON = "Go on with --training.resume_from_checkpoint true."
+GO_ON = "To go on, set --training.resume_from_checkpoint true."
 STATE_FILE = "training_state.pt"
-# Of what is in it; raised whenever that changes, so that no run goes on from what it would misread.
+# The version of the state file. It rises with each change of the content, so that no run misreads an older file.
 FORMAT = 3
-# The second of them is one that a run has put aside, as it went on from an older one.
+# The second pattern also matches checkpoints that a run has renamed because it went on from an older one.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ANY_CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.before-.*)?")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders with the names of checkpoints, by their steps."""
+    """Lists the folders named like checkpoints, in the order of their steps."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint holds, by its name or what is in it."""
+    """The number of optimizer steps before a checkpoint, from its name or else from its state."""
     if match := _ANY_CHECKPOINT.fullmatch(checkpoint.name):
         return int(match[1])
     step = read_json(checkpoint / TRAINER_STATE).get("global_step")
@@ -45,8 +51,8 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_complete(output_dir: Path) -> Path | None:
     """
-    The whole checkpoint of a run that was written last, or None. Where no run has written down what it owns, the one
-    with the most steps.
+    Finds the complete checkpoint that was written last, or returns None. Without a run's manifest it is the one with
+    the most steps.
     """
     manifest = Manifest.read(output_dir)
     own = [] if manifest is None else [output_dir / name for name in manifest.checkpoints]
@@ -56,19 +62,19 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 
 def what_is_left(output_dir: Path) -> str:
-    """What a run that is stopped now leaves, and how to go on, in words."""
+    """Sentences that say what a run leaves if it stops now, and how to go on."""
     if (newest := newest_complete(output_dir)) is not None:
-        return f"The newest whole checkpoint is {newest}. {GO_ON}"
+        return f"The newest complete checkpoint is {newest}. {GO_ON}"
     if any((output_dir / BEST).rglob("*.safetensors")):
         return (
-            f"There is no checkpoint yet, and the best heads so far are in {output_dir / BEST}. Start again with "
+            f"There is no checkpoint yet, but the best heads so far are in {output_dir / BEST}. To start again, set "
             "--training.overwrite_output_dir true."
         )
     return NOTHING_SAVED
 
 
 def missing_part(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, by its manifest; None if it is whole."""
+    """Words for the first thing that is wrong with a checkpoint, by its manifest; None if it is complete."""
     sizes = read_json(checkpoint / MANIFEST).get("files")
     if not isinstance(sizes, dict) or STATE_FILE not in sizes:
         return f"it has no readable {MANIFEST}"
@@ -81,7 +87,7 @@ def missing_part(checkpoint: Path) -> str | None:
 
 
 def claim(output_dir: Path, checkpoint: Path) -> None:
-    """Writes down that a checkpoint is about to be written, as the newest of its run."""
+    """Enters a checkpoint into the run's manifest, as the newest, just before it is written."""
     manifest = Manifest.read(output_dir) or Manifest()
     manifest.checkpoints = [*(name for name in manifest.checkpoints if name != checkpoint.name), checkpoint.name]
     manifest.write(output_dir)
@@ -93,8 +99,8 @@ def drop_old(output_dir: Path, keep: int | None, but_aside: bool = False) -> Non
 
     Args:
         output_dir (`Path`): The run's folder.
-        keep (`int`, *optional*): How many of those that were written last stay; all if None.
-        but_aside (`bool`, defaults to `False`): Delete nothing while there is one that was put aside.
+        keep (`int`, *optional*): How many of the newest checkpoints stay; all if None.
+        but_aside (`bool`, defaults to `False`): Whether to delete nothing while a renamed checkpoint exists.
     """
     manifest = Manifest.read(output_dir)
     if keep is None or manifest is None:
@@ -111,11 +117,11 @@ def drop_old(output_dir: Path, keep: int | None, but_aside: bool = False) -> Non
 
 def delete(checkpoint: Path) -> None:
     """
-    Deletes a checkpoint. What else somebody has put into its folder is kept beside, and told; of a link what it leads
-    to stays, and that is told too.
+    Deletes a checkpoint. Files that somebody else has put into its folder move to a folder beside it. A link is
+    deleted, but not its target. A printed line says both.
     """
     if checkpoint.is_symlink():
-        say(f"{str(checkpoint)!r} was a link, and is deleted. What it led to, {str(checkpoint.resolve())!r}, stays.")
+        say(f"The link {str(checkpoint)!r} is deleted; its target {str(checkpoint.resolve())!r} stays.")
         remove(checkpoint)
         return
     own = read_json(checkpoint / MANIFEST).get("files")
@@ -129,56 +135,56 @@ def delete(checkpoint: Path) -> None:
             place = kept / path.relative_to(checkpoint)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
-        say(f"{str(checkpoint)!r} is deleted. What no run has left in it is kept in {str(kept)!r}.")
+        say(f"{str(checkpoint)!r} is deleted. Files in it that no run has written are kept in {str(kept)!r}.")
     remove(checkpoint)
 
 
 def put_aside(output_dir: Path, manifest: Manifest, checkpoint: Path) -> None:
     """
-    Gives other names to a run's checkpoints that come after the one that it goes on from, so that it can write its
-    own, and makes that one the newest. Writes the manifest.
+    Renames the checkpoints after the one that a run goes on from, so that the run can write its own. Enters the new
+    names into the manifest, with the checkpoint to go on from as the newest.
 
     Args:
         output_dir (`Path`): The run's folder.
-        manifest ([`Manifest`]): What the run owns.
-        checkpoint (`Path`): The one to go on from, in the folder.
+        manifest ([`Manifest`]): The run's manifest.
+        checkpoint (`Path`): The checkpoint to go on from, in the folder.
     """
     step, when = step_of(checkpoint), time.strftime("%Y%m%dT%H%M%S")
     own = [name for name in manifest.checkpoints if (output_dir / name).exists() and name != checkpoint.name]
     later = [name for name in own if _CHECKPOINT.fullmatch(name) and step_of(Path(name)) > step]
     aside = {name: f"{name}.before-{when}" for name in later}
     rest = [name for name in own if name not in later]
-    # Both names, since a kill may come between the two.
+    # Both old and new names, since a kill may come before the renaming.
     manifest.checkpoints = [*later, *aside.values(), *rest, checkpoint.name]
     manifest.write(output_dir)
     for old, new in aside.items():
         os.replace(output_dir / old, output_dir / new)
     if aside:
         say(
-            f"Goes on from {str(checkpoint)!r}. What was written after it is put aside: "
-            f"{', '.join(f'{old} as {new}' for old, new in aside.items())}. Only training.save_total_limit deletes it."
+            f"This run goes on from {str(checkpoint)!r}. Later checkpoints are renamed: "
+            f"{', '.join(f'{old} to {new}' for old, new in aside.items())}. training.save_total_limit may delete them."
         )
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """
-    The run's state in a checkpoint, without that of heads.
+    Loads the state of a run from a checkpoint, without the states of its heads.
 
     Raises:
-        `InputError`: if the checkpoint does not exist, is not whole, or is of another version of this package.
+        `InputError`: if the checkpoint does not exist, is incomplete, or comes from another version of this package.
     """
     if not checkpoint.is_dir():
         raise InputError(f"There is no checkpoint folder {str(checkpoint)!r}. Name a folder such as checkpoint-1000.")
     if wrong := missing_part(checkpoint):
         raise InputError(
-            f"Checkpoint {str(checkpoint)!r} is not whole: {wrong}. Resume from another one, or set "
-            "training.resume_from_checkpoint: true for the newest that is whole."
+            f"Checkpoint {str(checkpoint)!r} is incomplete: {wrong}. Resume from another one, or set "
+            "--training.resume_from_checkpoint true for the newest complete one."
         )
     state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     if state.get("format") != FORMAT:
         raise InputError(
             f"Checkpoint {str(checkpoint)!r} was written by another version of sae_accel. Go on with that version, or "
-            "start anew in another training.output_dir; its heads load as ever, and training.init_from takes them."
+            "start a new run in another training.output_dir. --training.init_from can take the checkpoint's heads."
         )
     return state
 
@@ -186,25 +192,25 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 @contextmanager
 def damage_told(checkpoint: Path) -> Iterator[None]:
     """
-    What is read of a checkpoint's files, which may be damaged.
+    While open, a checkpoint's files are read, which may be damaged.
 
     Raises:
-        `InputError`: in the place of what a damaged file makes its reader run into.
+        `InputError`: in place of the error that a damaged file causes in its reader.
     """
     try:
         yield
     except Exception as error:
-        # Memory and other processes fail in other ways, and say so.
+        # An error of memory or of another process is no sign of damage, and has a message of its own.
         if isinstance(error, (InputError, RunEnded, dist.DistError)) or is_out_of_memory(error):
             raise
         raise InputError(
             f"Checkpoint {str(checkpoint)!r} cannot be read, so its files may be damaged ({type(error).__name__}: "
-            f"{one_line(error)[:200]}). Go on from another, or start anew."
+            f"{one_line(error)[:200]}). Resume from another checkpoint, or start a new run."
         ) from error
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator of this process, in types that load without running code."""
+    """Returns the state of all random generators of this process, in types that load without running code."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -215,7 +221,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Sets every generator of this process as `random_state` found them."""
+    """Sets all random generators of this process to a result of `random_state`."""
     random.setstate(state["python"])
     np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
     torch.set_rng_state(state["torch"].cpu())

@@ -11,12 +11,12 @@ from ..models import HeadModel
 
 def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) -> str:
     """
-    One line for each head: its size; FVU, L0 and the part of latents that stay silent on held-out tokens; and the part
-    that stayed silent in training since the log before the last.
+    A table with one line per head: its size; FVU, L0 and the fraction of silent latents on held-out tokens; and the
+    fraction of latents that were silent in training between the last two logs.
 
     Args:
         heads (`Mapping[str, HeadModel]`): Heads by name.
-        metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
+        metrics (`Mapping[str, float]`): The metrics of `SaeTrainer.train`.
     """
     rows = [("head", "type", "d_in -> latents -> d_out", "k", "FVU", "L0", "silent", "silent in training")]
     for name, head in heads.items():
@@ -38,7 +38,7 @@ def metrics_table(heads: Mapping[str, HeadModel], metrics: Mapping[str, float]) 
 
 
 def losses_table(metrics: Mapping[str, float]) -> str:
-    """The LM's losses before and after a run that trained by them; nothing for other runs."""
+    """A table of the LM's losses before and after a run with loss `ce` or `kl`; empty for other runs."""
     if "initial/ce" not in metrics:
         return ""
     rows: list[tuple[str, ...]] = [("", "before", "after")]
@@ -61,20 +61,20 @@ def closing_message(
     warnings: Iterable[str] = (),
 ) -> str:
     """
-    What a run ends with: the table, the speed, and the next commands.
+    The message at the end of a run: the tables, the speed, and the next commands.
 
     Args:
         folder (`str`): The run's output folder.
         heads (`Mapping[str, HeadModel]`): Heads by name.
-        metrics (`Mapping[str, float]`): What `SaeTrainer.train` returned.
-        with_lora (`bool`, defaults to `False`): Whether a LoRA was trained around them.
-        warnings (`Iterable[str]`): Lines about what went wrong in training.
+        metrics (`Mapping[str, float]`): The metrics of `SaeTrainer.train`.
+        with_lora (`bool`, defaults to `False`): Whether the run trained a LoRA.
+        warnings (`Iterable[str]`): Warnings about the training, one line each.
     """
     held_out = f"Measured on {metrics['eval/tokens']:,} held-out tokens. " if "eval/tokens" in metrics else ""
     rate = metrics.get("train/tokens_per_second")
     speed = "" if rate is None else f" at {rate:,.0f} tokens/s"
     logs = f"\n  {_program('tensorboard')} --logdir {folder}/logs" if os.path.isdir(f"{folder}/logs") else ""
-    adapter = f" The LoRA is in {folder}/{ADAPTER}, as peft reads it." if with_lora else ""
+    adapter = f" The LoRA is in {folder}/{ADAPTER}; peft can load it." if with_lora else ""
     return f"""
 {metrics_table(heads, metrics)}
 {losses_table(metrics)}{"".join(f"{line}{chr(10)}" for line in warnings)}
@@ -89,7 +89,7 @@ Next:{logs}
 
 
 def _program(name: str) -> str:
-    """A command as it can be typed here: with its path, if the environment that it is in has not been activated."""
+    """A command as the user can type it: with its path, if its environment is not activated."""
     here = os.path.join(os.path.dirname(sys.executable), name)
     return name if shutil.which(name) == here else os.path.relpath(here)
 

@@ -1,4 +1,4 @@
-"""What differs between a checkpoint and the run that is to go on from it."""
+"""The differences between the settings of a checkpoint and the settings of the run that goes on from it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,20 +11,20 @@ from ..processes.agreement import say
 from ..recipe.changes import rule_of
 
 
-# A hash of the rows that a run trains on first: where it alone differs, files have changed under a name that has not.
+# A hash of the first training rows. If only the hash differs, the files have changed under an unchanged name.
 ROWS = "data.rows"
 
 
 @dataclass
 class Differences:
     """
-    What differs between two runs, by what `recipe.changes` says of each field.
+    The differences between two runs, sorted by the rules of `recipe.changes`.
 
     Args:
-        refused (`dict[str, str]`): What cannot go on so: by field, what the one has and what the other.
-        changed (`dict[str, str]`): What may be another.
-        told (`dict[str, str]`): What may be another, but voids a measurement.
-        moves (`bool`): Whether a place in the data of the one is no place in that of the other.
+        refused (`dict[str, str]`): Fields that must not differ, each with both values in words.
+        changed (`dict[str, str]`): Fields that may differ, each with both values in words.
+        told (`dict[str, str]`): Fields that may differ, but make held-out metrics unreliable.
+        moves (`bool`): Whether the two runs read different data, so that a place in one means nothing in the other.
     """
 
     refused: dict[str, str]
@@ -35,12 +35,12 @@ class Differences:
     @classmethod
     def between(cls, theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Iterable[str] = ()) -> "Differences":
         """
-        Compares what two runs are.
+        Compares the identities of two runs.
 
         Args:
-            theirs (`Mapping[str, Any]`): What a checkpoint says, by section; what it does not say is not compared.
-            ours (`Mapping[str, Any]`): The run's.
-            allowed (`Iterable[str]`): Fields that may differ though they would be refused, as of
+            theirs (`Mapping[str, Any]`): The checkpoint's identity, by section; missing fields are not compared.
+            ours (`Mapping[str, Any]`): This run's identity.
+            allowed (`Iterable[str]`): Fields that may differ although the rules refuse it, from
                 `training.allow_changes`.
         """
         found, allowed = cls({}, {}, {}, False), set(allowed)
@@ -53,10 +53,10 @@ class Differences:
             else:
                 kind = found.told if rule == "tells" else found.changed
             kind[field] = f"{kind[field]}; {words}" if field in kind else words
-            # Another number of held-out sequences leaves others to train on, in another order.
+            # Another number of held-out sequences also changes which sequences train, and their order.
             found.moves = found.moves or rule in ("moves", "tells")
         if found.moves:
-            # They are others because something else is, and that is told.
+            # The rows differ because of another field, which is reported already.
             found.refused.pop(ROWS, None)
         return found
 
@@ -65,33 +65,33 @@ class Differences:
         Refuses to go on from a checkpoint.
 
         Raises:
-            `InputError`: if something differs that cannot.
+            `InputError`: if a field differs that must not.
         """
         if not self.refused:
             return
         what, meant = "other data" if [*self.refused] == [ROWS] else "another recipe", ""
         if all(rule_of(field) != "fixed" for field in self.refused):
-            meant = f" If that is meant, set training.allow_changes to {', '.join(self.refused)}."
+            meant = f" If you want the change, set --training.allow_changes {' '.join(self.refused)}."
         raise InputError(
-            f"Checkpoint {str(checkpoint)!r} is of {what}: it has {_in_words(self.refused)}. Use the same, or "
-            f"start anew in another training.output_dir.{meant}"
+            f"Checkpoint {str(checkpoint)!r} comes from {what}: it has {_in_words(self.refused)}. Use the same, "
+            f"or start a new run in another training.output_dir.{meant}"
         )
 
     def tell(self, checkpoint: Path) -> None:
-        """Says what is changed."""
+        """Prints the differences."""
         if self.changed:
-            say(f"Goes on from {str(checkpoint)!r} with changes: it has {_in_words(self.changed)}.")
+            say(f"This run goes on from {str(checkpoint)!r} with changes: it has {_in_words(self.changed)}.")
         if self.told:
             say(
-                f"{str(checkpoint)!r} has {_in_words(self.told)}: sequences that are held out now may have been "
-                "trained on before, so that what is measured on them is no measure of what is new."
+                f"{str(checkpoint)!r} has {_in_words(self.told)}: the checkpoint may have trained on sequences that "
+                "are held out now, so the held-out metrics may be too good."
             )
         if self.moves:
-            say("What is to be trained on is not what the checkpoint's run had: it is read from its start.")
+            say("The training data differ from the checkpoint's, so this run reads them from the start.")
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Fields by their dotted names, with what each side has in words."""
+    """Yields the dotted name of each differing field, with both values in words."""
     for section, mine in ours.items():
         other = theirs.get(section)
         if section == "heads":
@@ -108,7 +108,7 @@ def _differing_heads(theirs: Any, ours: Mapping[str, Any]) -> Iterator[tuple[str
     if set(theirs) != set(ours):
         yield "heads", _pair(_few(theirs), _few(ours))
         return
-    # Most often all heads differ alike, which is said once.
+    # Usually all heads differ in the same way: report that once.
     alike: dict[tuple[str, str], list[str]] = {}
     for head, mine in ours.items():
         for difference in _differing_values(theirs[head], mine):

@@ -9,14 +9,14 @@ from typing import Any
 from ..common.run_files import HISTORY
 
 
-# Logs that a trainer holds, for callbacks that look back.
+# The number of latest logs in memory, for callbacks that look back.
 KEPT_IN_MEMORY = 100
 
 
 class LogHistory:
     """
-    What a run has logged, in one file to which each log adds a line of JSON, so that neither a checkpoint nor memory
-    grows with the steps of a run.
+    The logged values of a run, in one file. Each log adds a line of JSON, so that neither checkpoints nor memory grow
+    with the number of steps.
 
     Args:
         folder (`Path`): The run's folder.
@@ -27,14 +27,14 @@ class LogHistory:
 
     def begin(self, step: int, source: Path) -> list[dict[str, Any]]:
         """
-        Drops what was logged after the step at which the run begins.
+        Starts the file with the logs up to the step at which the run begins, and drops later ones.
 
         Args:
-            step (`int`): Optimizer steps that were done before.
-            source (`Path`): Folder of the run from whose checkpoint this one goes on, or its own.
+            step (`int`): The number of optimizer steps done before.
+            source (`Path`): The folder of the run whose checkpoint this run goes on from, or this run's folder.
 
         Returns:
-            `list[dict[str, Any]]`: the latest of what is kept.
+            `list[dict[str, Any]]`: the latest logs that are kept.
         """
         latest: deque[dict[str, Any]] = deque(maxlen=KEPT_IN_MEMORY)
         staging = self.file.with_name(f".{self.file.name}.partial")
@@ -55,14 +55,14 @@ class LogHistory:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError:
-            # Of a disk that fills, part of a line may have been written.
+            # On a full disk a part of the line may have been written: remove it.
             with suppress(OSError):
                 os.truncate(self.file, size)
             raise
 
 
 def entries(file: Path) -> Iterator[dict[str, Any]]:
-    """What was logged, in order, but for a line that a kill has cut off; nothing if there is no file."""
+    """Yields the logs of a file in order, without a line that a kill cut off; none if there is no file."""
     if not file.is_file():
         return
     with open(file, encoding="utf-8") as lines:

@@ -1,4 +1,10 @@
-"""One run at a time in a folder."""
+"""
+A lock, so that only one run at a time works in an output folder.
+
+The lock is the operating system's lock on the file `.lock`; it ends with the process, even after a kill. The file also
+holds host, process id and start time of its owner, for the error message, and for file systems without locks: there a
+lock counts until its owner is known to have ended.
+"""
 
 import json
 import os
@@ -20,27 +26,27 @@ from .room import made, write_errors
 try:
     import fcntl
 except ImportError:
-    # On Windows the owner that is written in the file is all that tells.
+    # Windows has no `fcntl`; there the owner in the file decides.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-# Seconds for who has taken it to write down who it is.
+# Seconds that a new owner has to write its name into the file.
 _TO_WRITE = 3.0
-# Folders that this process holds: who asks for one again has it.
+# Folders that this process has locked already; locking one again does nothing.
 _HELD: set[Path] = set()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    While open, no other process can open the same folder. The lock goes with the process that holds it, whatever
-    ends that. A folder that is made for it and stays empty goes too.
+    Locks a folder while this is open. The lock ends with the process, however the process ends. A folder that was made
+    for the lock and is still empty at the end is removed.
 
     Args:
         folder (`Path`): A run's output folder.
 
     Raises:
-        `InputError`: if another process holds it, with host and number of that; or the folder cannot be written to.
+        `InputError`: if another process holds the lock, with its host and id; or if the folder cannot be written to.
     """
     key = folder.resolve()
     if key in _HELD:
@@ -59,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
                 yield
         finally:
             _HELD.discard(key)
-            # Before it is let go, so that nobody takes a file that is about to go.
+            # Deleted before the lock ends, so that nobody locks a file that is about to disappear.
             clear()
             os.close(handle)
 
@@ -67,10 +73,10 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def locked_together(folder: Path) -> Iterator[None]:
     """
-    As `locked`, on every process of a run, the first of which holds the lock.
+    Locks a folder for all processes of a run; the main process holds the lock. Every process must call it.
 
     Raises:
-        `InputError`: on all processes, as of `locked`.
+        `InputError`: on all processes, if `locked` raises it.
     """
     with ExitStack() as stack:
 
@@ -84,7 +90,7 @@ def locked_together(folder: Path) -> Iterator[None]:
 
 def _take(file: Path) -> int:
     while True:
-        # Not `w`, which would wipe out who owns it.
+        # Not with mode `w`, which would erase the owner.
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             supported = _lock(handle, file)
@@ -92,11 +98,11 @@ def _take(file: Path) -> int:
             if not supported and owner and not _is_gone(owner):
                 _refuse(file, owner, is_alive=False)
             if not _is_still_there(file, handle):
-                # Its owner deleted it while this process waited for it.
+                # The owner deleted the file while this process waited for the lock: try again.
                 os.close(handle)
                 continue
             if owner:
-                say(f"{_in_words(owner)} did not end well in {str(file.parent)!r}. This run takes over.")
+                say(f"In {str(file.parent)!r}, {_in_words(owner)} has ended without a clean end. This run takes over.")
             _write_owner(handle)
             return handle
         except BaseException:
@@ -105,16 +111,16 @@ def _take(file: Path) -> int:
 
 
 def _lock(handle: int, file: Path) -> bool:
-    """Takes the lock of an open file; whether its file system knows locks."""
+    """Locks an open file. Returns whether its file system supports locks."""
     if fcntl is None:
         return False
     try:
-        # Not `flock`, which processes that are forked from this one would go on to hold.
+        # Not `flock`: forked children would keep holding its lock.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         deadline = time.monotonic() + _TO_WRITE
         while not (owner := _owner(handle)) and time.monotonic() < deadline:
-            # It has taken the lock, and is about to say who it is.
+            # The new owner has the lock, and is about to write its name.
             time.sleep(0.1)
         _refuse(file, owner, is_alive=True)
     except OSError:
@@ -124,15 +130,15 @@ def _lock(handle: int, file: Path) -> bool:
 
 def _refuse(file: Path, owner: dict[str, Any], is_alive: bool) -> NoReturn:
     surely = is_alive or owner.get("host") == socket.gethostname()
-    by_hand = "" if surely else f" If it is gone for good, delete {str(file)!r}."
+    by_hand = "" if surely else f" If that process has ended, delete {str(file)!r}."
     raise InputError(
-        f"training.output_dir: {_in_words(owner)} is at work in {str(file.parent)!r}, and one run at a time can be. "
-        f"Wait until it has ended, or set another training.output_dir.{by_hand}"
+        f"training.output_dir: {_in_words(owner)} is at work in {str(file.parent)!r}, which takes one run at a time. "
+        f"Wait for its end, or set another training.output_dir.{by_hand}"
     )
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """Who wrote the file; nothing if nobody did, or was killed before."""
+    """Reads the owner from the file; empty if nobody has written one."""
     try:
         owner = json.loads(os.pread(handle, 10_000, 0))
     except ValueError:
@@ -148,11 +154,11 @@ def _write_owner(handle: int) -> None:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether a process of this machine has ended; of another machine's nothing is known."""
+    """Whether the owner is known to have ended; False for a process on another machine."""
     if owner.get("host") != socket.gethostname():
         return False
     try:
-        # Numbers of processes are given again.
+        # The start time, because the system gives the same process id again.
         return psutil.Process(owner["process"]).create_time() != owner["started"]
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return True

@@ -1,4 +1,9 @@
-"""How files reach the disk: whole or not at all, and on every process alike."""
+"""
+How files reach the disk: complete or not at all, and with the same outcome on every process.
+
+A checkpoint is written into a hidden folder beside its place. Only when every process has written its part, and the
+files are safe on the disk, does the folder get its final name. If one process cannot write, all raise the same error.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +30,15 @@ WEIGHTS = "model.safetensors"
 
 class Writing:
     """
-    Writes what one process has to write. Once something could not be written nothing more is tried, but the process
-    goes on to take part in what others need of it.
+    Runs the writes of one process. After a failed write it skips the later ones, but the process still takes part in
+    the collectives that the others wait for.
     """
 
     def __init__(self) -> None:
         self.error: str | None = None
 
     def __call__(self, work: Callable[[], object]) -> None:
-        """Does `work`, which writes."""
+        """Runs `work`, which writes, unless an earlier write failed."""
         if self.error is not None:
             return
         try:
@@ -42,18 +47,18 @@ class Writing:
             self.error = one_line(error)
 
     def failed_anywhere(self) -> str | None:
-        """Why the first process that could not write could not; None if all could. Every process has to ask."""
+        """The error of the first process that could not write; None if all could. Every process must call it."""
         return next((error for error in gather_objects(self.error) if error is not None), None)
 
 
 @contextmanager
 def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
     """
-    What is written while this is open is written on every process, or all hear of the first failure.
+    While open, every process writes; at the end all raise the same error if one could not.
 
     Args:
-        what (`Path`): What is being written, for the message.
-        needed (`int`, defaults to 0): Bytes that it takes, for the message; 0 if that is not known.
+        what (`Path`): The file or folder that is written, for the message.
+        needed (`int`, defaults to 0): Its number of bytes, for the message; 0 if unknown.
 
     Raises:
         `NotSaved`: on every process, if one could not write.
@@ -69,15 +74,15 @@ def written_together(what: Path, needed: int = 0) -> Iterator[Writing]:
 
 def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, process_index: int = 0) -> None:
     """
-    Writes `config.json` and `model.safetensors` of a head, each file complete or absent.
+    Writes `config.json` and `model.safetensors` of a head; after a kill each file is complete or absent.
 
     Args:
-        head (`HeadModel`): What it is.
-        weights (`Mapping[str, torch.Tensor]`): Its parameters, whole.
-        folder (`Path`): Where; made if it does not exist.
-        process_index (`int`, defaults to 0): Which process writes.
+        head (`HeadModel`): The head.
+        weights (`Mapping[str, torch.Tensor]`): The head's whole parameters, by name.
+        folder (`Path`): The folder to write into; it is made if it does not exist.
+        process_index (`int`, defaults to 0): The index of the process that writes.
     """
-    # A link may lead to another disk, to which nothing can be moved from beside the link.
+    # A link may lead to another disk. Files can be moved only within a disk, so write beside the target.
     folder = folder.resolve()
     with staging_folder(folder, f"saving-{process_index}") as staging:
         with quiet_files():
@@ -89,10 +94,10 @@ def save_head(head: HeadModel, weights: Mapping[str, Tensor], folder: Path, proc
 
 def save_state(state: Any, file: Path) -> None:
     """
-    Writes a state by `torch.save`.
+    Writes a state with `torch.save`.
 
     Raises:
-        `OSError`: if it cannot be written; torch itself raises a `RuntimeError` without the reason.
+        `OSError`: if the state cannot be written; torch itself raises a `RuntimeError`.
     """
     try:
         torch.save(state, file)
@@ -103,13 +108,13 @@ def save_state(state: Any, file: Path) -> None:
 @contextmanager
 def staged(folder: Path, process: PartialState, needed: int = 0) -> Iterator[tuple[Path, Writing]]:
     """
-    A folder for all processes to write into that takes the name `folder` once all is written, so that `folder` is
-    complete, absent or as it was before. A manifest with the size of each file goes with it.
+    Makes a hidden folder into which all processes write, and renames it to `folder` once everything is written. So
+    `folder` is complete, absent or unchanged. A manifest with the size of each file is added.
 
     Args:
-        folder (`Path`): Where every process sees the same.
-        process (`PartialState`): This one.
-        needed (`int`, defaults to 0): Bytes that it takes, if that is known.
+        folder (`Path`): The final folder, on a disk that every process shares.
+        process (`PartialState`): This process.
+        needed (`int`, defaults to 0): The folder's number of bytes; 0 if unknown.
 
     Raises:
         `NotSaved`: on every process, if one could not write.
@@ -137,7 +142,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _put_in_place(staging: Path, folder: Path) -> None:
-    """Moves a folder that is written to where it belongs, when its content is safe on the disk."""
+    """Writes the manifest, waits until all files are safe on the disk, and renames the folder to its final name."""
     sizes = {}
     for file in sorted(path for path in staging.rglob("*") if path.is_file()):
         _sync(file)

@@ -1,4 +1,4 @@
-"""The loop. A recipe, an LM and data come in; trained heads go out."""
+"""Training: a recipe, an LM and data come in, trained heads go out."""
 
 from .trainer import SaeTrainer
 

@@ -1,3 +1,10 @@
+"""
+How the parts of an optimizer step are put together: heads, activations, objective and optimizer.
+
+The trainer runs the result, and `--dry-run` rehearses the same result on tensors without memory, so that both use the
+same code.
+"""
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,13 +32,13 @@ Objective = LocalObjective | EndToEndObjective
 
 class Assembly(NamedTuple):
     """
-    What takes a step, put together: the trainer runs it, and the memory plan rehearses it.
+    The parts that together take an optimizer step.
 
     Args:
         bank (`SaeBank`): The heads of this process, and the parameters of a LoRA.
-        activations (`Callable`): Where their activations come from.
-        objective ([`LocalObjective`] or [`EndToEndObjective`]): Leaves gradients in them.
-        args (`SaeTrainingArguments`): How they train.
+        activations (`Callable`): Makes the heads' activations from a batch of tokens.
+        objective ([`LocalObjective`] or [`EndToEndObjective`]): Computes the heads' gradients.
+        args (`SaeTrainingArguments`): How the heads train.
         lora ([`LoraArguments`], *optional*): The LoRA.
     """
 
@@ -42,7 +49,7 @@ class Assembly(NamedTuple):
     lora: LoraArguments | None
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A new optimizer of the bank's parameters, which scales gradients as the objective says."""
+        """Makes an optimizer of the bank's parameters, which scales gradients by the objective's `scale`."""
         return build_optimizer(self.bank, self.args, self.lora, self.objective.scale)
 
 
@@ -56,13 +63,13 @@ def assemble(
     adapter: "PeftModel | None" = None,
 ) -> Assembly:
     """
-    Puts together what takes a step.
+    Puts together the parts that take an optimizer step.
 
     Args:
-        model (`PreTrainedModel`): The LM, which is frozen but for a LoRA.
+        model (`PreTrainedModel`): The LM, which is frozen except for a LoRA.
         args (`SaeTrainingArguments`): How to train.
-        spread ([`Spread`]): How heads lie on processes, and which are this one's.
-        widths (`Mapping[Site, int]`): Every site that some head of the run reads or predicts, with its width.
+        spread ([`Spread`]): How heads are spread over processes, and which this process holds.
+        widths (`Mapping[Site, int]`): Every site that a head of the run reads or predicts, with its width.
         exclude_tokens (`list[int]`): Token ids that train nothing.
         lora ([`LoraArguments`], *optional*): A LoRA that trains around the heads.
         adapter (`PeftModel`, *optional*): The LM with that LoRA in it.
@@ -71,10 +78,10 @@ def assemble(
     trained = [] if adapter is None else [p for p in adapter.parameters() if p.requires_grad]
     activations = spread.source(RunningLM(model, list(widths), exclude_tokens, widths))
     if lora is not None:
-        # The line above froze the LM with its LoRA.
+        # `RunningLM` froze the LM together with its LoRA.
         bank.adapter.extend(parameter.requires_grad_() for parameter in trained)
         bank.heads.requires_grad_(lora.train_heads)
-    # What the last window's gradients are yet to be multiplied by: the objective fills it, the optimizer reads it.
+    # By head, the factor of the last window's gradients: the objective sets it, the optimizer multiplies by it.
     scale: dict[str, Tensor] = {}
     local = LocalObjective(activations, spread, args.micro_batches, scale)
     if args.loss == "fvu":

@@ -1,3 +1,9 @@
+"""
+The start of a run: new heads or a checkpoint, the output folder, the optimizer and the trackers, in this order.
+
+Everything that can fail without harm comes first: the output folder changes only after heads or checkpoint are loaded.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +31,17 @@ def begin(
 
     Args:
         run ([`RunState`]): The run.
-        assembly ([`Assembly`]): What takes its steps.
-        folder ([`OutputFolder`]): Where it writes. What it is to begin without is deleted.
+        assembly ([`Assembly`]): The parts that take its steps.
+        folder ([`OutputFolder`]): The output folder. Files that the run must not keep are deleted.
         batches ([`Batches`]): The training data.
-        checkpoint (`Path`, *optional*): What it goes on from.
+        checkpoint (`Path`, *optional*): The checkpoint that the run goes on from.
 
     Returns:
-        `tuple`: what takes an optimizer step, and where in the data the next step begins.
+        `tuple`: the prepared optimizer, and the place in the data where the next step begins.
 
     Raises:
-        `InputError`: if the checkpoint, or heads to start from, cannot be used, or the data trains no token.
-        `NotFinite`: if heads cannot start since no activation is finite.
+        `InputError`: if the checkpoint or the heads of `init_from` cannot be used, or no token of the data trains.
+        `NotFinite`: if heads cannot be initialised because no activation is finite.
     """
     args, main = run.args, run.accelerator.is_main_process
     run.progress.max_steps = batches.max_steps()
@@ -56,7 +62,7 @@ def begin(
     name = args.run_name or folder.path.resolve().name
     raise_together(lambda: start_trackers(run.accelerator, name, args))
     if checkpoint is not None and run.progress.global_step >= run.progress.max_steps:
-        say(f"{str(checkpoint)!r} is of step {run.progress.global_step}, so that nothing is left to train.")
+        say(f"Checkpoint {str(checkpoint)!r} is at step {run.progress.global_step}, so nothing is left to train.")
     return prepared, position
 
 

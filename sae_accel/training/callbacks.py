@@ -8,14 +8,14 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from ..recipe.arguments import SaeTrainingArguments
 
 
-# Callbacks here are given our own arguments, where transformers' types know its own alone.
+# The overrides are typed with our own arguments, which transformers does not know: hence `type: ignore`.
 class FlowCallback(DefaultFlowCallback):
-    """Asks for logging, evaluation, checkpoints and the end, by the numbers of steps in the arguments."""
+    """Decides after each step whether to log, evaluate, save or stop, by `logging_steps`, `save_steps` and so on."""
 
     def on_step_end(  # type: ignore[override]
         self, args: SaeTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """After each optimizer step; the last one is logged and saved whatever its number."""
+        """Sets the control's flags; the run always logs and saves its last step."""
         step = state.global_step
         last = step >= state.max_steps
         control.should_log = control.should_log or step % args.logging_steps == 0 or last
@@ -28,7 +28,7 @@ class FlowCallback(DefaultFlowCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with tokens/s and time left on a terminal; elsewhere, one line for each logging."""
+    """Shows a progress bar on a terminal, and elsewhere one line per log, with tokens/s and the time left."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -100,7 +100,7 @@ class ProgressBar(TrainerCallback):
 
 
 def _headline(logs: dict[str, float]) -> str | None:
-    """The loss that a run trains by, in words; None if it is not among the logs."""
+    """The name and value of the loss that a run trains with; None if the logs do not hold it."""
     for key, name in (("train/kl", "KL"), ("train/ce", "CE")):
         if key in logs:
             return f"{name} {logs[key]:.4f}"

@@ -1,3 +1,12 @@
+"""
+The end-to-end loss: all heads are spliced into the LM, and its logits decide how good they are.
+
+For each part of a batch the LM runs with the heads in it. With `loss: kl`, with local losses and in an evaluation it
+also runs once without heads (the clean LM), for comparison. The gradient flows from the logits through the frozen LM
+into all heads, and into a LoRA if there is one. Every sum runs over all micro-batches and processes before it is
+divided, so that neither the number of processes nor that of micro-batches changes the loss.
+"""
+
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -17,12 +26,12 @@ from .sums import StepSums
 
 class EndToEndObjective:
     """
-    Heads are spliced into the LM, and the loss is on its logits (`loss: ce` or `kl`), with `fvu_weight` times the sum
-    of the local losses added. See arXiv:2405.12241.
+    The loss on the logits of an LM with all heads spliced in (`loss: ce` or `kl`), plus `fvu_weight` times the sum of
+    the local losses. See arXiv:2405.12241.
 
     Args:
         lm (`SplicedLM`): The LM.
-        local (`LocalObjective`): Measures heads on the clean LM.
+        local (`LocalObjective`): Measures the heads on the clean LM, which has no heads in it.
         loss (`str`): `"ce"` or `"kl"`.
         fvu_weight (`float`): Weight of the local losses; 0 leaves them out.
     """
@@ -45,14 +54,14 @@ class EndToEndObjective:
         careful: bool = True,
     ) -> StepResult:
         """
-        Leaves in the bank's parameters the gradient of the loss on an accumulation window.
+        Adds the gradient of the loss on an accumulation window to the bank's parameters. The arguments are the same as
+        in [`LocalObjective.gradients`].
 
-        The loss is a mean over the tokens of the whole window and all processes. A local loss is divided by the clean
-        activations' variance over as many, and its gradient stays with its own head. The arguments are those of
-        [`LocalObjective`].
+        The loss is a mean over the tokens of the whole window and all processes. A local loss is divided by the
+        variance of the clean activations over the same tokens, and its gradient reaches only its own head.
 
-        Sequences in which a token is not finite are left out whole. Without local losses that is known only as they
-        are met, so that the gradient is scaled in the end by the tokens that are left.
+        A sequence with a token that is not finite is left out whole. Without local losses it is found only when its
+        pass runs, so the gradient is scaled at the end by the tokens that are left.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         sums, logit_sums, tokens = StepSums(), StepSums(), _Kept(self.accelerator.device)
@@ -60,11 +69,11 @@ class EndToEndObjective:
         if self.fvu_weight:
             variances, seen = self._variances(heads, window, careful)
             tokens.unsure += seen.unsure
-            # On every process alike, which run the same collectives.
+            # The sum makes every process decide alike, since all run the same collectives.
             if careful and not bool(self.spread.sum([seen.non_finite])[0] == 0):
                 window = [self._finite_part(heads, batch, tokens) for batch in window]
                 variances, _ = self._variances(heads, window, careful)
-        counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}
+        counts = {loss: self._total(window, loss) for loss in ("ce", "kl")}  # () each
         divisors = {loss: count.clamp_min(1) for loss, count in counts.items()}
         self.scale.clear()
         parts = [part for batch in window for part in _split(batch, self.local.micro_batches)]
@@ -93,7 +102,7 @@ class EndToEndObjective:
 
     @property
     def between_batches(self) -> Callable[[], None]:
-        """Called between the batches of a window, where a run that is to stop leaves it."""
+        """The function that is called between the batches of a window; it raises to stop a run there."""
         return self.local.between_batches
 
     @between_batches.setter
@@ -102,14 +111,14 @@ class EndToEndObjective:
 
     @property
     def frequencies(self) -> dict[str, Tensor]:
-        """By head, the fraction of the tokens of the last evaluation on which each latent was active."""
+        """The fraction of tokens of the last evaluation on which each latent was active, `(num_latents,)`, by head."""
         return self.local.frequencies
 
     @torch.no_grad()
     def evaluate(self, bank: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """
-        Mean CE of the clean LM and with all heads spliced in, KL between the two, and what [`LocalObjective`]
-        measures.
+        Measures the mean CE of the clean LM, the mean CE with all heads spliced in, the KL between the two, and the
+        metrics of [`LocalObjective.evaluate`].
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         k = {name: head.config.trained_k for name, head in heads.named_heads()}
@@ -129,7 +138,7 @@ class EndToEndObjective:
         counts = dict(zip(tokens.counts, self.spread.sum(list(tokens.counts.values())), strict=True))
         for name, value in sums.by_head["lm"].items():
             count = counts["kl" if name == "kl" else "ce"]
-            # Where no token was measured, 0 / 0 is NaN, as it should be.
+            # Without a measured token 0 / 0 gives NaN, as it should.
             metrics[f"eval/{name}"] = (value / count).item()
         return metrics
 
@@ -142,12 +151,12 @@ class EndToEndObjective:
         tokens: "_Kept",
         careful: bool,
     ) -> dict[str, Any]:
-        """`_losses` of a part of a batch; with care, of its finite sequences alone if anything is not finite."""
-        clean = self.lm.clean(part) if with_clean else None
+        """Runs `_losses` on a part of a batch; if `careful`, once more on the finite sequences if any are not."""
+        clean = self.lm.clean(part) if with_clean else None  # (batch, ctx_len, d_model)
         output = bank(partial(losses, batch=part, clean=clean))
         if not careful:
             tokens.unsure += ~output["finite"]
-        # On every process alike, since heads may lie on several.
+        # The sum makes every process decide alike, since a head may lie on several.
         elif not bool(self.spread.sum([output["finite"].float()])[0] == self.accelerator.num_processes):
             part = self._finite_part(self.accelerator.unwrap_model(bank), part, tokens)
             clean = self.lm.clean(part) if with_clean else None
@@ -164,18 +173,18 @@ class EndToEndObjective:
         variances: dict[str, Tensor],
         dead_masks: dict[str, Tensor],
     ) -> dict[str, Any]:
-        """One spliced pass: losses on the logits, the heads' own if there are variances, and what heads measured."""
+        """Runs one spliced pass: losses on the logits, local losses if `variances` is not empty, and measurements."""
         heads = SplicedHeads(bank, batch, self.lm.exclude_tokens, k, variances, dead_masks)
-        logits = self.lm(batch, heads, clean)
+        logits = self.lm(batch, heads, clean)  # () each, summed over tokens
         local_loss = torch.stack(heads.local_losses).sum() if heads.local_losses else 0.0
         values = [value.detach() for value in logits.values()]
         finite = torch.stack([*(value.isfinite() for value in values), *heads.finite]).all()
         return {"logits": logits, "local_loss": local_loss, "heads": heads.measured, "finite": finite}
 
     def _finite_part(self, bank: SaeBank, batch: dict[str, Tensor], tokens: "_Kept") -> dict[str, Tensor]:
-        """The sequences of a batch that are finite in the LM without heads; others are counted as left out."""
+        """The sequences of a batch that are finite in the clean LM; counts the others as left out."""
         sites = list(dict.fromkeys(site for plan in bank.plans.values() for site in (*plan.reads, *plan.predicts)))
-        finite, place = self.lm.finite_sequences(batch, sites)
+        finite, place = self.lm.finite_sequences(batch, sites)  # (batch,)
         part = {key: value[finite] for key, value in batch.items()}
         tokens.leave_out(self.lm.counts(batch, "kl") - self.lm.counts(part, "kl"), place)
         return part
@@ -184,8 +193,8 @@ class EndToEndObjective:
         self, bank: SaeBank, window: list[dict[str, Tensor]], careful: bool
     ) -> tuple[dict[str, Tensor], TokenCount]:
         """
-        By head, the total variance of its target in the LM without heads, over the window and all processes; and the
-        tokens of this one.
+        The total variance of each head's target in the clean LM, `()`, over the window and all processes; and the
+        tokens of this process.
         """
         moments: dict[Site, Moments] = {}
         tokens = TokenCount(self.accelerator.device)
@@ -198,18 +207,18 @@ class EndToEndObjective:
         return {name: positive(m.total_variance) for name, m in totals.items()}, tokens
 
     def _total(self, window: list[dict[str, Tensor]], loss: str) -> Tensor:
-        """Tokens whose loss is counted, over the window and all processes."""
+        """The number of tokens whose loss counts, `()`, over the window and all processes."""
         count = torch.stack([self.lm.counts(batch, loss) for batch in window]).sum()
         return self.spread.sum([count.float()])[0]
 
 
 class _Kept(TokenCount):
     """
-    Tokens of sequences that are finite.
+    The tokens of finite sequences.
 
     Attributes:
-        counts (`dict[str, torch.Tensor]`): By loss, tokens for which it is counted.
-        lost (`bool`): Whether a process has left something out.
+        counts (`dict[str, torch.Tensor]`): By loss, the number of tokens whose loss counts, `()`.
+        lost (`bool`): Whether any process has left sequences out.
     """
 
     def __init__(self, device: torch.device):
@@ -228,6 +237,6 @@ class _Kept(TokenCount):
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """A batch cut by sequences; some parts may be empty, so that every process has as many."""
+    """Cuts a batch by sequences into `parts`; a part may be empty, so that every process has the same number."""
     pieces = {key: value.tensor_split(parts) for key, value in batch.items()}
     return [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]

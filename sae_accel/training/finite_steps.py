@@ -1,4 +1,11 @@
-"""Which optimizer steps are taken: those that finite numbers make. A run that has no more of them ends."""
+"""
+A run takes only optimizer steps from finite numbers; this file decides which steps it takes.
+
+A step first runs fast: it assumes that every number is finite, and checks that with a few sums on the device. If a
+check fails, the step's gradients are computed again with care, without the tokens that are not finite. If too many
+tokens are left out, or a loss or gradient is still not finite, the step is skipped. After ten skipped steps in a row
+the run ends, since it would not recover. All processes decide alike, because they join their findings first.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,19 +26,20 @@ from .run_state import RunState
 from .step import StepResult
 
 
-# Steps in a row that are passed over before the run ends.
+# The run ends after this many skipped steps in a row.
 MOST_IN_A_ROW = 10
 
 
 class Verdict(NamedTuple):
     """
-    What is to become of an optimizer step, alike on every process.
+    The decision about an optimizer step, the same on every process.
 
     Args:
-        taken (`bool`): Whether it is taken.
-        num_tokens (`int`): Tokens of all processes that made it.
-        overflows (`bool`): Whether it is not taken because a gradient is not finite.
-        is_sure (`bool`, defaults to `True`): Whether this is the last word; else it is to be made again, with care.
+        taken (`bool`): Whether the step is taken.
+        num_tokens (`int`): The step's trained tokens, over all processes.
+        overflows (`bool`): Whether the step is skipped because a gradient is not finite.
+        is_sure (`bool`, defaults to `True`): Whether the decision is final; if not, the gradients are computed again
+            with care.
     """
 
     taken: bool
@@ -42,7 +50,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class _Reason:
-    """Why a step was passed over, in words, and what is likely to be the matter."""
+    """Why a step is skipped, in words, and the likely cause."""
 
     found: str
     cause: str
@@ -50,16 +58,16 @@ class _Reason:
 
 class FiniteSteps:
     """
-    Looks at what each optimizer step would be taken on. It is passed over where more than `training.max_non_finite` of
-    its tokens were left out because an activation is NaN or infinite, or where a loss or a gradient is not finite all
-    the same. Weights, optimizer, learning rate, thresholds and counts of silent latents then stay as they were; the
-    step counts as one of the run's, so that the run ends, and goes on from a checkpoint as if it had never stopped.
+    Takes or skips optimizer steps. A step is skipped if more than `training.max_non_finite` of its tokens are left
+    out because an activation is NaN or infinite, or if a loss or a gradient is not finite. A skipped step changes no
+    weight, optimizer state, learning rate, threshold or count of silent latents. It still counts as one of the run's
+    steps, so that the run ends, and resumes from a checkpoint as if it had never stopped.
 
-    Where all is finite this adds nothing for the host to wait for: it waits for a step's number of tokens, with which
-    the rest comes. Where something is not, the step's gradients are computed a second time, without it.
+    If everything is finite, the check costs the host no further wait for the device: the findings arrive together with
+    the step's number of tokens.
 
     Args:
-        run ([`RunState`]): The run, which keeps count.
+        run ([`RunState`]): The run, which counts the skipped steps.
     """
 
     def __init__(self, run: RunState):
@@ -71,20 +79,20 @@ class FiniteSteps:
         self, gradients: Callable[[bool], StepResult], optimizer: torch.optim.Optimizer
     ) -> tuple[StepResult, Verdict]:
         """
-        Takes an optimizer step, or passes it over.
+        Takes an optimizer step, or skips it.
 
         Args:
-            gradients (`Callable[[bool], StepResult]`): Leaves the step's gradients in the heads; with True, of finite
-                numbers alone.
-            optimizer (`torch.optim.Optimizer`): As it was prepared.
+            gradients (`Callable[[bool], StepResult]`): Computes the step's gradients; with True, from finite numbers
+                only.
+            optimizer (`torch.optim.Optimizer`): The prepared optimizer.
 
         Returns:
-            `tuple`: what the step was taken on, and what became of it.
+            `tuple`: the measurements of the step, and the decision about it.
 
         Raises:
-            `NotFinite`: on every process, if it is the last that may be passed over.
+            `NotFinite`: on every process, at the tenth skipped step in a row.
         """
-        # Where the last step had such numbers, this one is likely to.
+        # If the last step had numbers that are not finite, this one is likely to have some too: take care at once.
         for careful in (self._has_lost, True):
             result = gradients(careful)
             verdict = self.judge(result, optimizer)
@@ -95,20 +103,20 @@ class FiniteSteps:
 
     def judge(self, result: StepResult, optimizer: torch.optim.Optimizer) -> Verdict:
         """
-        Decides what is to become of a step whose gradients lie in the heads, and counts what was left out.
+        Decides whether to take a step whose gradients lie in the heads, and counts the tokens that were left out.
 
         Args:
-            result ([`StepResult`]): What it would be taken on.
-            optimizer (`torch.optim.Optimizer`): What would take it, as it was prepared.
+            result ([`StepResult`]): The measurements of the step.
+            optimizer (`torch.optim.Optimizer`): The prepared optimizer.
 
         Raises:
-            `NotFinite`: on every process, if it is the last that may be passed over.
+            `NotFinite`: on every process, at the tenth skipped step in a row.
         """
         run, spread = self.run, self.run.spread
-        gradient, loss = spread.anywhere(
+        gradient, loss = spread.anywhere(  # () each, above zero if not finite on some process
             torch.stack([spread.non_finite_gradients(optimizer).float(), self._bad_loss(result)])
         )
-        # The one place of a step where the host waits for the device.
+        # The only place of a step where the host waits for the device.
         trained, lost, unsure, bad_gradient, bad_loss = torch.stack(
             [result.num_tokens, result.non_finite, result.unsure, gradient, loss]
         ).tolist()
@@ -122,14 +130,14 @@ class FiniteSteps:
             self._told = True
             say(
                 f"Step {run.progress.global_step + 1}: {int(lost):,} of {int(trained + lost):,} tokens are not finite "
-                f"at {bad.place}. Such tokens train nothing, and count in train/non_finite_tokens."
+                f"at {bad.place}. The run leaves them out, and counts them in train/non_finite_tokens."
             )
         if share <= run.args.max_non_finite and not bad_loss and not bad_gradient:
             run.skips.in_a_row = 0
             return Verdict(True, int(trained), False)
         scaler = run.accelerator.scaler
         if share <= run.args.max_non_finite and not bad_loss and scaler is not None and scaler.get_scale() > 1:
-            # Float16 scales losses up until a gradient overflows: it passes such steps over, and scales less.
+            # Float16 scales losses up until a gradient overflows: then it skips the step, and scales less.
             run.skips.steps += 1
             return Verdict(False, int(trained), True)
         if share > run.args.max_non_finite:
@@ -140,7 +148,7 @@ class FiniteSteps:
 
     def check_weights(self) -> None:
         """
-        Looks at every parameter that trains, before something is saved.
+        Checks every parameter that trains, before weights are saved.
 
         Raises:
             `NotFinite`: on every process, if one is not finite.
@@ -153,7 +161,7 @@ class FiniteSteps:
             )
 
     def _bad_weights(self) -> tuple[str, str] | None:
-        """On this process the first head with weights that are not finite, and that in words."""
+        """The first head of this process with weights that are not finite, and a description of them; or None."""
         run = self.run
         optimized = [] if run.optimizer is None else run.spread.optimized(run.optimizer)
         weights = [(group["role"].head, group["role"].parameter, own_part(held.detach())) for group, held in optimized]
@@ -167,7 +175,7 @@ class FiniteSteps:
         return None
 
     def _bad_loss(self, result: StepResult) -> Tensor:
-        """Whether a loss is not finite, `()`, 0 or 1."""
+        """1 if a loss is not finite, otherwise 0, `()`."""
         losses = [value for key, value in result.values.items() if _is_loss(key)]
         return 1.0 - torch.stack(losses).isfinite().all().float() if losses else result.num_tokens.new_zeros(())
 
@@ -177,17 +185,17 @@ class FiniteSteps:
         skips.steps += 1
         if skips.in_a_row >= MOST_IN_A_ROW:
             raise NotFinite(
-                f"Step {step}: {MOST_IN_A_ROW} optimizer steps in a row could not be taken: {reason.found}. "
+                f"Step {step}: {MOST_IN_A_ROW} optimizer steps in a row were skipped. The last one: {reason.found}. "
                 f"{reason.cause} {self._what_is_left()}"
             )
         if skips.in_a_row == 1:
-            say(f"Step {step} is passed over: {reason.found}.")
+            say(f"Step {step} is skipped: {reason.found}.")
 
     def _too_many(self, share: float, at: NonFiniteAt | None) -> _Reason:
         place, cause = ("a hookpoint", "") if at is None else (at.place, at.cause)
         allowed = self.run.args.max_non_finite
         return _Reason(
-            f"{share:.1%} of its tokens are not finite at {place}, more than training.max_non_finite, {allowed:.4g}",
+            f"{share:.1%} of its tokens are not finite at {place}, but training.max_non_finite allows {allowed:.4g}",
             cause,
         )
 
@@ -197,7 +205,7 @@ class FiniteSteps:
         return _Reason(f"{words} is not finite, although the activations are", self._learning_rate(name))
 
     def _bad_loss_of(self, result: StepResult) -> tuple[str, str] | None:
-        """On this process the first head with such a loss, and that in words."""
+        """The first head of this process with a loss that is not finite, and the loss's name; or None."""
         for key, value in result.values.items():
             if _is_loss(key) and not bool(value.isfinite()):
                 _, part, *head = key.split("/", 2)
@@ -215,17 +223,20 @@ class FiniteSteps:
         groups = [] if self.run.optimizer is None else self.run.optimizer.param_groups
         rates = [group.get("initial_lr", group["lr"]) for group in groups if group["role"].head == head]
         rates = rates or [group.get("initial_lr", group["lr"]) for group in groups]
-        rate = f"it is {float(max(rates)):.3g} " if rates else ""
-        return f"The learning rate is likely to be too high: {rate}(training.learning_rate, or an entry's of heads)."
+        rate = f": it is {float(max(rates)):.3g}" if rates else ""
+        return (
+            f"The learning rate is probably too high{rate}. Set a lower --training.learning_rate, or a lower "
+            "learning_rate in the head's entry."
+        )
 
     def _what_is_left(self) -> str:
         newest = newest_complete(Path(self.run.args.output_dir))
         if newest is None:
             return "There is no checkpoint yet."
-        return f"The newest whole checkpoint is {newest}."
+        return f"The newest complete checkpoint is {newest}."
 
 
 def _is_loss(key: str) -> bool:
-    """Whether a logged value is one that training goes by."""
+    """Whether a logged value is a loss that training minimises."""
     _, part, *_ = key.split("/")
     return part in (*LOSSES, "ce", "kl")

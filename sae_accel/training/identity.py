@@ -1,3 +1,10 @@
+"""
+The identity of a run: the settings that decide whether it may go on from a checkpoint.
+
+Each checkpoint stores the identity of its run. Paths and names are made independent of the folder in which the user
+typed them, so that only real changes count as differences.
+"""
+
 import glob
 import json
 import os
@@ -23,26 +30,26 @@ def identity_of(
     rows: str | None = None,
 ) -> dict[str, Any]:
     """
-    What a run is, with which a checkpoint of it is compared before another run goes on from it.
+    The settings that identify a run. Before a run goes on from a checkpoint, the two identities are compared.
 
     Args:
         plans (`Iterable[HeadPlan]`): All heads of the run.
-        args (`SaeTrainingArguments`): How it trains.
-        lora ([`LoraArguments`], *optional*): A LoRA that it trains.
-        model (`PreTrainedModel`): The LM, or its architecture.
-        recipe ([`Recipe`], *optional*): The recipe, which tells of the LM and the data more than a trainer knows.
-        rows (`str`, *optional*): What tells the training rows from others, where they are known.
+        args (`SaeTrainingArguments`): How the run trains.
+        lora ([`LoraArguments`], *optional*): The LoRA that the run trains.
+        model (`PreTrainedModel`): The LM, or its architecture without weights.
+        recipe ([`Recipe`], *optional*): The recipe, which knows more of the LM and the data than a trainer.
+        rows (`str`, *optional*): The fingerprint of the training rows, once they are known.
 
     Returns:
-        `dict[str, Any]`: the fields of a recipe by section, and those of `heads` by the name of each head, as JSON
-        gives them back.
+        `dict[str, Any]`: the fields of the recipe by section, and in `heads` by the name of each head, in types that
+        JSON can hold.
     """
     whole = {} if recipe is None else recipe.to_dict()
     told = whole.get("data", {})
     if told:
         told["path"] = _settled(told["path"])
     lm = whole.get("model", {}) | {"name_or_path": _name(model)}
-    # A branch moves; a commit does not.
+    # The commit, because a branch can move.
     if (commit := getattr(model.config, "_commit_hash", None)) is not None:
         lm["revision"] = commit
     identity = {
@@ -66,12 +73,12 @@ def _in_words(sites: Iterable[Site]) -> str:
 
 
 def _settled(path: str) -> str:
-    """A path, or a pattern of paths, as it is wherever it was typed; the name of data on the Hub stays as it is."""
+    """The absolute form of a path or a pattern of paths; the name of a dataset on the Hub stays as it is."""
     local = Path(path).expanduser()
     return os.path.abspath(local) if local.exists() or glob.glob(str(local), recursive=True) else path
 
 
 def _name(model: PreTrainedModel) -> str:
-    """An LM's name on the Hub, or the folder where it lies, however that was typed."""
+    """An LM's name on the Hub, or the absolute path of its folder."""
     name = model.name_or_path or ""
     return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,3 +1,10 @@
+"""
+How a signal (Ctrl-C, SIGTERM, SIGHUP) stops a run in good order.
+
+The handler only notes the signal. At fixed points, between steps and between the batches of a step, all processes
+ask each other whether one noted a signal; then all leave together, and the trainer saves a checkpoint.
+"""
+
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +25,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Abandoned(Exception):
-    """A process was signalled, so that all leave what they are at. What was whole before is so still."""
+    """Raised on all processes when one got a signal: each leaves its present work, and no state is half changed."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -27,9 +34,10 @@ class Abandoned(Exception):
 
 class Interruption:
     """
-    While open, the first Ctrl-C, SIGTERM or SIGHUP is noted, so that a checkpoint can be saved. In a command
-    [`Signals`] does that; elsewhere a second Ctrl-C raises a `KeyboardInterrupt`, but not a second SIGTERM, since
-    launchers send several. Outside the main thread, which alone receives signals, it does nothing.
+    While open, it notes the first Ctrl-C, SIGTERM or SIGHUP, so that the run can save a checkpoint and then stop. In a
+    command [`Signals`] notes them; elsewhere this class does. A second Ctrl-C raises `KeyboardInterrupt`, a second
+    SIGTERM does not, since launchers send several. In other threads than the main one, which alone gets signals, it
+    does nothing.
     """
 
     def __init__(self) -> None:
@@ -49,17 +57,17 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is None and (late := self._noted()) is not None:
-            # It came when nobody looked any more, and nothing is left to save here.
+            # The signal came after the last check, when everything was saved already.
             if signals.is_active:
                 signals.leave(late)
             raise KeyboardInterrupt
 
     def check(self) -> None:
         """
-        Looks whether to go on.
+        Checks on all processes whether one got a signal.
 
         Raises:
-            `Abandoned`: on every process, if one was signalled.
+            `Abandoned`: on every process, if one got a signal.
         """
         if not self._is_open:
             return
@@ -68,14 +76,14 @@ class Interruption:
             raise Abandoned(noted)
 
     def watched(self, batches: Iterable[T]) -> Iterator[T]:
-        """Batches, as many on every process, with a `check` before each."""
+        """Yields batches with a `check` before each. Every process must have the same number of batches."""
         for batch in batches:
             self.check()
             yield batch
 
     @contextmanager
     def whole_step(self, optimizer: Optimizer) -> Iterator[None]:
-        """An optimizer step that leaves no trace if it is abandoned between the batches of its window."""
+        """While open, an optimizer step runs; if a signal ends it between two batches, its gradients are cleared."""
         try:
             yield
         except Abandoned:
@@ -88,4 +96,4 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number if self._number is None else self._number
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        logger.warning("Stopping, and saving a checkpoint. Ctrl-C once more stops at once.")
+        logger.warning("Saving a checkpoint, then stopping. A second Ctrl-C stops at once.")

@@ -1,3 +1,11 @@
+"""
+The local loss: each head reconstructs its own target, and the LM runs without gradients.
+
+One forward pass of the LM gives the activations of all heads. Each batch is cut into micro-batches, so that the heads'
+work needs less memory. The loss is linear in tokens: any cut into batches, micro-batches and processes gives the same
+gradient.
+"""
+
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,14 +24,14 @@ from .sums import StepSums
 
 class LocalObjective:
     """
-    Each head fits its own target (`loss: fvu`): activations are collected without gradients.
+    The local loss (`loss: fvu`): each head fits its own target, from activations without gradients.
 
     Args:
-        activations (`Callable`): Where activations come from, such as [`RunningLM`].
-        spread ([`Spread`]): How heads are spread over processes. Its accelerator runs backward passes.
-        micro_batches (`int`): Parts of a batch.
-        scale (`dict[str, torch.Tensor]`, *optional*): Filled here and read by the optimizer: by head, what the
-            gradients of the last window are yet to be multiplied by.
+        activations (`Callable`): Makes activations from a batch of tokens, for instance [`RunningLM`].
+        spread ([`Spread`]): How heads are spread over processes. Its accelerator runs the backward passes.
+        micro_batches (`int`): The number of parts of a batch.
+        scale (`dict[str, torch.Tensor]`, *optional*): By head, the factor of the last window's gradients, `()`. The
+            objective sets it, and the optimizer multiplies by it.
 
     Attributes:
         frequencies (`dict[str, torch.Tensor]`): By head, the fraction of the tokens of the last evaluation on which
@@ -43,7 +51,7 @@ class LocalObjective:
         self.micro_batches = micro_batches
         self.scale = {} if scale is None else scale
         self.frequencies: dict[str, Tensor] = {}
-        # Called between the batches of a window, where a run that is to stop leaves it.
+        # Called between the batches of a window. It raises to stop a run there.
         self.between_batches: Callable[[], None] = _go_on
 
     def gradients(
@@ -55,19 +63,23 @@ class LocalObjective:
         careful: bool = True,
     ) -> StepResult:
         """
-        Leaves in the bank's parameters the gradient of the loss on an accumulation window, but for the factors
+        Adds the gradient of the loss on an accumulation window to the bank's parameters, still without the factors
         `scale`.
 
-        Every squared error is divided by the target's variance over the whole window and all processes. That is known
-        only at its end, so gradients are taken with the first batch's variance and then scaled, which is exact.
+        Each squared error is divided by the target's variance over the whole window and all processes. This variance
+        is known only at the end of the window, so gradients are first divided by the first batch's variance, and the
+        optimizer multiplies them by the quotient of the two. The result is exact.
 
         Args:
             bank (`SaeBank`, prepared): The heads.
-            window (`list[dict]`): Batches of tokens.
-            k (`dict[str, int]`): By head, latents that are active for each token.
-            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents; heads without AuxK are left out.
-            careful (`bool`, defaults to `True`): Whether each number that is not finite is left out, for which the
-                host waits for the device; else the result says whether there may have been one.
+            window (`list[dict]`): Batches with `input_ids` and `attention_mask`, each `(batch, ctx_len)`.
+            k (`dict[str, int]`): By head, the number of active latents per token.
+            dead_masks (`dict[str, torch.Tensor]`): By head with AuxK, which latents are dead, `(num_latents,)`.
+            careful (`bool`, defaults to `True`): Whether to leave out each token that is not finite, for which the
+                host waits for the device. If False, the result says whether there may have been one.
+
+        Returns:
+            [`StepResult`]: the measurements of the window, over all processes.
         """
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         moments: dict[Site, Moments] = {}
@@ -76,14 +88,14 @@ class LocalObjective:
         for i, batch in enumerate(window):
             if i:
                 self.between_batches()
-            activations = self.activations(batch, careful)
+            activations = self.activations(batch, careful)  # by site, (tokens, width)
             tokens.add(activations)
             merge_moments(moments, heads, activations)
             last = i == len(window) - 1
             if i == 0 or last:
                 totals = self.target_moments(moments, heads)
             if i == 0:
-                reference = {name: positive(m.total_variance) for name, m in totals.items()}
+                reference = {name: positive(m.total_variance) for name, m in totals.items()}  # () each
             if last:
                 self.scale |= {name: reference[name] / positive(m.total_variance) for name, m in totals.items()}
             for j, part in enumerate(activations.split(self.micro_batches)):
@@ -94,12 +106,12 @@ class LocalObjective:
                     output = bank(losses)
                     self.spread.backward(output["loss"] * self.spread.gradient_factor)
                 sums.add(output["heads"])
-        head_tokens = {name: m.count for name, m in totals.items()}
+        head_tokens = {name: m.count for name, m in totals.items()}  # () each
         return step_result(self.spread, sums, tokens, head_tokens, self.scale)
 
     @torch.no_grad()
     def evaluate(self, bank: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """FVU, L0 and the part of latents that stay silent, by head, over all processes."""
+        """Measures FVU, L0 and the fraction of silent latents of each head, over all processes."""
         heads: SaeBank = self.accelerator.unwrap_model(bank)
         k = {name: head.config.trained_k for name, head in heads.named_heads()}
         unit = {name: torch.ones((), device=self.accelerator.device) for name in k}
@@ -116,9 +128,9 @@ class LocalObjective:
         totals = self.target_moments(moments, heads)
         metrics: dict[str, float] = {}
         for name, values in sums.by_head.items():
-            self.frequencies[name] = values["uses"] / totals[name].count.clamp_min(1)
+            self.frequencies[name] = values["uses"] / totals[name].count.clamp_min(1)  # (num_latents,)
             silent = self.spread.over_latents((values["uses"] == 0).sum())
-            # Where no token was measured there is no number: a quotient of zeros would look like the best of all.
+            # NaN without a measured token: 0 over the least divisor would look like the best value of all.
             measured = {
                 "fvu": values["fvu"] / positive(totals[name].total_variance),
                 "l0": values["active"] / totals[name].count,
@@ -133,10 +145,10 @@ class LocalObjective:
         return self.spread.merged(metrics)
 
     def target_moments(self, moments: dict[Site, Moments], bank: SaeBank) -> dict[str, Moments]:
-        """By head, the moments of its target over all processes."""
+        """The moments of each head's target over all processes."""
         totals = over_processes(self.spread, moments)
         return {name: Moments.joined([totals[site] for site in plan.predicts]) for name, plan in bank.plans.items()}
 
 
 def _go_on() -> None:
-    """Nobody wants to stop."""
+    """Lets the window go on; the trainer puts its check for signals here."""

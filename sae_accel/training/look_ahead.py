@@ -1,4 +1,9 @@
-"""What can be known of a run before its LM's weights are read."""
+"""
+Checks of a run before the LM's weights are read, because these mistakes should cost seconds, not minutes.
+
+The LM's architecture is built without memory; from it come the hookpoints, the sizes of heads and checkpoints, and the
+context length. With them the output folder, the checkpoint to go on from and the free disk space are checked.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +31,14 @@ from .sizes import adapter_shapes, checkpoint_bytes, head_bytes
 
 class Prospect(NamedTuple):
     """
-    What is known of a run before it begins.
+    The facts about a run that are known before it begins.
 
     Args:
-        recipe ([`Recipe`]): With what the LM decides, such as `data.ctx_len`.
-        plans (`list[HeadPlan]`, *optional*): Its heads; None if the LM has to be loaded to find them.
-        checkpoint (`Path`, *optional*): What it goes on from.
-        deletes (`str`): What it deletes in its folder first, in words; empty if nothing.
-        room (`str`): What its checkpoints take of the disk, in words; empty if that is not known.
+        recipe ([`Recipe`]): The recipe, with the values that the LM decides, for instance `data.ctx_len`.
+        plans (`list[HeadPlan]`, *optional*): The run's heads; None if only the loaded LM can tell them.
+        checkpoint (`Path`, *optional*): The checkpoint that the run goes on from.
+        deletes (`str`): Names and sizes of the files that the run deletes first; empty if none.
+        room (`str`): A sentence about the disk space of checkpoints; empty if their size is unknown.
     """
 
     recipe: Recipe
@@ -45,15 +50,15 @@ class Prospect(NamedTuple):
 
 def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
     """
-    Finds what would end a run later.
+    Checks everything that would otherwise end a run later.
 
     Args:
         recipe ([`Recipe`]): The run.
-        processes (`int`): How many processes train.
-        writes (`bool`): Whether this process is the one that tries the output folder.
+        processes (`int`): The number of processes that train.
+        writes (`bool`): Whether this process checks the output folder by writing into it; one process does.
 
     Raises:
-        `InputError`: if something in the recipe cannot be used.
+        `InputError`: if a setting of the recipe cannot be used.
     """
     training, output_dir = recipe.training, Path(recipe.training.output_dir)
     check_extras(recipe)
@@ -94,7 +99,7 @@ def _plans(recipe: Recipe, architecture: PreTrainedModel, processes: int) -> lis
 
 
 def _folder(recipe: Recipe, plans: list[HeadPlan] | None, architecture: PreTrainedModel) -> OutputFolder:
-    """The run's folder, as the trainer will find it; what is not known yet the trainer checks."""
+    """The output folder, described as the trainer describes it; if `plans` is None, the trainer checks the rest."""
     training = recipe.training
     places = written_places([plan.name for plan in plans or ()], training, recipe.lora)
     identity = {} if plans is None else identity_of(plans, training, recipe.lora, architecture, recipe)

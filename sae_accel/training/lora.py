@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments) -> list[str]:
     """
-    Names of the linear layers of an LM that get a LoRA.
+    Finds the names of an LM's linear layers that get a LoRA.
 
     Args:
-        base_model (`PreTrainedModel`): The LM without its head.
-        plans (`list[HeadPlan]`): Heads around which it is trained.
-        lora ([`LoraArguments`]): Which layers it asks for.
+        base_model (`PreTrainedModel`): The LM without its LM head.
+        plans (`list[HeadPlan]`): The run's heads.
+        lora ([`LoraArguments`]): Names the layers; if it names none, all linear layers behind the first head.
 
     Raises:
-        `InputError`: if there are none.
+        `InputError`: if a pattern, or the default, matches no linear layer.
     """
     linear = [name for name in hookpoint_names(base_model) if _is_linear(base_model.get_submodule(name))]
     if lora.target_modules:
@@ -46,20 +46,20 @@ def lora_targets(base_model: PreTrainedModel, plans: list[HeadPlan], lora: LoraA
     behind = [name for name in linear if name.startswith(inside) and _layer(name, inside) > first]
     if not behind:
         raise InputError(
-            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, where the "
-            "first head sits. Name the layers to adapt."
+            f"lora.target_modules: {type(base_model).__name__} has no linear layer behind layer {first}, the layer "
+            "of the first head. Name the layers to adapt, for instance --lora.target_modules '**.mlp.*'."
         )
     return behind
 
 
 def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) -> "PeftModel":
     """
-    Puts a new LoRA, whose parameters alone are trained, onto a frozen LM, in place. It starts as nothing.
+    Adds a new LoRA to a frozen LM, in place. Only its parameters train; at the start it changes no output.
 
     Args:
-        model (`PreTrainedModel`): The LM with its head.
-        targets (`list[str]`): Of `lora_targets`.
-        lora ([`LoraArguments`]): Its rank and scale.
+        model (`PreTrainedModel`): The LM with its LM head.
+        targets (`list[str]`): The result of `lora_targets`.
+        lora ([`LoraArguments`]): The LoRA's rank and scale.
     """
     require_extra("lora", "peft")
     from peft import LoraConfig, get_peft_model
@@ -77,7 +77,7 @@ def add_lora(model: PreTrainedModel, targets: list[str], lora: LoraArguments) ->
 
 
 def save_lora(adapted: "PeftModel", folder: Path) -> None:
-    """Writes an adapter as `peft` reads it, without the card that PEFT makes for a repo of its own."""
+    """Writes an adapter that `peft` can load, without PEFT's own README, which describes a repo of its own."""
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
@@ -87,5 +87,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _layer(name: str, inside: str) -> int:
-    """Number of the layer that a module belongs to; -1 for what comes before the layers."""
+    """The number of the layer that a module belongs to; -1 for a module outside the layers."""
     return int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else -1

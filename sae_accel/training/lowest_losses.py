@@ -1,20 +1,24 @@
+"""
+Notices that a loss has risen since its best value, which is a sign of a learning rate that is too high.
+"""
+
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-# By how much of itself a loss may rise before it is told: hardly on held-out tokens, which are the same each time, and
-# more on those of training.
+# The fraction by which a loss may rise before the run warns: little on held-out tokens, which are the same each time,
+# more on training tokens.
 _MARGINS = {"eval": 0.01, "train": 0.1}
 _TEXTS = {"eval": "held-out", "train": "training"}
 
 
 class LowestLosses:
     """
-    How low the losses that a run trains by have been, and whether they have risen since.
+    Remembers the lowest value of each training loss, and finds losses that have risen since.
 
     Args:
-        loss (`str`): `"fvu"`, of each head; or `"ce"` or `"kl"`, which heads share.
+        loss (`str`): `"fvu"`, one loss per head; or `"ce"` or `"kl"`, one loss for all heads.
         heads (`Iterable[str]`): Names of all heads of the run.
 
     Attributes:
@@ -30,7 +34,7 @@ class LowestLosses:
         self._latest: dict[str, tuple[float, int]] = {}
 
     def observe(self, values: Mapping[str, float], step: int) -> None:
-        """Takes note of what was logged, or measured on held-out tokens, after a step."""
+        """Takes in the logged or held-out values of a step."""
         for key in (f"{when}/{name}" for when in _MARGINS for name in self._names.values()):
             value = values.get(key, math.nan)
             if math.isfinite(value):
@@ -40,15 +44,15 @@ class LowestLosses:
                     self.lowest[key] = value, step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns the values that a checkpoint saves."""
         return {"lowest": self.lowest, "first": self.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint kept."""
+        """Restores the values that a checkpoint saved."""
         self.lowest, self.first = dict(state["lowest"]), dict(state["first"])
 
     def rises(self) -> Iterator[str]:
-        """A line for each loss that has risen: on held-out text if that was measured before, else on training text."""
+        """Yields a warning for each risen loss: on held-out text if measured more than once, else on training text."""
         for words, name in self._names.items():
             now, step = self._latest.get(f"eval/{name}", (math.nan, 0))
             when = "eval" if self.first.get(f"eval/{name}", step) < step else "train"
@@ -56,6 +60,6 @@ class LowestLosses:
             now, _ = self._latest.get(f"{when}/{name}", (math.nan, 0))
             if now > best * (1 + _MARGINS[when]):
                 yield (
-                    f"{words} on {_TEXTS[when]} text has risen since its best: {best:.4f} at step {at:,}, {now:.4f} "
-                    "now. training.save_best keeps the best; a lower learning rate helps."
+                    f"{words} on {_TEXTS[when]} text has risen: the best was {best:.4f} at step {at:,}, now it is "
+                    f"{now:.4f}. --training.save_best true keeps the best heads; a lower learning rate helps."
                 )

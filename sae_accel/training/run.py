@@ -1,3 +1,10 @@
+"""
+One run, as the command `train` starts it: check, load, train, and print the closing message.
+
+Every process calls `run`. The checks that need no weights come first, then tokenizer, LM and data, then the trainer.
+A watch over the processes ends all of them if one dies, and a lock keeps other runs out of the output folder.
+"""
+
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -26,21 +33,24 @@ from .trainer import SaeTrainer
 
 def run(recipe: Recipe) -> SaeTrainer:
     """
-    Trains what a recipe says, from LM to saved heads.
+    Trains a recipe, from the LM to saved heads.
 
     Args:
         recipe ([`Recipe`]): The run.
 
     Raises:
-        `InputError`: if something in the recipe cannot be used; what can be known before the LM's weights are read is
-            found before. On several processes it is raised on all, if it is on one.
+        `InputError`: on every process, if a setting of the recipe cannot be used on one. Most errors are found before
+            the LM's weights are read.
+
+    Returns:
+        [`SaeTrainer`]: the trainer after its training.
     """
     training = recipe.training
     check_launched()
     check_alike(recipe.to_dict())
     output_dir = Path(training.output_dir)
     if training.resume_from_checkpoint:
-        # Else what lies there is another run's until this one begins.
+        # Without `resume` the folder's checkpoints are another run's, until this run begins.
         signals.words = lambda: what_is_left(output_dir)
     with Watch():
         with locked_together(output_dir):
@@ -48,7 +58,7 @@ def run(recipe: Recipe) -> SaeTrainer:
             try:
                 trainer.train()
             finally:
-                # A push that fails comes after all that is to be told of the run.
+                # In `finally`, so that the message comes also if the push fails at the end.
                 if trainer.metrics and trainer.accelerator.is_main_process:
                     with_lora = trainer.adapter is not None
                     rises = trainer.run_state.lowest.rises()
@@ -63,12 +73,12 @@ def _trainer(asked: Recipe) -> SaeTrainer:
     ahead = raise_together(lambda: look_ahead(asked, process.num_processes, process.is_main_process))
     recipe, plans, checkpoint, training = ahead.recipe, ahead.plans, ahead.checkpoint, ahead.recipe.training
     if checkpoint is not None and training.init_from is not None:
-        say(f"Goes on from {str(checkpoint)!r}, so that training.init_from is not used.")
+        say(f"This run goes on from {str(checkpoint)!r}, so it does not use training.init_from.")
     if process.is_main_process and ahead.room:
         print(ahead.room)
     if training.push_to_hub:
         raise_together(lambda: _open_repo(training))
-    # A copy, since what it starts from is said more closely than the recipe does.
+    # A copy, because `init_from` gets a commit that the recipe does not name.
     args = replace(training)
     starts_from_heads = training.init_from is not None and checkpoint is None
     if plans is not None and starts_from_heads:
@@ -106,7 +116,7 @@ def _open_repo(training: SaeTrainingArguments) -> None:
 
 
 def _show_matches(plans: list[HeadPlan], args: SaeTrainingArguments, token: str | None) -> None:
-    """Prints what each head starts from, and has the run start from that commit."""
+    """Prints which pretrained head each head starts from, and pins `args.init_from` to its present commit."""
     assert args.init_from is not None, "asked for only where it is set"
     heads = open_pretrained(args.init_from, token)
     matches = raise_together(lambda: match_heads(plans, heads))

@@ -1,3 +1,10 @@
+"""
+The state of a run: everything that changes while it trains, and how a checkpoint saves and restores it.
+
+The trainer and its helpers read and change one `RunState`. A checkpoint holds each head whole, with its part of
+the optimizer's state, so that a run can go on with another number of processes, or with its heads spread differently.
+"""
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -42,34 +49,31 @@ if TYPE_CHECKING:
 
 class RunState:
     """
-    What a run is in the midst of: heads, a LoRA, optimizer, schedule and counters. It writes itself into a checkpoint,
-    and goes on from one. A checkpoint holds each head whole, with the optimizer's state for it, so that a run may go
-    on from it on another number of processes, or spread in another way.
+    Everything that changes while a run trains: heads, a LoRA, optimizer, schedule and counters.
 
     Args:
         args (`SaeTrainingArguments`): How the run trains.
         plans (`dict[str, HeadPlan]`): All heads of the run by name.
         bank (`SaeBank`): The heads of this process, not yet prepared.
         spread ([`Spread`]): How heads lie on processes.
-        adapter (`PeftModel`, *optional*): The LM with the LoRA that is trained around the heads.
-        recipe ([`Recipe`], *optional*): What is run, saved beside the heads.
-        identity (`dict[str, Any]`, *optional*): Of `identity_of`, with which checkpoints are compared.
+        adapter (`PeftModel`, *optional*): The LM with the LoRA that trains around the heads.
+        recipe ([`Recipe`], *optional*): The recipe of the run, saved beside the heads.
+        identity (`dict[str, Any]`, *optional*): The result of `identity_of`; checkpoints must match it.
 
     Attributes:
         prepared_bank (`nn.Module`): The bank, with what Accelerate has wrapped around it once the run begins.
-        optimizer (`torch.optim.Optimizer`, *optional*): The one that holds the state, and not what Accelerate wraps
-            around it; like `lr_scheduler`, made when the run begins.
-        progress (`TrainerState`): Steps, tokens and what was logged.
-        tokens_since_fired (`dict[str, torch.LongTensor]`): By head of this process, for each latent the tokens since
-            it was last active, `(num_latents,)`.
-        initial_metrics (`dict[str, float]`): What was measured before the first step.
-        best (`dict[str, float]`): The lowest losses at which heads were kept.
-        lowest ([`LowestLosses`]): How low losses have been, and when.
-        skips ([`Skips`]): Steps that were passed over, and tokens that were left out.
-        owes_evaluation (`bool`): Whether the present step has an evaluation due, which a signal may leave undone.
-        history ([`LogHistory`]): What was logged; `progress` holds the latest of it.
-        means ([`RunningMeans`]), firing ([`FiringCounts`]): What was measured, and fired, since the last log.
-        stream ([`SequenceStream`], *optional*): What is trained on, if it is that: it knows what it has passed.
+        optimizer (`torch.optim.Optimizer`, *optional*): Without Accelerate's wrapper. It and `lr_scheduler` are made
+            when the run begins.
+        progress (`TrainerState`): Steps, tokens and logged values.
+        tokens_since_fired (`dict[str, torch.LongTensor]`): Tokens since each latent was active, `(num_latents,)`.
+        initial_metrics (`dict[str, float]`): The metrics before the first step.
+        best (`dict[str, float]`): The losses of the heads that `save_best` keeps.
+        lowest ([`LowestLosses`]): The lowest value of each loss, with its step.
+        skips ([`Skips`]): Skipped steps and left-out tokens.
+        owes_evaluation (`bool`): Whether the present step still needs its evaluation, which a signal may interrupt.
+        history ([`LogHistory`]): All logged values; `progress` holds the latest of them.
+        means ([`RunningMeans`]), firing ([`FiringCounts`]): The values and firings since the last log.
+        stream ([`SequenceStream`], *optional*): The training data, if they are streamed; it knows its own position.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class RunState:
 
     @property
     def bank(self) -> SaeBank:
-        """The heads of this process, and the parameters of a LoRA, without what is wrapped around them."""
+        """The heads of this process and the parameters of a LoRA, without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.prepared_bank)
 
     @property
@@ -120,7 +124,7 @@ class RunState:
         Makes heads and optimizer ready to train.
 
         Returns:
-            `torch.optim.Optimizer`: what takes a step, with what Accelerate has wrapped around it.
+            `torch.optim.Optimizer`: the optimizer in Accelerate's wrapper, whose `step` takes a step.
         """
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.prepared_bank, prepared = self.spread.prepare(self.bank, optimizer)
@@ -128,7 +132,7 @@ class RunState:
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """While open, heads are as they are evaluated and saved: with signum, the weights are the averaged ones."""
+        """While open, heads hold the weights to evaluate and save: with signum, the averaged weights."""
         self.prepared_bank.eval()
         try:
             if not isinstance(self.optimizer, Signum):
@@ -144,10 +148,10 @@ class RunState:
 
     def save_heads(self, folder: Path, names: Iterable[str] | None = None) -> None:
         """
-        Writes heads as they are evaluated, a LoRA that was trained around them, and the recipe.
+        Writes heads with the weights to evaluate, the LoRA if there is one, and the recipe.
 
         Args:
-            folder (`Path`): Where.
+            folder (`Path`): The folder to write into.
             names (`Iterable[str]`, *optional*): Which heads; all if not given.
 
         Raises:
@@ -158,7 +162,7 @@ class RunState:
 
     def save_best(self, folder: Path, names: list[str]) -> None:
         """
-        Keeps heads as the best so far: each by itself, but heads that were trained together only together.
+        Keeps heads as the best so far: with `loss: fvu` each head alone, otherwise all heads as one set.
 
         Raises:
             `NotSaved`: on every process, if one could not write.
@@ -187,15 +191,15 @@ class RunState:
 
     def save_report(self, metrics: dict[str, float], frequencies: dict[str, Tensor]) -> None:
         """
-        Writes what the model card is made of, and the card.
+        Writes the metrics, the latents' frequencies and the model card.
 
         Args:
-            metrics (`dict[str, float]`): What the run came to.
-            frequencies (`dict[str, torch.Tensor]`): By head of this process, how often each latent is active,
-                `(num_latents,)`.
+            metrics (`dict[str, float]`): The final metrics of the run.
+            frequencies (`dict[str, torch.Tensor]`): For each head of this process, the fraction of tokens on which
+                each latent is active, `(num_latents,)`.
 
         Raises:
-            `NotSaved`: on every process, if the first could not write.
+            `NotSaved`: on every process, if the main process could not write.
         """
         folder = Path(self.args.output_dir)
         own = {
@@ -203,22 +207,22 @@ class RunState:
             for name, head in self.heads.items()
             if name in frequencies
         }
-        # Of the processes that hold a head, the first writes it, and so has got all of it.
+        # Reversed, so that the entry of the first process that holds a head wins: only that one has the whole tensor.
         everyone = {name: part for one in reversed(gather_object([own])) for name, part in one.items()}
         with written_together(folder) as write:
             if self.accelerator.is_main_process:
                 write(lambda: write_json(folder / METRICS, metrics))
                 write(lambda: self._save_progress(folder))
                 write(lambda: save_file(everyone, folder / FREQUENCIES))
-                # Other models may lie in the folder.
+                # `include`, because the folder may hold other models.
                 write(lambda: write_card(folder, include=list(self.plans)))
 
     def save_checkpoint(self, position: Position) -> Path:
         """
-        Writes everything that going on needs, complete or absent.
+        Writes a checkpoint with everything that a run needs to go on; a kill leaves it complete or absent.
 
         Args:
-            position ([`Position`]): Where in the data the next step begins.
+            position ([`Position`]): The place in the data where the next step begins.
 
         Returns:
             `Path`: the checkpoint's folder.
@@ -261,7 +265,7 @@ class RunState:
         return checkpoint_bytes(self.plans.values(), self.args, shapes, trains_heads)
 
     def _save_progress(self, folder: Path) -> None:
-        """Without what was logged, which is in a file of its own."""
+        """Writes `progress` without the logged values, which have a file of their own."""
         replace(self.progress, log_history=[]).save_to_json(str(folder / TRAINER_STATE))
 
     def load_weights(self, checkpoint: Path) -> dict[str, Any]:
@@ -269,10 +273,10 @@ class RunState:
         Puts a checkpoint's weights into heads that are not yet prepared.
 
         Returns:
-            `dict[str, Any]`: what else the checkpoint holds of the run, for `restore`.
+            `dict[str, Any]`: the rest of the checkpoint, for `restore`.
 
         Raises:
-            `InputError`: if it does not exist, is not whole, or is of another recipe.
+            `InputError`: if the checkpoint does not exist, is incomplete, or comes from another recipe.
         """
         saved = files.load_state(checkpoint)
         differences = Differences.between(saved["identity"], self.identity, self.args.allow_changes)
@@ -280,7 +284,7 @@ class RunState:
         saved["differences"] = differences
         saved["parts"] = {name: self._load_part(checkpoint, name) for name in self._parts()}
         for name, head in self.heads.items():
-            # The heads on disk may hold an average; training goes on from where the gradient is taken.
+            # With signum the heads on disk hold the average, but training goes on from the weights of the gradient.
             weights = saved["parts"][name]["weights"] or load_file(checkpoint / name / WEIGHTS)
             head.load_whole(weights)
         if self.adapter is not None:
@@ -291,16 +295,16 @@ class RunState:
 
     def restore(self, checkpoint: Path, saved: dict[str, Any]) -> Position:
         """
-        Brings a prepared run to where a checkpoint was written.
+        Brings a prepared run to the state of a checkpoint.
 
         Args:
-            checkpoint (`Path`): Its folder.
-            saved (`dict[str, Any]`): As `load_weights` gave it.
+            checkpoint (`Path`): The checkpoint's folder.
+            saved (`dict[str, Any]`): The result of `load_weights`.
 
         Returns:
-            [`Position`]: where in the data that was.
+            [`Position`]: the checkpoint's place in the data.
         """
-        # The optimizer knows a LoRA's parameters by another name than its folder.
+        # The optimizer names a LoRA "lora", while its folder is `adapter`.
         states = {name: part["optimizer"] for name, part in saved["parts"].items()}
         states["lora"] = states.get(ADAPTER, {})
         optimizer, lr_scheduler = self._begun()
@@ -308,7 +312,7 @@ class RunState:
         progress = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.progress.global_step = progress.global_step
         self.progress.num_input_tokens_seen = progress.num_input_tokens_seen
-        # A step that was passed over did not move the schedule.
+        # A skipped step does not move the schedule.
         _bring_to(lr_scheduler, progress.global_step - saved["skips"]["steps"])
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
@@ -327,23 +331,22 @@ class RunState:
         saved["differences"].tell(checkpoint)
         if saved["differences"].moves:
             return Position()
-        # Another tokenizer would cut the documents into others.
+        # Another tokenizer cuts the documents into other sequences, so the stream's position means nothing.
         is_same = not any(field.startswith("model.") for field in saved["differences"].changed)
         if is_same and self.stream is not None and saved["stream"] is not None:
             self.stream.load_state_dict(saved["stream"])
-        # What is left of a batch on another number of processes is passed over, so that no row trains twice; a stream
-        # is dealt out to another number in another way.
+        # Rounded up: on another number of processes the rest of a batch is skipped, so that no row trains twice.
         return Position(saved["epoch"], -(-saved["sequences"] // self._sequences()))
 
     def tell_left_out(self) -> None:
-        """Says which rows of a stream were left out; of other data that was told as it was read."""
+        """Prints which rows of a stream were left out; other data report their rows while they are read."""
         if self.stream is not None:
             self.stream.bad_rows.tell()
 
     def begin_history(self, checkpoint: Path | None) -> None:
-        """Goes on with what was logged until a checkpoint, which may be another run's, or begins anew."""
+        """Takes over the log up to a checkpoint, which may come from another run; without one, begins an empty log."""
         output_dir = Path(self.args.output_dir)
-        # A kill may have come between the last save and this.
+        # Again, because a kill may have come between the last save and its deletion of old checkpoints.
         files.drop_old(output_dir, self.args.save_total_limit, but_aside=True)
         source = output_dir if checkpoint is None else checkpoint.parent
         self.progress.log_history = self.history.begin(self.progress.global_step, source)
@@ -355,15 +358,15 @@ class RunState:
         return self.optimizer, self.lr_scheduler
 
     def _sequences(self) -> int:
-        """Sequences in a batch, over all processes."""
+        """The number of sequences in a batch over all processes."""
         return self.args.per_device_train_batch_size * self.accelerator.num_processes
 
     def _parts(self) -> list[str]:
-        """What has parameters of its own on this process: heads, and a LoRA."""
+        """The names of everything with parameters on this process: the heads, and the LoRA."""
         return [*self.heads, *([ADAPTER] if self.adapter is not None else [])]
 
     def _write_parts(self, staging: Path, write: Writing) -> None:
-        """Writes beside each head what training it needs and using it does not."""
+        """Writes a file beside each head with everything that only training needs."""
         optimizer, _ = self._begun()
         for name, head in self.heads.items():
             part = {
@@ -386,15 +389,15 @@ class RunState:
         path = checkpoint / name / files.STATE_FILE
         if not path.is_file():
             raise InputError(
-                f"Checkpoint {str(checkpoint)!r} has no {name}/{files.STATE_FILE}. Resume from another one."
+                f"Checkpoint {str(checkpoint)!r} has no {name}/{files.STATE_FILE}. Resume from another checkpoint."
             )
-        # Mapped, not read: of a head that is cut up a process takes its own rows alone.
+        # Memory-mapped, because a process reads only its own rows of a head that is cut up.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _bring_to(scheduler: LRScheduler, step: int) -> None:
-    """A schedule's learning rates follow from its step alone, and its base rates from the recipe."""
+    """Sets a schedule to a step; its learning rates follow from the step and the recipe's base rates."""
     if step:
-        # The count is private to torch, which warns if it does not fit; the tests that resume make warnings errors.
+        # `_step_count` is private to torch, which warns if it does not fit; in the tests a warning is an error.
         scheduler.last_epoch, scheduler._step_count = step - 1, step + 1
         scheduler.step()

@@ -1,3 +1,7 @@
+"""
+Saves during a run. A failed save never ends the run: it prints a line, and the next save tries again.
+"""
+
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,45 +19,48 @@ from .run_state import RunState
 
 class Saver:
     """
-    Saves while a run goes on. What cannot be saved, such as on a disk that is full, is told in one line, and costs
-    neither the run nor what was saved before: the next save tries again.
+    Saves checkpoints, best heads and logs while a run trains. If a save fails, for instance on a full disk, the run
+    prints one line and trains on; earlier saves stay, and the next save tries again.
 
     Args:
-        run ([`RunState`]): What is saved.
+        run ([`RunState`]): The run to save.
     """
 
     def __init__(self, run: RunState):
         self.run = run
         self.args = run.args
-        # Why the latest checkpoint, and why the best heads, could not be saved.
+        # The error of the latest save, for "checkpoint" and for "best"; no entry if it succeeded.
         self._missing: dict[str, str] = {}
-        # The newest checkpoint that this run has written, with its step.
+        # The step and the folder of this run's newest checkpoint.
         self._newest: tuple[int, Path] | None = None
 
     @property
     def unsaved(self) -> str | None:
-        """Why the latest checkpoint, or the best heads, could not be saved; None if they were."""
+        """Why the latest checkpoint or the best heads could not be saved; None if both are saved."""
         return next(iter(self._missing.values()), None)
 
     @property
     def newest(self) -> Path | None:
-        """The checkpoint of the present step, if there is one."""
+        """The checkpoint of the present step; None if there is none."""
         step, folder = self._newest or (None, None)
         return folder if step == self.run.progress.global_step else None
 
     def checkpoint(self, position: Position) -> Path | None:
         """
-        Writes a checkpoint; None if it could not.
+        Writes a checkpoint.
 
         Args:
-            position ([`Position`]): Where in the data the next step begins.
+            position ([`Position`]): The place in the data where the next step begins.
+
+        Returns:
+            `Path`: the checkpoint's folder; None if it could not be written.
         """
         try:
             folder = self.run.save_checkpoint(position)
         except NotSaved as error:
             self._tell("checkpoint", error)
             if self.args.save_total_limit is not None and self.args.save_total_limit > 1:
-                # What was put aside goes only once there is a newer one.
+                # Room for the next try; but checkpoints that were put aside stay until a newer one is complete.
                 self._drop_old(self.args.save_total_limit - 1, but_aside=True)
             return None
         self._missing.pop("checkpoint", None)
@@ -62,20 +69,20 @@ class Saver:
         return folder
 
     def where(self, what_is_left: Callable[[], str]) -> str:
-        """Where the present step is saved, in words; if it could not be, why, and `what_is_left`."""
+        """A sentence that says where the present step is saved; if nowhere, why not, followed by `what_is_left`."""
         folder = self.newest
         return f"{self.unsaved} {what_is_left()}" if folder is None else f"Saved {folder}. {files.GO_ON}"
 
     def saved_before_errors(self, windows: Iterator[Window], save: Callable[[], str]) -> Iterator[Window]:
         """
-        Windows of the data. Where it cannot be read on, what has trained is saved first.
+        Yields windows of the data. If the data cannot be read further, it saves a checkpoint before it raises.
 
         Args:
-            windows (`Iterator[Window]`): As many on every process.
-            save (`Callable[[], str]`): Saves, and says where.
+            windows (`Iterator[Window]`): The windows; every process must have the same number.
+            save (`Callable[[], str]`): Saves a checkpoint and returns the sentence that says where.
 
         Raises:
-            `InputError`: on every process, with the reason and what is saved.
+            `InputError`: on every process, with the reason and the sentence of `save`.
         """
         while True:
             try:
@@ -87,16 +94,16 @@ class Saver:
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """
-        Keeps heads whose loss is the lowest so far: each by its own FVU; heads that were trained together by the loss
-        that they share.
+        Keeps the heads with the lowest loss so far: with `loss: fvu` each head by its own FVU, otherwise all heads by
+        the loss that they share.
 
         Args:
-            metrics (`dict[str, float]`): Of an evaluation.
+            metrics (`dict[str, float]`): The metrics of an evaluation.
         """
         run, loss = self.run, self.args.loss
         losses = {name: f"eval/fvu/{name}" for name in run.plans} if loss == "fvu" else {loss: f"eval/{loss}"}
         for name, key in losses.items():
-            # What is no number is not below any.
+            # `not <` rather than `>=`: NaN never counts as the best.
             if not metrics[key] < run.best.get(name, math.inf):
                 continue
             try:
@@ -108,7 +115,7 @@ class Saver:
             run.best[name] = metrics[key]
 
     def log(self, values: dict[str, float]) -> None:
-        """Hands values to the trackers, and adds them to the run's history."""
+        """Gives values to the trackers, and adds them to the run's history."""
         progress = self.run.progress
         self.run.lowest.observe(values, progress.global_step)
         entry = {**values, "step": progress.global_step}
@@ -122,7 +129,7 @@ class Saver:
             say(f"Step {progress.global_step} could not be added to {HISTORY}: {one_line(error)}. Training goes on.")
 
     def show(self, values: dict[str, float]) -> None:
-        """Hands values to the trackers."""
+        """Gives values to the trackers."""
         step = self.run.progress.global_step
         with_trackers(self.run.accelerator, lambda tracker: tracker.log(values, step=step))
 
@@ -131,7 +138,7 @@ class Saver:
         say(f"{error} Training goes on, and the next save tries again.")
 
     def _drop_old(self, keep: int | None, but_aside: bool = False) -> None:
-        """Deletes older checkpoints than the last `keep`."""
+        """Deletes all checkpoints except the last `keep`."""
         write = Writing()
         if self.run.accelerator.is_main_process:
             write(lambda: files.drop_old(Path(self.args.output_dir), keep, but_aside))

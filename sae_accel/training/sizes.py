@@ -1,4 +1,4 @@
-"""What a run's files take of the disk."""
+"""The disk space of heads and checkpoints, computed from shapes alone."""
 
 from collections.abc import Iterable, Iterator
 from math import ceil
@@ -15,12 +15,12 @@ from ..recipe.arguments import LoraArguments, SaeTrainingArguments
 from .lora import lora_targets
 
 
-# Parameters with fewer elements than these bitsandbytes keeps in 32 bits; of others it keeps a scale for so many.
+# bitsandbytes keeps the state of smaller parameters in 32 bits. For larger ones it keeps a scale per block.
 _LEAST_IN_8_BITS, _BLOCK = 4096, 256
 
 
 def head_bytes(plans: Iterable[HeadPlan]) -> int:
-    """Bytes of all heads as they are saved."""
+    """The number of bytes of all saved heads."""
     return sum(tensor.nbytes for plan in plans for tensor in _tensors(plan))
 
 
@@ -31,28 +31,28 @@ def checkpoint_bytes(
     trains_heads: bool = True,
 ) -> int:
     """
-    Bytes of a checkpoint: heads as they are evaluated, as they train if that is another, the optimizer's state, and
-    counters.
+    The number of bytes of a checkpoint: the heads to evaluate, with signum also the weights that train, the
+    optimizer's state and counters.
 
     Args:
         plans (`Iterable[HeadPlan]`): All heads of the run.
-        training (`SaeTrainingArguments`): How they train.
-        adapter (`Iterable[torch.Size]`, *optional*): Shapes of the parameters of a LoRA.
-        trains_heads (`bool`, defaults to `True`): Whether heads train, or the LoRA alone.
+        training (`SaeTrainingArguments`): How the heads train.
+        adapter (`Iterable[torch.Size]`, *optional*): The shapes of a LoRA's parameters.
+        trains_heads (`bool`, defaults to `True`): Whether the heads train; False if only the LoRA does.
     """
     plans = list(plans)
     copies = 2 if training.optim == "signum" else 1
     total = copies * head_bytes(plans) + sum(8 * plan.config.num_latents for plan in plans)
     if trains_heads:
         total += sum(_state_bytes(tensor.shape, training) for plan in plans for tensor in _tensors(plan))
-    # The adapter as PEFT writes it, and as it trains.
+    # Twice: the adapter that PEFT writes, and the copy in the training state.
     return total + sum(2 * 4 * shape.numel() + _state_bytes(shape, training) for shape in adapter)
 
 
 def adapter_shapes(
     architecture: PreTrainedModel, plans: list[HeadPlan], lora: LoraArguments | None
 ) -> Iterator[torch.Size]:
-    """Shapes of the parameters of a LoRA that an LM is to get; none if it gets none."""
+    """Yields the shapes of the parameters of a LoRA; none if `lora` is None."""
     if lora is None:
         return
     base_model = base_of(architecture)
@@ -68,7 +68,7 @@ def _tensors(plan: HeadPlan) -> list[Tensor]:
 
 
 def _state_bytes(shape: torch.Size, training: SaeTrainingArguments) -> int:
-    """Of an optimizer's state for one parameter."""
+    """The number of bytes of an optimizer's state for one parameter."""
     count = shape.numel()
     if training.optim == "signum":
         return 4 * count

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 @dataclass
 class Skips:
     """
-    What a run has left out since its start, because it is not finite.
+    Counts of skipped steps and left-out tokens since the start of a run, because of numbers that are not finite.
 
     Args:
-        steps (`int`): Optimizer steps that were passed over.
-        in_a_row (`int`): How many of them came last, with no step taken since.
-        non_finite_tokens (`int`): Tokens, also of steps that were passed over.
+        steps (`int`): Skipped optimizer steps.
+        in_a_row (`int`): Steps skipped since the last step that was taken.
+        non_finite_tokens (`int`): Left-out tokens, also in skipped steps.
     """
 
     steps: int = 0

@@ -1,3 +1,10 @@
+"""
+The measurements of one optimizer step, from the sums of each process to totals over all processes.
+
+Moments and sums are added up first, over micro-batches and processes, and divided only at the end. So no result
+depends on how tokens are cut into batches or spread over processes.
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,17 +23,18 @@ from .sums import StepSums
 @dataclass
 class StepResult:
     """
-    What an optimizer step was taken on, over all processes.
+    The measurements of an optimizer step, over all processes.
 
     Args:
-        num_tokens (`torch.Tensor` of shape `()`): Tokens that trained.
-        head_tokens (`dict[str, torch.Tensor]`): By head, those that reached it.
-        uses (`dict[str, torch.Tensor]`): By head, activations above zero of each latent, `(num_latents,)`.
-        smallest_acts (`dict[str, torch.Tensor]`): By head with `batchtopk`, the mean over tokens of the smallest
-            activation of the batch that they were in, `()`.
-        values (`dict[str, torch.Tensor]`): What is logged, by name.
+        num_tokens (`torch.Tensor` of shape `()`): Trained tokens.
+        head_tokens (`dict[str, torch.Tensor]`): By head, the tokens that reached it, `()`.
+        uses (`dict[str, torch.Tensor]`): By head, the number of tokens on which each latent was active,
+            `(num_latents,)`.
+        smallest_acts (`dict[str, torch.Tensor]`): By head with `batchtopk`, the smallest activation of a batch, as a
+            mean over tokens, `()`.
+        values (`dict[str, torch.Tensor]`): The values to log, by name, `()` each.
         non_finite (`torch.Tensor` of shape `()`): Tokens that were left out because an activation is not finite.
-        non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
+        non_finite_at ([`NonFiniteAt`], *optional*): The first place where this process found one.
         unsure (`torch.Tensor` of shape `()`): Above zero if numbers that are not finite may have taken part.
     """
 
@@ -42,16 +50,16 @@ class StepResult:
 
 class TokenCount:
     """
-    Tokens of a step or an evaluation on this process, or those that its heads have seen.
+    Counts the tokens of a step or an evaluation: the tokens of this process, or the tokens that its heads see.
 
     Args:
-        device (`torch.device`): Of the heads.
+        device (`torch.device`): The heads' device.
 
     Attributes:
-        trained (`torch.Tensor` of shape `()`): Those that count.
-        non_finite (`torch.Tensor` of shape `()`): Those that were left out because an activation is not finite.
-        non_finite_at ([`NonFiniteAt`], *optional*): Where this process found the first such activation.
-        unsure (`torch.Tensor` of shape `()`): Above zero if others may not have been left out.
+        trained (`torch.Tensor` of shape `()`): Tokens that count.
+        non_finite (`torch.Tensor` of shape `()`): Tokens that were left out because an activation is not finite.
+        non_finite_at ([`NonFiniteAt`], *optional*): The first place where this process found one.
+        unsure (`torch.Tensor` of shape `()`): Above zero if further tokens that are not finite may have taken part.
     """
 
     def __init__(self, device: torch.device):
@@ -68,17 +76,18 @@ class TokenCount:
 
 
 def merge_moments(moments: dict[Site, Moments], bank: SaeBank, activations: Activations) -> None:
-    """Adds, for each site that some head predicts, the moments of a batch."""
+    """Adds the moments of a batch, for each site that a head predicts."""
     for site in dict.fromkeys(site for plan in bank.plans.values() for site in plan.predicts):
-        new = Moments.of(activations.by_site[site])
+        new = Moments.of(activations.by_site[site])  # of (tokens, width)
         moments[site] = moments[site].merge(new) if site in moments else new
 
 
 def over_processes(spread: Spread, moments: dict[Site, Moments]) -> dict[Site, Moments]:
-    """Of the tokens of all processes together."""
-    counts = spread.sum([own.count for own in moments.values()])
-    sums = spread.sum([own.mean * own.count for own in moments.values()])
+    """The moments of each site over the tokens of all processes."""
+    counts = spread.sum([own.count for own in moments.values()])  # () each
+    sums = spread.sum([own.mean * own.count for own in moments.values()])  # (width,) each
     means = [total / count.clamp_min(1) for total, count in zip(sums, counts, strict=True)]
+    # Total variance = variances within processes + variance of their means about the common mean.
     between = [own.count * (own.mean - mean).pow(2).sum() for own, mean in zip(moments.values(), means, strict=True)]
     variances = spread.sum([own.total_variance + part for own, part in zip(moments.values(), between, strict=True)])
     return {site: Moments(*of) for site, of in zip(moments, zip(counts, means, variances, strict=True), strict=True)}
@@ -92,14 +101,14 @@ def step_result(
     scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StepResult:
     """
-    What heads measured in a step, over all processes.
+    Sums the measurements of a step over all processes.
 
     Args:
         spread ([`Spread`]): Sums over processes.
-        sums (`StepSums`): What heads measured on this process.
-        tokens (`TokenCount`): Tokens of this process, or those that its heads have seen.
-        head_tokens (`dict[str, torch.Tensor]`): By head, tokens of all processes that reached it.
-        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, what its losses are multiplied by; 1 if not given.
+        sums (`StepSums`): The heads' measurements on this process.
+        tokens (`TokenCount`): The tokens of this process, or the tokens that its heads see.
+        head_tokens (`dict[str, torch.Tensor]`): By head, the tokens of all processes that reached it, `()`.
+        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, the factor of its losses, `()`; 1 if not given.
     """
     sums.total(spread.sum)
     values: dict[str, Tensor] = {}
@@ -108,7 +117,7 @@ def step_result(
             if part in measured:
                 values[f"train/{part}/{name}"] = measured[part] * scale.get(name, 1.0)
         values[f"train/l0/{name}"] = measured["active"] / head_tokens[name].clamp_min(1)
-    uses = {name: measured["uses"] for name, measured in sums.by_head.items()}
+    uses = {name: measured["uses"] for name, measured in sums.by_head.items()}  # (num_latents,) each
     smallest = {
         name: measured["smallest_act"] / head_tokens[name].clamp_min(1)
         for name, measured in sums.by_head.items()
@@ -119,5 +128,5 @@ def step_result(
 
 
 def positive(variance: Tensor) -> Tensor:
-    """A variance that can be divided by: tokens that are all alike, or none at all, have nothing to explain."""
+    """The variance, or 1 where it is 0, so that a division works even for equal tokens or no tokens."""
     return torch.where(variance > 0, variance, 1.0)

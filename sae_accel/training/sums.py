@@ -6,20 +6,20 @@ from torch import Tensor
 
 
 class StepSums:
-    """What heads measured in one optimizer step or evaluation, summed over micro-batches on the device."""
+    """Sums the heads' measurements of one optimizer step or evaluation over micro-batches, on the device."""
 
     def __init__(self) -> None:
         self.by_head: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, measured: dict[str, dict[str, Tensor]]) -> None:
-        """Adds what the bank measured, by head and quantity."""
+        """Adds the bank's measurements of a micro-batch, by head and quantity."""
         for name, values in measured.items():
             sums = self.by_head[name]
             for quantity, value in values.items():
                 sums[quantity] = sums[quantity] + value if quantity in sums else value
 
     def total(self, sum_over_processes: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        """Puts the sums over all processes in the place of this one's."""
+        """Replaces this process's sums by the sums over all processes."""
         places = [(name, quantity) for name, sums in self.by_head.items() for quantity in sums]
         totals = sum_over_processes([self.by_head[name][quantity] for name, quantity in places])
         for (name, quantity), value in zip(places, totals, strict=True):
@@ -27,7 +27,7 @@ class StepSums:
 
 
 class FiringCounts:
-    """On how many of the tokens since the last look each latent was active, by head."""
+    """Counts, for each head, the tokens since the last flush on which each latent was active."""
 
     def __init__(self) -> None:
         self.uses: dict[str, Tensor] = {}
@@ -40,31 +40,31 @@ class FiringCounts:
             self.tokens[name] = self.tokens[name] + tokens[name] if name in self.tokens else tokens[name]
 
     def load(self, head: str, uses: Tensor, tokens: Tensor) -> None:
-        """Goes on with what was counted of a head."""
+        """Restores a head's counts from a checkpoint: `uses` `(num_latents,)` and `tokens` `()`."""
         self.uses[head], self.tokens[head] = uses, tokens
 
     def flush(self) -> dict[str, Tensor]:
-        """The fractions, and starts anew."""
+        """Returns the fraction of tokens on which each latent was active, `(num_latents,)`, and clears the counts."""
         fractions = {name: uses / self.tokens[name].clamp_min(1) for name, uses in self.uses.items()}
         self.uses, self.tokens = {}, {}
         return fractions
 
 
 class RunningMeans:
-    """Means of logged values over the steps since the last log."""
+    """Averages logged values over the steps since the last log."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds one step's values."""
+        """Adds the values of one step, `()` each."""
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.steps += 1
 
     def load(self, sums: Mapping[str, float], steps: int, heads: Container[str], device: torch.device) -> None:
-        """Goes on with what was summed over so many steps, of the heads of this process and of the LM."""
+        """Restores sums over `steps` steps from a checkpoint: of the LM, and of the heads of this process."""
         for key, value in sums.items():
             _, _, *head = key.split("/", 2)
             if not head or head[0] in heads:
@@ -72,7 +72,7 @@ class RunningMeans:
         self.steps = steps
 
     def flush(self) -> dict[str, float]:
-        """The means, and starts anew."""
+        """Returns the means, and clears the sums."""
         if not self.steps:
             return {}
         means = torch.stack(list(self.sums.values())) / self.steps

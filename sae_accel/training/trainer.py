@@ -1,7 +1,15 @@
+"""
+The trainer: it builds a run from an LM, data and arguments, trains the heads and saves them.
+
+The trainer checks the arguments first, because a mistake should cost no hours. Then it puts together the parts of a
+run, each from a file of its own: heads and LM (`assembly.py`), the run's state (`run_state.py`), the output folder
+(`runs/`), the callbacks. `train` takes the optimizer steps in `loop.py`, and saves heads, metrics and card at the end.
+Each process of a run builds the same trainer; an error on one process is raised on all.
+"""
+
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from ..bank.plans import HeadPlan, plan_heads, site_widths
 from ..common.errors import InputError
 from ..common.signals import Stopped, signals
-from ..data.batches import Batches, Position, Window, fingerprint, sequence_length
+from ..data.batches import Position, fingerprint, sequence_length
 from ..data.collate import Rows
 from ..data.sequence_stream import SequenceStream
 from ..hub.publisher import Publisher, push_run
@@ -42,6 +50,7 @@ from .finite_steps import FiniteSteps
 from .identity import identity_of
 from .interruption import Abandoned, Interruption
 from .k_schedule import k_at
+from .loop import TrainingLoop
 from .lora import add_lora, lora_targets
 from .run_state import RunState
 from .saving import Saver
@@ -51,31 +60,33 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class SaeTrainer:
+class SaeTrainer(TrainingLoop):
     """
-    Trains SAEs and transcoders on the activations of a frozen LM, with the feel of `transformers.Trainer`.
+    Trains SAEs and transcoders on the activations of a frozen LM, in the style of `transformers.Trainer`.
 
     Args:
-        model (`PreTrainedModel`): The LM, which may carry a PEFT adapter. It is frozen, and under the local loss stops
-            after the deepest hookpoint. Losses `ce` and `kl` need its own head.
+        model (`PreTrainedModel`): The LM, which may carry a PEFT adapter. The trainer freezes it. With `loss: fvu` the
+            LM runs only up to the deepest hookpoint; `ce` and `kl` need an LM with its LM head.
         args (`SaeTrainingArguments`): How to train.
-        heads (`list[HeadArguments]`): What to train; a head for every layer's output if not given.
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `input_ids`, such as
-            `chunk_and_tokenize` gives.
+        heads (`list[HeadArguments]`, *optional*): Which heads to train; if not given, an SAE on each layer's output.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `input_ids`, for instance from
+            `chunk_and_tokenize`.
         eval_dataset (*optional*): Held-out rows of the same kind.
         exclude_tokens (`list[int]`, *optional*): Token ids that train nothing and count in no metric.
-        processing_class (*optional*): The tokenizer, handed to callbacks.
+        processing_class (*optional*): The tokenizer, which callbacks get.
         callbacks (`list[transformers.TrainerCallback]`, *optional*): Further callbacks.
-        lora ([`LoraArguments`], *optional*): A LoRA of the LM to train around the heads.
-        recipe (`Recipe`, *optional*): What is run, saved beside the heads.
+        lora ([`LoraArguments`], *optional*): A LoRA of the LM, trained together with the heads.
+        recipe (`Recipe`, *optional*): The recipe of the run, saved beside the heads.
 
     Raises:
         `InputError`: if a hookpoint does not exist, sizes disagree, or the data cannot fill a batch.
 
     Examples:
         ```python
-        args = SaeTrainingArguments(output_dir="runs/gpt2")
-        trainer = SaeTrainer(lm, args, [HeadArguments(hookpoints="h.*")], tokens)
+        from sae_accel import HeadArguments, SaeTrainer, SaeTrainingArguments
+
+        args = SaeTrainingArguments(output_dir="runs/smollm2", max_steps=1000)
+        trainer = SaeTrainer(lm, args, [HeadArguments(hookpoints="layers.1")], tokenized)
         trainer.train()
         ```
     """
@@ -97,7 +108,7 @@ class SaeTrainer:
         heads = heads or [HeadArguments()]
         check_objective(args, heads, lora)
         if args.save_best and eval_dataset is None:
-            raise InputError("training.save_best: there are no held-out sequences. Give eval_dataset.")
+            raise InputError("training.save_best: there are no held-out sequences. Give the trainer an eval_dataset.")
         self.args = args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.output_dir = Path(args.output_dir)
@@ -122,7 +133,7 @@ class SaeTrainer:
         places = written_places(self.plans, args, lora)
         tracks = args.report_to != ["none"]
         self.folder = OutputFolder(self.output_dir, places, args.run_name, tracks, recipe is not None, identity)
-        # What takes a step, made when the run begins.
+        # Both are made when the run begins.
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: LRScheduler | None = None
         self.control = TrainerControl()
@@ -138,60 +149,83 @@ class SaeTrainer:
         self._interruption = Interruption()
         self.objective.between_batches = self._interruption.check
         self._position = Position()
-        # What was measured last, with its step.
-        self._measured: tuple[int, dict[str, float]] | None = None
+        self._measured = None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Adds a `transformers.TrainerCallback`, or makes one of the class given."""
+        """
+        Adds a callback to the run.
+
+        Args:
+            callback (`transformers.TrainerCallback`, or a class of it): The callback, or a class that is called
+                without arguments to make one.
+
+        Examples:
+            ```python
+            from transformers import TrainerCallback
+
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    control.should_training_stop = state.num_input_tokens_seen > 10_000_000
+
+            trainer.add_callback(Stop)
+            ```
+        """
         self.callback_handler.add_callback(callback)
 
     @property
     def plans(self) -> dict[str, HeadPlan]:
-        """All heads of the run by name: where they read, what they predict and how they train."""
+        """All heads of the run by name: where each reads, what it predicts and how it trains."""
         return self.run_state.plans
 
     @property
     def bank(self) -> nn.Module:
-        """The module that holds the heads of this process, as it was prepared by Accelerate."""
+        """The module with the heads of this process, as Accelerate has prepared it."""
         return self.run_state.prepared_bank
 
     @property
     def heads(self) -> dict[str, HeadModel]:
-        """The heads of this process by name; under FSDP, DeepSpeed and `distribute_latents` the part that it holds."""
+        """The heads of this process by name; with FSDP, DeepSpeed and `distribute_latents`, its part of each head."""
         return self.run_state.heads
 
     @property
     def state(self) -> TrainerState:
-        """Steps, tokens and logged values."""
+        """The steps, tokens and logged values so far."""
         return self.run_state.progress
 
     @property
     def tokens_since_fired(self) -> dict[str, Tensor]:
-        """By head of this process, for each latent the tokens since it was last active, `(num_latents,)`."""
+        """Tokens since each latent was last active, `(num_latents,)`, for each head of this process."""
         return self.run_state.tokens_since_fired
 
     @property
     def adapter(self) -> "PeftModel | None":
-        """The LM with the LoRA that is trained around the heads."""
+        """The LM with the LoRA that trains around the heads; None without a LoRA."""
         return self.run_state.adapter
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """
-        Trains, evaluates on the held-out rows, saves the heads, `metrics.json` and the model card in
-        `args.output_dir`, and with `args.push_to_hub` releases them.
+        Trains the heads, evaluates them on the held-out rows, and saves them in `args.output_dir` with `metrics.json`
+        and a model card. With `args.push_to_hub` it then pushes them to the Hub.
 
         Args:
-            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint folder to go on from; `True` is the
-                newest whole one of `args.output_dir`; `args.resume_from_checkpoint` if not given.
+            resume_from_checkpoint (`bool` or `str`, *optional*): The checkpoint folder to go on from; `True` is the
+                newest complete checkpoint in `args.output_dir`. If not given, `args.resume_from_checkpoint` decides.
 
         Returns:
             `transformers.trainer_utils.TrainOutput`: steps done, mean loss since the last log, and the metrics.
 
         Raises:
             `InputError`: if the output folder holds another run, the data cannot fill a batch, or the checkpoint
-                cannot be used; or after all is saved, if it cannot be pushed.
-            `NotFinite`: on every process, if ten steps in a row could not be taken, or weights are not finite.
+                cannot be used; or after everything is saved, if the push fails.
+            `NotFinite`: on every process, if ten steps in a row were skipped, or weights are not finite.
             `KeyboardInterrupt`: on Ctrl-C, after a checkpoint has been saved.
+
+        Examples:
+            ```python
+            output = trainer.train()
+            output.metrics["train/tokens"]
+            trainer.heads["layers.1"].encode(hidden)
+            ```
         """
         with locked_together(self.output_dir):
             return self._train(resume_from_checkpoint)
@@ -218,10 +252,10 @@ class SaeTrainer:
         self.run_state.tell_left_out()
         metrics |= self.run_state.initial_metrics | self.counters.totals(tokens_before, time.monotonic() - started)
         self.save_model()
-        signals.words = lambda: f"The heads are saved in {self.output_dir}, their card is not. {GO_ON}"
+        signals.words = lambda: f"The heads are saved in {self.output_dir}, but not their model card. {GO_ON}"
         self.run_state.save_report(metrics, self.counters.frequencies)
-        signals.words = lambda: f"All is saved in {self.output_dir}."
-        # Not end_training, which would part the processes, so that nothing could be evaluated after.
+        signals.words = lambda: f"Everything is saved in {self.output_dir}."
+        # Accelerate's `end_training` also closes the process group, and then nobody could evaluate afterwards.
         with_trackers(self.accelerator, lambda tracker: tracker.finish())
         self.metrics = metrics
         if self.args.push_to_hub:
@@ -229,7 +263,27 @@ class SaeTrainer:
         return TrainOutput(self.state.global_step, self.counters.last_loss(), metrics)
 
     def training_step(self, window: list[dict[str, Tensor]]) -> None:
-        """One optimizer step on the batches of an accumulation window, from tokens to new weights."""
+        """
+        Takes one optimizer step on the batches of an accumulation window, from tokens to new weights.
+
+        `train` calls it. A subclass may override it, as with `transformers.Trainer`.
+
+        Args:
+            window (`list[dict[str, torch.Tensor]]`): The batches, each with `input_ids` and `attention_mask` of shape
+                `(batch, ctx_len)`.
+
+        Examples:
+            ```python
+            import time
+            from sae_accel import SaeTrainer
+
+            class TimedTrainer(SaeTrainer):
+                def training_step(self, window):
+                    start = time.monotonic()
+                    super().training_step(window)
+                    print(time.monotonic() - start, "s")
+            ```
+        """
         heads, step = self.heads, self.state.global_step
         k = {name: k_at(step, head.config, self.plans[name].arguments) for name, head in heads.items()}
         assert self.optimizer is not None and self.lr_scheduler is not None, "a run has begun"
@@ -246,23 +300,31 @@ class SaeTrainer:
 
     def evaluate(self, eval_dataset: Rows | None = None) -> dict[str, float]:
         """
-        FVU, L0 and the part of latents that stay silent, by head, on held-out rows, with the weights that are saved.
-        With loss `ce` or `kl` also the LM's own losses, in nats, by token.
+        Measures each head on held-out rows, with the weights that the trainer saves: FVU, L0 and the fraction of
+        latents that stay silent. With loss `ce` or `kl` it also measures the LM's losses, in nats per token.
 
         Args:
             eval_dataset (*optional*): Rows to use instead of the trainer's.
 
         Returns:
-            `dict[str, float]`: `eval/fvu/<head>`, `eval/l0/<head>`, `eval/silent/<head>`, and `eval/tokens`; and
-            `eval/ce_clean` without heads, `eval/ce` with all of them spliced in, and `eval/kl` between the two.
+            `dict[str, float]`: `eval/fvu/<head>`, `eval/l0/<head>`, `eval/silent/<head>`, and `eval/tokens`; with
+            loss `ce` or `kl` also `eval/ce_clean` without heads, `eval/ce` with all heads spliced in, and `eval/kl`
+            between the two.
 
         Raises:
             `InputError`: if there are no held-out rows.
+
+        Examples:
+            ```python
+            trainer.train()
+            metrics = trainer.evaluate(tokenized)
+            print(metrics["eval/fvu/layers.1"], metrics["eval/l0/layers.1"])
+            ```
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError(
-                "There are no held-out sequences to evaluate on. Give eval_dataset, or set data.eval_examples."
+                "There are no held-out sequences to evaluate on. Give eval_dataset, or set --data.eval_examples 256."
             )
         metrics = self._measure(self._batches(dataset).one_pass(drop_last=False))
         self.counters.frequencies = dict(self.objective.frequencies)
@@ -272,11 +334,23 @@ class SaeTrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """
-        Writes the heads, a LoRA that was trained around them as a PEFT adapter in `adapter`, and the recipe if there
-        is one, into `output_dir`, by default that of the arguments.
+        Writes the heads, each into a folder with its name. A LoRA goes into `adapter` as a PEFT adapter, and the
+        recipe, if there is one, into `recipe.yaml`.
+
+        Args:
+            output_dir (`str`, *optional*): The folder to write into; `args.output_dir` if not given.
 
         Raises:
             `NotFinite`: on every process, if weights are not finite.
+
+        Examples:
+            ```python
+            from sae_accel import AutoSae
+
+            trainer.train()
+            trainer.save_model("runs/smollm2-copy")
+            sae = AutoSae.from_pretrained("runs/smollm2-copy", subfolder="layers.1")
+            ```
         """
         self.finite_steps.check_weights()
         self.run_state.save_heads(Path(output_dir or self.args.output_dir))
@@ -284,17 +358,24 @@ class SaeTrainer:
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> Pushed | None:
         """
-        Releases what `train` saved in `args.output_dir`, in one commit.
+        Pushes the files that `train` saved in `args.output_dir` to the Hub, in one commit.
 
         Args:
-            commit_message (`str`, *optional*): Of the commit.
-            kwargs (*optional*): `revision` and `token`, as of [`Release.push`].
+            commit_message (`str`, *optional*): The commit's message.
+            kwargs (*optional*): `revision` and `token`, as in [`Release.push`].
 
         Returns:
-            [`Pushed`], on the main process.
+            [`Pushed`] on the main process, None on the others.
 
         Raises:
-            `InputError`: on every process, if the Hub refuses or cannot be reached. What was saved is there still.
+            `InputError`: on every process, if the Hub refuses or cannot be reached. The local files stay.
+
+        Examples:
+            ```python no-run
+            trainer.train()
+            pushed = trainer.push_to_hub("SAEs of SmolLM2, 10M tokens")
+            print(pushed.url)
+            ```
         """
 
         def push() -> Pushed | None:
@@ -306,97 +387,13 @@ class SaeTrainer:
         return self.pushed
 
     def dead_fractions(self) -> dict[str, float]:
-        """By head, the part of latents that have not been active for the entry's `dead_after_tokens`."""
+        """
+        The fraction of dead latents of each head: latents not active for the last `dead_after_tokens` tokens.
+
+        Examples:
+            ```python
+            trainer.train()
+            trainer.dead_fractions()  # {"layers.1": 0.0}
+            ```
+        """
         return self.counters.dead_fractions()
-
-    def _tell(self, event: str, *values: dict[str, float]) -> None:
-        """Calls the callbacks, which transformers types for arguments of its own class."""
-        call = getattr(self.callback_handler, event)
-        self.control = call(self.args, self.state, self.control, *values)
-
-    def _batches(self, dataset: Rows | None) -> Batches:
-        return Batches(dataset, self.args, self.accelerator, self.pad_token_id)
-
-    def _windows(self, batches: Batches) -> Iterator[Window]:
-        """The batches of each step. The first is read now: to find it in a stream is not training."""
-        windows = self.saver.saved_before_errors(batches.windows(self._position), partial(self._saved, anew=True))
-        first = islice(windows, 1) if self.state.global_step < self.state.max_steps else ()
-        return chain(list(first), windows)
-
-    def _take_steps(self, windows: Iterator[Window]) -> dict[str, float]:
-        """Trains to the end, and evaluates. A signal to any process ends it with `Abandoned` on all."""
-        if self.run_state.owes_evaluation and self.eval_dataset is not None:
-            self._evaluate_and_keep_best()
-        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            self._interruption.check()
-            window, after = next(windows)
-            self.training_step(window)
-            self._position = after
-            self._tell("on_step_end")
-            self._act_on_control()
-        self._tell("on_train_end")
-        step, metrics = self._measured or (None, {})
-        if step != self.state.global_step and self.eval_dataset is not None:
-            metrics = self._evaluate_and_keep_best()
-        self._interruption.check()
-        return metrics
-
-    def _act_on_control(self) -> None:
-        """Logs, evaluates and saves where callbacks asked for it."""
-        if self.control.should_log or self.control.should_save:
-            self.finite_steps.check_weights()
-        if self.control.should_log:
-            self._write_log()
-        if self.control.should_evaluate and self.eval_dataset is not None:
-            self.run_state.owes_evaluation = True
-            self._evaluate_and_keep_best()
-        if self.control.should_save:
-            self._interruption.check()
-            self._save_checkpoint()
-
-    def _save_checkpoint(self) -> None:
-        folder = self.saver.checkpoint(self._position)
-        self.control.should_save = False
-        if folder is not None:
-            self._tell("on_save")
-
-    def _saved(self, signal_number: int | None = None, anew: bool = False) -> str:
-        """Saves what is not saved yet, or all `anew`, and says so."""
-        if anew or self.saver.newest is None:
-            self.finite_steps.check_weights()
-            self._save_checkpoint()
-        if self.publisher:
-            self.publisher.finish(release_follows=False, signal_number=signal_number)
-        return self.saver.where(signals.words)
-
-    def _write_log(self) -> None:
-        values = self.counters.flush()
-        self.saver.log(values)
-        self._tell("on_log", values)
-
-    def _measure(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        with self.run_state.evaluated_weights():
-            return self.objective.evaluate(self.bank, self._interruption.watched(batches))
-
-    def _measure_start(self, batches: Batches) -> None:
-        """The LM's losses before the first step, on held-out rows, or else on those of that step."""
-        rows: Iterable[dict[str, Tensor]]
-        if self.eval_dataset is None:
-            rows, _ = next(batches.windows(Position()))
-        else:
-            rows = self._batches(self.eval_dataset).one_pass(drop_last=False)
-        metrics = self._measure(rows)
-        initial = {key.replace("eval/", "initial/"): value for key, value in metrics.items()}
-        self.run_state.initial_metrics.update(initial)
-        self.saver.show(initial)
-        self._tell("on_log", initial)
-
-    def _evaluate_and_keep_best(self) -> dict[str, float]:
-        metrics = self.evaluate()
-        self.run_state.lowest.observe(metrics, self.state.global_step)
-        if self.args.save_best:
-            self.finite_steps.check_weights()
-            self.saver.keep_best(metrics)
-        self.run_state.owes_evaluation = False
-        self._measured = self.state.global_step, metrics
-        return metrics

@@ -39,7 +39,7 @@ def test_two_processes_train_heads_and_a_lora_end_to_end_as_one_does(place, tmp_
     # One table, from the main process, and one tokenisation, for which the other waited.
     assert done.stdout.count("Saved in") == 1
     assert done.stderr.count("Tokenizing: 100%") == 1
-    assert done.stderr.count("waits for the data to be tokenised") == 1
+    assert done.stderr.count("wait for the data to be tokenised") == 1
     first, second = (AutoSae.from_pretrained(tmp_path / name / "run") for name in ("one", "two"))
     assert list(first) == list(second) == ["layers.1", "layers.2"]
     for name in first:
@@ -141,8 +141,8 @@ def test_accelerate_launch_of_two_processes_on_a_cpu_does_not_train_one_in_silen
 @pytest.mark.parametrize(
     ("who", "number", "says"),
     [
-        ("1", signal.SIGKILL, "Process 1 has died without a word"),
-        ("0", signal.SIGKILL, "Process 0 has died without a word"),
+        ("1", signal.SIGKILL, "Process 1 has died without an error message"),
+        ("0", signal.SIGKILL, "Process 0 has died without an error message"),
         ("1", signal.SIGTERM, "Stopped after step"),
         ("launcher", signal.SIGKILL, "Stopped after step"),
     ],
@@ -163,7 +163,7 @@ def test_one_process_that_ends_ends_the_run_with_its_reason_and_a_whole_checkpoi
         finally:
             run.kill()
     said = (tmp_path / "errors").read_text()
-    lines = [line for line in said.splitlines() if line.startswith("sae_accel:") and "waits for" not in line]
+    lines = [line for line in said.splitlines() if line.startswith("sae_accel:") and "wait for" not in line]
     assert len(lines) == 1
     if number == signal.SIGTERM:
         assert len(re.findall(r"exitcode  : 143", said)) == 2

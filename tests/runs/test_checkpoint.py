@@ -30,7 +30,7 @@ def test_going_on_from_an_older_checkpoint_puts_the_later_ones_aside(tmp_path, c
     changed = dict(save_steps=1, learning_rate=0.01)
     _trained(tmp_path, max_steps=3, resume_from_checkpoint=chosen, **changed)
     said = capsys.readouterr().err
-    assert "checkpoint-4 as checkpoint-4.before-" in said and "training.learning_rate null, this run has 0.01" in said
+    assert "checkpoint-4 to checkpoint-4.before-" in said and "training.learning_rate null, this run has 0.01" in said
     assert _names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4.", "checkpoint-6."]
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-3"
     assert list(AutoSae.open(tmp_path)) == ["layers.1", "layers.2"]
@@ -127,7 +127,7 @@ def test_what_somebody_put_into_a_checkpoint_outlives_it(tmp_path, capsys):
     (tmp_path / "checkpoint-2" / "layers.1" / "probe.pt").write_text("mine too")
     _trained(tmp_path, max_steps=3, save_steps=1, save_total_limit=2, resume_from_checkpoint=True)
     assert (tmp_path / "kept-from-checkpoint-1" / "notes" / "findings.md").read_text() == "mine"
-    assert f"is kept in '{tmp_path / 'kept-from-checkpoint-1'}'" in capsys.readouterr().err
+    assert f"are kept in '{tmp_path / 'kept-from-checkpoint-1'}'" in capsys.readouterr().err
     _trained(tmp_path, max_steps=3, save_steps=1, overwrite_output_dir=True)
     assert (tmp_path / "kept-from-checkpoint-2" / "layers.1" / "probe.pt").read_text() == "mine too"
     assert _names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
@@ -138,7 +138,7 @@ def test_of_a_checkpoint_that_is_a_link_the_data_stay_and_are_named(tmp_path, ca
     shutil.move(tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere")
     (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
     _trained(tmp_path / "run", max_steps=3, save_steps=1, save_total_limit=2, resume_from_checkpoint=True)
-    assert f"What it led to, '{tmp_path / 'elsewhere'}', stays" in capsys.readouterr().err
+    assert f"its target '{tmp_path / 'elsewhere'}' stays" in capsys.readouterr().err
     assert _names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"] and (tmp_path / "elsewhere").is_dir()
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_has_ended_and_is_started_again_says_so_and_keeps_its_numbers
     _trained(tmp_path, max_steps=3, save_steps=1)
     before = json.loads((tmp_path / "metrics.json").read_text())
     trainer = _trained(tmp_path, max_steps=3, save_steps=1, resume_from_checkpoint=True)
-    assert "checkpoint-3' is of step 3, so that nothing is left to train." in capsys.readouterr().err
+    assert "checkpoint-3' is at step 3, so nothing is left to train." in capsys.readouterr().err
     after = json.loads((tmp_path / "metrics.json").read_text())
     assert before.pop("train/tokens_per_second") > 0 and after == before
     assert trainer.state.global_step == 3
@@ -161,7 +161,7 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path):
     tiny_trainer(tmp_path, max_steps=3, train=grown).train(resume_from_checkpoint=True)
     other = concatenate_datasets([rows.select([3]), rows])
     trainer = tiny_trainer(tmp_path, max_steps=4, train=other)
-    with pytest.raises(InputError, match="is of other data: it has data.rows .*, this run has"):
+    with pytest.raises(InputError, match="comes from other data: it has data.rows .*, this run has"):
         trainer.train(resume_from_checkpoint=True)
 
 

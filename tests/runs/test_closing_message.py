@@ -73,8 +73,8 @@ def _last_words(place, folder, capsys, **changes) -> str:
 
 def test_a_loss_that_has_risen_is_told_with_its_best_and_the_step_of_that(place, tmp_path, capsys):
     out = _last_words(place, tmp_path, capsys, **RISING, **{"training.eval_steps": 4, "training.save_best": "true"})
-    (line,) = re.findall(r"^FVU of layers\.1 on held-out text has risen .*$", out, re.MULTILINE)
-    best, step, now = re.search(r"best: ([0-9.]+) at step ([0-9,]+), ([0-9.]+) now", line).groups()
+    (line,) = re.findall(r"^FVU of layers\.1 on held-out text has risen: .*$", out, re.MULTILINE)
+    best, step, now = re.search(r"the best was ([0-9.]+) at step ([0-9,]+), now it is ([0-9.]+)\. ", line).groups()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert float(now) == pytest.approx(metrics["eval/fvu/layers.1"], abs=1e-4)
     assert float(now) > float(best)
@@ -84,7 +84,7 @@ def test_a_loss_that_has_risen_is_told_with_its_best_and_the_step_of_that(place,
 
 def test_without_evaluations_the_training_loss_tells(place, tmp_path, capsys):
     out = _last_words(place, tmp_path, capsys, **RISING)
-    (line,) = re.findall(r"^FVU of layers\.1 on training text has risen .*$", out, re.MULTILINE)
+    (line,) = re.findall(r"^FVU of layers\.1 on training text has risen: .*$", out, re.MULTILINE)
     log = (tmp_path / "run" / "log_history.jsonl").read_text().splitlines()
     entries = [json.loads(entry) for entry in log]
     best = min(entries, key=lambda entry: entry["train/fvu/layers.1"])

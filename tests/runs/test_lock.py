@@ -58,7 +58,7 @@ def test_a_file_system_without_locks_is_helped_by_what_the_owner_wrote(tmp_path,
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / LOCK).write_text(json.dumps(owner | {"host": "node7"}))
-    with pytest.raises(InputError, match="on node7 is at work.*If it is gone for good, delete"), locked(elsewhere):
+    with pytest.raises(InputError, match="on node7 is at work.*If that process has ended, delete"), locked(elsewhere):
         pass
     # The number of a process that ended is given again to another.
     (elsewhere / LOCK).write_text(json.dumps(owner | {"started": 0}))

@@ -90,7 +90,7 @@ def test_what_is_deleted_is_told_before_with_its_size_and_by_a_dry_run_too(place
     assert main([*words, "--dry-run"]) == 0
     assert re.search("the run would delete " + told, capsys.readouterr().out) and _files(tmp_path / "run") == before
     assert main(words) == 0
-    assert re.search("Deletes what an earlier run left in .*: " + told, capsys.readouterr().err)
+    assert re.search("Deleting the files of an earlier run in .*: " + told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -114,7 +114,7 @@ def test_a_run_refuses_to_write_over_what_no_run_left(tmp_path, make, named, ove
     before = _files(tmp_path)
     options = dict(held_out=tiny_tokens(4), eval_steps=1, save_best=True)
     trainer = tiny_trainer(tmp_path, max_steps=1, overwrite_output_dir=overwrite, **options)
-    with pytest.raises(InputError, match=f"holds '{named}.*which no run of sae_accel has left there"):
+    with pytest.raises(InputError, match=f"holds '{named}.*which no run of sae_accel has written"):
         trainer.train()
     assert _files(tmp_path) == before
 

@@ -28,7 +28,7 @@ def _line(capsys) -> str:
     [
         ("file/run", "'{}/file/run' cannot be written to: [Errno 20] Not a directory"),
         ("file", "'{}/file' cannot be written to: [Errno 17] File exists"),
-        ("dangling", "'{}/dangling' is a link to 'nowhere', which does not exist. Make that folder, or set another."),
+        ("dangling", "'{}/dangling' is a link to 'nowhere', which does not exist. Make the target folder, or set"),
         ("dangling/run", "'{}/dangling' is a link to 'nowhere', which does not exist."),
         ("/proc/run", "'/proc/run' cannot be written to: [Errno 2]"),
     ],
@@ -62,11 +62,11 @@ def test_a_folder_of_a_head_that_leads_nowhere_it_can_write_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("keep", "free", "says"),
     [
-        (None, 12 * GB, "A checkpoint takes 2.0 GB; 12.0 GB are free in '{}', enough for 5. All are kept: "),
+        (None, 12 * GB, "A checkpoint takes 2.0 GB; 12.0 GB are free in '{}', enough for 5. The run keeps all; "),
         (None, 12_000 * GB, "A checkpoint takes 2.0 GB; 12,000.0 GB are free in '{}'."),
-        (3, 12 * GB, "enough for the 3 that are kept."),
-        (4, 10 * GB, "not enough for training.save_total_limit = 4 and the one that is written. Set it to 3, or make"),
-        (4, 3 * GB, "not enough for training.save_total_limit = 4 and the one that is written. Make room."),
+        (3, 12 * GB, "enough for the 3 that the run keeps."),
+        (4, 10 * GB, "not enough for training.save_total_limit = 4 and one more during a save. Set it to 3, or make"),
+        (4, 3 * GB, "not enough for training.save_total_limit = 4 and one more during a save. Make room."),
     ],
 )
 def test_room_is_stated(tmp_path, monkeypatch, keep, free, says):
@@ -80,7 +80,7 @@ def test_a_disk_without_room_for_a_checkpoint_and_the_heads_is_refused(place, tm
     assert main(command_words(place, tmp_path)) == 2
     line = _line(capsys)
     assert re.search(
-        r"a checkpoint takes \d+ kB and the heads \d+ kB, but 60 kB are free in '.*/run'\. Make room", line
+        r"a checkpoint takes \d+ kB and the heads \d+ kB, but only 60 kB are free in '.*/run'\. Make room", line
     )
     assert not (tmp_path / "run").exists()
 
@@ -92,10 +92,10 @@ def test_what_a_run_deletes_first_and_what_it_has_already_count_as_room(place, t
     monkeypatch.setattr("sae_accel.runs.room.free_bytes", lambda folder: 200_000)
     anew = {"training.overwrite_output_dir": "true"}
     assert main([*command_words(place, tmp_path, **words, **anew), "--dry-run"]) == 0
-    assert "enough for the 2 that are kept" in capsys.readouterr().out
+    assert "enough for the 2 that the run keeps" in capsys.readouterr().out
     go_on = {"training.resume_from_checkpoint": "true", "training.max_steps": 5}
     assert main([*command_words(place, tmp_path, **words | go_on), "--dry-run"]) == 0
-    assert "enough for the 2 that are kept" in capsys.readouterr().out
+    assert "enough for the 2 that the run keeps" in capsys.readouterr().out
 
 
 LORA = LoraArguments(rank=8, target_modules="layers.2.mlp.*_proj", train_heads=True)

@@ -17,7 +17,7 @@ from sae_accel import push
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 NOTHING = "Nothing was saved yet: start again with the same command."
-GO_ON = "Go on with --training.resume_from_checkpoint true."
+GO_ON = "To go on, set --training.resume_from_checkpoint true."
 RESUME = ["--training.resume_from_checkpoint", "true"]
 STEPS = {
     "training.max_steps": 5,
@@ -54,13 +54,13 @@ MOMENTS = {
         "training.trainer:SaeTrainer.save_model",
         1,
         LONG,
-        f"by {{}}. The newest whole checkpoint is run/checkpoint-5. {GO_ON}",
+        f"by {{}}. The newest complete checkpoint is run/checkpoint-5. {GO_ON}",
     ),
     "card": (
         "training.run_state:write_card",
         1,
         LONG,
-        f"by {{}}. The heads are saved in run, their card is not. {GO_ON}",
+        f"by {{}}. The heads are saved in run, but not their model card. {GO_ON}",
     ),
 }
 
@@ -107,8 +107,8 @@ def test_a_signal_ends_a_run_with_one_true_line_and_it_goes_on_to_the_same_end(p
 @pytest.mark.parametrize(
     ("numbers", "call", "says"),
     [
-        ((INT, INT), 1, "by SIGINT. There is no checkpoint yet, and the best heads so far are in run/best."),
-        ((HUP, INT), 2, f"by SIGHUP. The newest whole checkpoint is run/checkpoint-2. {GO_ON}"),
+        ((INT, INT), 1, "by SIGINT. There is no checkpoint yet, but the best heads so far are in run/best."),
+        ((HUP, INT), 2, f"by SIGHUP. The newest complete checkpoint is run/checkpoint-2. {GO_ON}"),
         ((TERM, TERM, HUP), 2, f"after step 4. Saved run/checkpoint-4. {GO_ON}"),
     ],
 )

@@ -1,7 +1,4 @@
-"""
-The one optimizer of all heads: its parameter groups and its schedule, signum and muon, and what happens to gradients
-in its step.
-"""
+"""The optimizer of all heads: its parameter groups, its schedule, signum, muon, and the hooks around its step."""
 
 from .build import build_optimizer, build_scheduler, default_learning_rate
 from .muon import MuonWithAdam

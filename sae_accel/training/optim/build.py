@@ -19,7 +19,7 @@ from .signum import Signum
 
 
 def default_learning_rate(optim: str, num_latents: int) -> float:
-    """The learning rate of an optimizer for a head of this many latents, where none is given."""
+    """The learning rate of an optimizer for a head with `num_latents` latents, if the user sets none."""
     if optim == "muon":
         return 2e-3
     return (5e-3 if optim == "signum" else 2e-4) / math.sqrt(num_latents / 2**14)
@@ -32,17 +32,17 @@ def build_optimizer(
     scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """
-    One optimizer for all heads and a LoRA. Each parameter is a group of its own, which names it and its head: so each
-    head has its own learning rate, and state is found by name wherever DeepSpeed puts it.
+    Makes one optimizer for all heads and a LoRA. Each parameter is a group of its own, which holds the names of the
+    parameter and its head. So each head has its own learning rate, and its state is found by name wherever DeepSpeed
+    puts it.
 
-    What happens to gradients happens within its step, because DeepSpeed shows them nowhere else.
+    Gradients are scaled and clipped inside the optimizer's step, because DeepSpeed shows them nowhere else.
 
     Args:
         bank (`SaeBank`): The heads.
-        arguments (`SaeTrainingArguments`): Which optimizer, and the learning rate of heads that set none.
-        lora ([`LoraArguments`], *optional*): Learning rate of a LoRA that the bank holds.
-        scale (`Mapping[str, torch.Tensor]`, *optional*): Looked at in each step: by head, what gradients are
-            multiplied by first.
+        arguments (`SaeTrainingArguments`): The optimizer, and the learning rate of heads that set none.
+        lora ([`LoraArguments`], *optional*): The learning rate of the bank's LoRA, if it has one.
+        scale (`Mapping[str, torch.Tensor]`, *optional*): By head, its gradients' factor, `()`; read in each step.
 
     Raises:
         `InputError`: if bitsandbytes cannot be used for `adam8bit`.
@@ -58,7 +58,7 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, arguments: SaeTrainingArguments, max_steps: int) -> LRScheduler:
-    """The learning rate's schedule over `max_steps` optimizer steps, with the defaults that the arguments state."""
+    """Makes the learning rate's schedule over `max_steps` optimizer steps; the arguments' help states defaults."""
     schedule_free = arguments.optim == "signum"
     warmup = arguments.warmup_steps
     if warmup is None:

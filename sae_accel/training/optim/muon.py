@@ -9,7 +9,7 @@ class MuonWithAdam(torch.optim.Optimizer):
     `torch.optim.Muon` for matrices, with the update scaled to Adam's size (arXiv:2502.16982), and Adam for vectors.
 
     Args:
-        groups (`list[dict]`): Parameter groups, each of matrices alone or of vectors alone.
+        groups (`list[dict]`): Parameter groups, each with only matrices or only vectors.
     """
 
     def __init__(self, groups: list[dict]):
@@ -21,14 +21,14 @@ class MuonWithAdam(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients that the parameters hold."""
+        """Updates the parameters from their gradients."""
         loss = None if closure is None else closure()
         for part in self._parts:
             part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch; the parts then read the new groups and state."""
+        """Loads a state as in torch, and gives the two inner optimizers the new groups and state."""
         super().load_state_dict(state_dict)
         self._share()
 

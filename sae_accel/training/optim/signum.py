@@ -12,20 +12,19 @@ from .hooks import THRESHOLD_PACE
 
 class Signum(torch.optim.Optimizer):
     """
-    Schedule-free sign descent: steps by the sign of the gradient at `y`, between the fast iterate `z` and the running
-    average `x` of the `z`, `y = momentum * x + (1 - momentum) * z`. See arXiv:2405.15682, and arXiv:1802.04434
-    for descent by signs. While it trains, parameters hold `y`; `averaged` gives `x`, which is what to evaluate and
-    save.
+    Schedule-free sign descent. The fast iterate `z` steps by the sign of the gradient, `x` is the running average of
+    `z`, and the gradient is taken between the two, at `y = momentum * x + (1 - momentum) * z`. See arXiv:2405.15682,
+    and arXiv:1802.04434 for descent by signs. In training the parameters hold `y`; `averaged` gives `x`, the weights
+    to evaluate and save.
 
-    Where a group's role is `unit_norm`, rows of `z` and `x` are brought back to norm 1 after each step, in which it
-    deviates from the paper. The gradient's part along a row is left in: the sign of what remains without it is no
-    better a direction, and cost 0.03 of FVU at the default learning rate after 164k tokens. Where the role is
-    `relative`, `z` moves by a part of itself.
+    Unlike the paper, rows of `z` and `x` are normalised after each step if the group's role is `unit_norm`. The
+    gradient keeps its part along each row: removing it raised FVU by 0.03 at the default learning rate after 164,000
+    tokens. If the role is `relative`, `z` moves in proportion to itself.
 
     Args:
         params (`Iterable`): Parameters or groups, each with `lr` and optionally a `role`.
         lr (`float`, defaults to 1e-3): Learning rate.
-        momentum (`float`, defaults to 0.95): Weight of the average where the gradient is taken.
+        momentum (`float`, defaults to 0.95): Weight of the average `x` in `y`.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95):
@@ -33,7 +32,7 @@ class Signum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients that the parameters hold."""
+        """Updates the parameters from their gradients."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -57,11 +56,11 @@ class Signum(torch.optim.Optimizer):
     @contextmanager
     def averaged(self, optimized: Iterable[tuple[dict, Tensor]] | None = None) -> Iterator[None]:
         """
-        While open, parameters hold the average `x`; afterwards they hold, bit for bit, what they held before.
+        While open, parameters hold the average `x`; afterwards they hold their former values, bit for bit.
 
         Args:
-            optimized (`Iterable[tuple[dict, torch.Tensor]]`, *optional*): Groups and their parameters; those that are
-                in the groups if not given.
+            optimized (`Iterable[tuple[dict, torch.Tensor]]`, *optional*): Groups and their parameters; all parameters
+                of this optimizer if not given.
         """
         if optimized is None:
             optimized = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
@@ -78,7 +77,7 @@ class Signum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _average(self, parameter: Tensor, group: dict) -> Tensor:
-        """Puts the average into a parameter, in place as FSDP asks, and returns what it held."""
+        """Puts the average into a parameter, in place as FSDP needs it, and returns the former values."""
         held = own_part(parameter)
         before = held.clone()
         held.lerp_(own_part(self.state[parameter]["z"]), 1 - 1 / group["momentum"])
@@ -88,9 +87,9 @@ class Signum(torch.optim.Optimizer):
 
 
 def _signum_rows(y: Tensor, z: Tensor, grad: Tensor, group: dict, average: float) -> None:
-    """Updates rows of `y` and `z` in place; the average `x` is implied by the two and takes no memory."""
+    """Updates rows of `y` and `z`, `(rows, width)`, in place; `x` follows from the two and needs no memory."""
     momentum = group["momentum"]
-    x = torch.lerp(y, z, 1 - 1 / momentum)
+    x = torch.lerp(y, z, 1 - 1 / momentum)  # (rows, width)
     if group["role"].relative:
         z.mul_(torch.exp(-THRESHOLD_PACE * group["lr"] * grad.sign()))
     else:
