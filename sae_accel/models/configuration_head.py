@@ -38,9 +38,9 @@ class HeadConfig(PreTrainedConfig):
             magnitude, with their sign).
         bandwidth (`float`, defaults to 0.1): With `jumprelu`: width of the kernel that gives thresholds a gradient, as
             a fraction of the threshold.
-        normalize_input (`str`, *optional*): How each activation is normalized before it is encoded: `"layer_norm"`
+        normalize_input (`str`, *optional*): How each activation is normalised before it is encoded: `"layer_norm"`
             gives it mean 0 and standard deviation 1, `"constant_norm"` the norm `sqrt(d_in)`. The reconstruction is
-            scaled back. No normalization if not given.
+            scaled back. No normalisation if not given.
         normalize_decoder (`bool`): Whether training keeps the decoder's rows at norm 1.
         apply_b_dec_to_input (`bool`): Whether `b_dec` is subtracted from the input before it is encoded.
         encoder_only (`bool`, defaults to `False`): Whether the head has no decoder, so that it can encode but not

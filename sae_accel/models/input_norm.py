@@ -1,7 +1,7 @@
 """
-Normalization of a head's input, for heads that other libraries trained on normalized activations.
+Normalisation of a head's input, for heads that other libraries trained on normalised activations.
 
-The head sees the normalized activation. Its reconstruction is scaled back, so that callers always get activations of
+The head sees the normalised activation. Its reconstruction is scaled back, so that callers always get activations of
 the LM's own scale.
 """
 
@@ -15,7 +15,7 @@ LAYER_NORM_EPS = 1e-5
 
 def normalize(tokens: Tensor, kind: str | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """
-    Normalizes each token's activation, and returns the function that scales a reconstruction back.
+    Normalises each token's activation, and returns the function that scales a reconstruction back.
 
     Args:
         tokens (`torch.Tensor` of shape `(num_tokens, d_in)`): The head's input.
@@ -24,7 +24,7 @@ def normalize(tokens: Tensor, kind: str | None) -> tuple[Tensor, Callable[[Tenso
             given.
 
     Returns:
-        `tuple[torch.Tensor, Callable]`: the normalized input, `(num_tokens, d_in)`, and a function of a reconstruction
+        `tuple[torch.Tensor, Callable]`: the normalised input, `(num_tokens, d_in)`, and a function of a reconstruction
         `(num_tokens, d_out)`.
     """
     if kind is None:

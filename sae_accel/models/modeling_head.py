@@ -73,7 +73,7 @@ class HeadModel(PreTrainedHead):
             top_indices (`torch.LongTensor` of shape `(..., k)`, *optional*): Indices of the latents. Required unless
                 `top_acts` is [`Latents`].
             activations (`torch.Tensor` of shape `(..., d_in)`, *optional*): The head's input. Required if the head has
-                a skip connection or normalizes its input.
+                a skip connection or normalises its input.
 
         Returns:
             `torch.Tensor` of shape `(..., d_out)`.
