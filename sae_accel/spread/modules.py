@@ -2,7 +2,7 @@
 Whole heads that are dealt to processes (`distribute_modules`).
 
 Each process trains its own heads on the tokens of all processes. Activations travel to the process that holds the
-head; gradients never travel. This needs less memory and fewer messages than a copy of every head on every process.
+head; gradients never travel. Each process needs memory for its own heads only.
 """
 
 import torch
