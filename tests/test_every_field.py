@@ -71,7 +71,7 @@ FIELDS: dict[str, Check] = {
     "model.device_map": Shows(field_checks.place, {None: "cpu", "auto": "cpu", ON_DISK: "meta"}),
     "model.max_memory": both(
         Shows(field_checks.place, {"{cpu: 8GiB}": "cpu", "{cpu: 1KiB}": "meta"}, {"model.device_map": "auto"}),
-        Shows("refusal", {"{cpu: 8GiB}": Says("model.max_memory: it goes with model.device_map")}),
+        Shows("refusal", {"{cpu: 8GiB}": Says("model.max_memory: it needs model.device_map")}),
     ),
     "model.shard": both(
         Shows(lambda run: run.column("LM"), {"false": ["0.38", "0.38"], "true": ["0.31", "0.31"]}, PLANNED),

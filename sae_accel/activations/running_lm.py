@@ -1,3 +1,10 @@
+"""
+Activations that the LM computes while the heads train, with nothing cached on disk.
+
+The LM runs on a batch and stops after the deepest hookpoint. Hooks record each activation on the way. The rows of
+tokens that should not train, such as padding, are then left out.
+"""
+
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,27 +21,31 @@ from .trained_rows import Activations, Wanted, trained_rows
 
 
 class ActivationSource(Protocol):
-    """Where activations come from: a batch of tokens goes in."""
+    """A function from a batch of tokens to [`Activations`]."""
 
     def __call__(self, batch: dict[str, Tensor], careful: bool = True) -> Activations: ...
 
 
 class RunningLM:
     """
-    Activations that are computed as tokens come, by an LM that stops after the deepest hookpoint.
+    An LM that computes activations on demand. Each forward pass stops after the deepest hookpoint.
 
     Args:
-        model (`PreTrainedModel`): The LM. It is put in evaluation mode and its parameters are frozen; its own head, if
-            it has one, is never run.
-        sites (`list[Site]`): What to read.
-        exclude_tokens (`list[int]`): Token ids that train nothing.
-        widths (`dict[Site, int]`, *optional*): Width of the activation at each site whose module a batch may not
-            reach, such as an expert of a mixture.
+        model (`PreTrainedModel`): The LM. It is put in evaluation mode, and its parameters are frozen. Its own head
+            never runs.
+        sites (`list[Site]`): The places to read: the input or output of modules of the LM's base model.
+        exclude_tokens (`list[int]`): Token ids that train no head.
+        widths (`dict[Site, int]`, *optional*): Width of the activation at each site. Required for sites whose module
+            may not run in a batch, such as an expert of a mixture.
 
     Examples:
         ```python
-        activations = RunningLM(lm, [Site("layers.2", "output")], exclude_tokens=[])(batch)
-        activations.by_site[Site("layers.2", "output")]  # (num_tokens, d)
+        from sae_accel import RunningLM
+        from sae_accel.lm.hooks import Site
+
+        site = Site("layers.2", "output")
+        activations = RunningLM(lm, [site], exclude_tokens=[])(inputs)
+        activations.by_site[site]  # (num_tokens, d)
         ```
     """
 
@@ -46,7 +57,7 @@ class RunningLM:
         widths: Mapping[Site, int] = MappingProxyType({}),
     ):
         model.requires_grad_(False)
-        # Dropout would make a noise of the activations.
+        # Dropout would add noise to the activations.
         model.eval()
         self.base_model = base_of(model)
         self.sites = sites
@@ -58,31 +69,46 @@ class RunningLM:
 
     def __call__(self, batch: dict[str, Tensor], careful: bool = True) -> Activations:
         """
-        The activations of the tokens that train: those that are not padding, not excluded, and finite at every site.
-        Rows of a module that runs on some tokens only, such as an expert's, are looked at by themselves.
+        The activations of the tokens that train: tokens that are not padding, not excluded, and finite at every site.
+
+        A module that runs on some tokens only, such as an expert, has its own rows, which are checked separately.
 
         Args:
             batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, each `(batch, ctx_len)`, or
                 `pixel_values`.
-            careful (`bool`, defaults to `True`): Whether those that are not finite are left out, for which the host
-                waits for the device; else they may be among them, and `unsure` says so.
+            careful (`bool`, defaults to `True`): Whether to leave out rows that are not finite. The host has to wait
+                for the device to do so. If false, such rows stay, and `unsure` says whether there may be some.
+
+        Returns:
+            [`Activations`].
 
         Raises:
-            `InputError`: if it cannot be told which of a site's rows are of tokens that are left out.
+            `InputError`: if the rows of a site cannot be matched with tokens, so that rows of padding or excluded
+            tokens cannot be left out.
+
+        Examples:
+            ```python
+            from sae_accel import RunningLM
+            from sae_accel.lm.hooks import Site
+
+            source = RunningLM(lm, [Site("layers.1", "output"), Site("layers.2", "input")], exclude_tokens=[0])
+            source(inputs).num_tokens
+            ```
         """
         device = next(iter(batch.values())).device
         if not len(next(iter(batch.values()))):
             if self.sharded:
-                # Other processes, which have rows, cannot gather the layers without this one.
+                # Processes with rows gather each layer from all processes, so this one must run the LM, too.
                 row = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}
                 capture(self.base_model, self.sites, {**row, **self.options})
             return Activations({site: self._none(site, device) for site in self.sites}, 0)
-        # Before the LM runs, so that the host waits for as little as can be.
+        # Computed before the LM runs, because the host waits for it.
         wanted = Wanted.of(token_mask(batch, self.exclude_tokens))
         pieces = capture_pieces(
             self.base_model, self.sites, {**without_unknown_positions(self.reader, batch), **self.options}
         )
-        # An LM may be spread over devices; its activations meet where the tokens are.
+        # An LM may lie on several devices; its activations move to the device of the tokens.
+        # Each piece: (rows of one run of the module, d).
         here = {site: [piece.to(device) for piece in pieces[site]] for site in self.sites if site in pieces}
         found = trained_rows(here, wanted, careful)
         found.by_site |= {site: self._none(site, device) for site in self.sites if site not in pieces}
@@ -93,5 +119,10 @@ class RunningLM:
 
 
 def without_cache(module: nn.Module) -> dict[str, bool]:
-    """Options of a forward pass without caches of keys and values, memory for tokens that are never generated."""
+    """
+    Options of a forward pass without a cache of keys and values, which only generation needs.
+
+    Args:
+        module (`nn.Module`): The LM, or its encoder.
+    """
     return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}

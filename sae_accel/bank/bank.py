@@ -1,3 +1,10 @@
+"""
+The bank: all heads of a process in one module.
+
+DeepSpeed prepares one module per Accelerator, so all heads lie in one. They share nothing else: each head has its own
+loss on the same tokens, and the gradient of one head never depends on another.
+"""
+
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
@@ -13,17 +20,17 @@ from .plans import HeadPlan
 
 
 T = TypeVar("T")
-# What a head's loss is made of.
+# The terms of a head's loss.
 LOSSES = ("fvu", "auxk_loss", "multi_topk_fvu", "sparsity_loss")
 
 
 class SaeBank(nn.Module):
     """
-    All heads that a process trains, as one module, because DeepSpeed prepares no more than one for an Accelerator.
+    All heads that a process trains, as one module, because DeepSpeed prepares only one module per Accelerator.
 
     Args:
-        plans (`list[HeadPlan]`): What the heads are; they start from their entries' seeds.
-        adapter (`Iterable[nn.Parameter]`): Parameters of a LoRA in the LM that train beside them.
+        plans (`list[HeadPlan]`): The heads. They start from the seeds of their entries.
+        adapter (`Iterable[nn.Parameter]`): Parameters of a LoRA in the LM that train together with the heads.
         build (`Callable[[HeadPlan], HeadModel]`, *optional*): Makes a head; `build_head` if not given.
     """
 
@@ -39,13 +46,13 @@ class SaeBank(nn.Module):
         self.heads = nn.ModuleDict({_key(plan.name): (build or build_head)(plan) for plan in plans})
 
     def named_heads(self) -> Iterator[tuple[str, HeadModel]]:
-        """Name and head, in the order of the plans."""
+        """The name and the head of each plan, in the order of the plans."""
         for name in self.plans:
             yield name, cast(HeadModel, self.heads[_key(name)])
 
     def forward(self, work: Callable[["SaeBank"], T]) -> T:
         """
-        `work` on these heads. What trains them runs in here, so that DDP and FSDP see it.
+        Calls `work` with this bank. All training runs inside this call, so that DDP and FSDP see it.
 
         Args:
             work (`Callable[[SaeBank], T]`): A forward pass, such as `local_losses` of a batch.
@@ -63,14 +70,14 @@ class SaeBank(nn.Module):
         The loss of every head on the same tokens. No head's loss depends on another's.
 
         Args:
-            by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)`.
-            total_variance (`dict[str, torch.Tensor]`): By head, what squared errors are divided by, `()`.
-            k (`dict[str, int]`): By head, latents that are active for each token.
-            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`; heads without AuxK are left
-                out.
+            by_site (`dict[Site, torch.Tensor]`): Activations `(num_tokens, d)` by site.
+            total_variance (`dict[str, torch.Tensor]`): By head, the number `()` that squared errors are divided by.
+            k (`dict[str, int]`): By head, active latents per token.
+            dead_masks (`dict[str, torch.Tensor]`): By head, dead latents `(num_latents,)`. Heads without AuxK are
+                missing.
 
         Returns:
-            `dict`: `loss`, their sum, `()`; and `heads`, by name what `measured` gives.
+            `dict`: `loss`, the sum of all losses, `()`; and `heads`, the result of `measured` by head.
         """
         losses, heads = [], {}
         for name, head in self.named_heads():
@@ -90,17 +97,31 @@ class SaeBank(nn.Module):
 
 
 def joined(by_site: Mapping[Site, Tensor], sites: Sequence[Site]) -> Tensor:
-    """What lies at some sites, `(num_tokens, d)`, with their widths one after the other."""
+    """
+    The activations at some sites, joined along the last dimension: `(num_tokens, d)`.
+
+    Args:
+        by_site (`Mapping[Site, torch.Tensor]`): Activations `(num_tokens, d)` by site.
+        sites (`Sequence[Site]`): The sites, in order.
+    """
     tensors = [by_site[site] for site in sites]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
 def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
     """
-    What is counted of a head's forward pass: the losses that there are, `active`, the number of activations above
-    zero, `uses`, that number by latent, and with `batchtopk` its smallest activation, once for each token.
+    The measurements of a head's forward pass.
+
+    Args:
+        output ([`HeadOutput`]): The result of the forward pass.
+        head ([`HeadModel`]): The head.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the losses that the head has; `active`, the number of activations above zero;
+        `uses`, this number by latent, `(num_latents,)`; and with `batchtopk` `smallest_act`, the smallest activation
+        times the number of tokens.
     """
-    assert output.top_acts is not None and output.top_indices is not None, "a forward pass gives both"
+    assert output.top_acts is not None and output.top_indices is not None, "a forward pass sets both"
     indices = output.top_indices.reshape(-1, output.top_indices.shape[-1])
     uses = Selection(indices, head.num_latents).scatter(output.top_acts.gt(0).float())
     values = {part: output[part].detach() for part in LOSSES if output.get(part) is not None}
@@ -112,8 +133,11 @@ def measured(output: HeadOutput, head: HeadModel) -> dict[str, Tensor]:
 
 def build_head(plan: HeadPlan) -> HeadModel:
     """
-    A fresh head. Its weights follow from its entry's seed and its hookpoint, so that heads at different hookpoints
-    differ and heads of a sweep at one hookpoint start alike.
+    A new head. Its entry's seed and its hookpoint determine its weights: heads at different hookpoints start from
+    different weights, and heads of a sweep at one hookpoint start from the same.
+
+    Args:
+        plan ([`HeadPlan`]): The head.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{plan.arguments.seed}:{plan.hookpoint}".encode()))
@@ -121,5 +145,5 @@ def build_head(plan: HeadPlan) -> HeadModel:
 
 
 def _key(name: str) -> str:
-    """`nn.ModuleDict` takes no dots; module names have no colons, so that the map can be reversed."""
+    """A head's name with colons for dots, which `nn.ModuleDict` refuses. No module name contains a colon."""
     return name.replace(".", ":")

@@ -1,3 +1,12 @@
+"""
+Heads that start from pretrained ones (`training.init_from`) instead of random weights.
+
+Each head takes the weights of the head with the same name in a folder or repo. First everything is compared by config,
+without loading weights, so that a mismatch ends the run early. Then weights are loaded one head at a time. Every
+process reads the same commit of a repo. Decoder rows that are not at norm 1, although the run keeps them there, are
+scaled to norm 1, and their norms move into the encoder, so that a latent's contribution stays the same.
+"""
+
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,15 +29,15 @@ from .bank import SaeBank
 from .plans import HeadPlan
 
 
-# Fields of a config that must agree for a head to be loaded into another, with what to do where they do not.
+# Fields of a config in which both heads must agree, with advice if they do not.
 _SAME = {
     "d_in": "Use heads of this LM.",
     "d_out": "Use heads of this LM.",
-    "num_latents": "Set num_latents or expansion_factor.",
-    "activation": "Set activation.",
-    "skip_connection": "Set skip_connection.",
+    "num_latents": "Set --heads.num_latents or --heads.expansion_factor.",
+    "activation": "Set --heads.activation.",
+    "skip_connection": "Set --heads.skip_connection.",
 }
-# Rows farther from norm 1 than this were not kept there; nearer, it is the rounding of half precisions.
+# Rows within this distance of norm 1 differ from it only by the rounding of half precision.
 _UNIT_NORM_TOLERANCE = 1e-2
 _FAR_FROM_UNIT_NORM = 0.1
 logger = get_logger(__name__)
@@ -36,12 +45,12 @@ logger = get_logger(__name__)
 
 class Match(NamedTuple):
     """
-    A head of a run and the pretrained one that it starts from.
+    A head of a run, and the pretrained head that it starts from.
 
     Args:
-        plan (`HeadPlan`): The run's.
-        name (`str`): Name of the other in its folder or repo.
-        config (`HeadConfig`): The other's.
+        plan (`HeadPlan`): The head of the run.
+        name (`str`): The name of the pretrained head in its folder or repo.
+        config (`HeadConfig`): The config of the pretrained head.
     """
 
     plan: HeadPlan
@@ -51,14 +60,14 @@ class Match(NamedTuple):
 
 def match_heads(plans: Iterable[HeadPlan], heads: SaeHeads) -> list[Match]:
     """
-    Finds for each head the pretrained one of the same name, and checks that it fits. No weights are loaded.
+    Finds the pretrained head of the same name for each head of a run, and checks that it fits. No weights are loaded.
 
     Args:
-        plans (`Iterable[HeadPlan]`): The run's heads.
-        heads ([`SaeHeads`]): Those of a folder or repo.
+        plans (`Iterable[HeadPlan]`): The heads of the run.
+        heads ([`SaeHeads`]): The pretrained heads of a folder or repo.
 
     Raises:
-        `InputError`: if one has no such head, or a type or shape differs.
+        `InputError`: if a head has no counterpart, or its type or shape differs.
     """
     plans = list(plans)
     with _of_init_from():
@@ -81,7 +90,14 @@ def _matches(plans: list[HeadPlan], heads: SaeHeads) -> list[Match]:
 
 
 def matches_table(matches: list[Match], heads: SaeHeads) -> str:
-    """One line for each head of a run: what it starts from, and what of it the run changes."""
+    """
+    A table with one line per head of the run: the pretrained head that it starts from, and the values that the run
+    changes.
+
+    Args:
+        matches (`list[Match]`): The heads.
+        heads ([`SaeHeads`]): The pretrained heads of a folder or repo.
+    """
     rows = [("head", "starts from", "type", "d_in -> latents -> d_out", "k", "trained on")]
     for plan, name, config in matches:
         ours = plan.config
@@ -103,10 +119,15 @@ def matches_table(matches: list[Match], heads: SaeHeads) -> str:
 
 def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
     """
-    Sets a bank's heads to pretrained weights, one at a time.
+    Copies pretrained weights into the heads of a bank, one head at a time.
+
+    Args:
+        bank ([`SaeBank`]): The heads of this process.
+        matches (`list[Match]`): The heads of the run.
+        heads ([`SaeHeads`]): The pretrained heads of a folder or repo.
 
     Raises:
-        `InputError`: if a head has no decoder, has a number that is NaN or infinite, or cannot be read.
+        `InputError`: if a pretrained head has no decoder, has a NaN or infinite number, or cannot be read.
     """
     by_name = dict(bank.named_heads())
     for plan, name, _ in matches:
@@ -123,7 +144,8 @@ def load_into(bank: SaeBank, matches: list[Match], heads: SaeHeads) -> None:
             raise InputError(f"training.init_from: head {name!r} of {heads.origin!r} cannot train: {words}.")
         if pretrained.config.normalize_input is not None:
             raise InputError(
-                f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, and no head trains so."
+                f"training.init_from: head {name!r} of {heads.origin!r} normalises its input, which training does not "
+                "support. Use another."
             )
         if head.config.normalize_decoder and head.decoder_rows.requires_grad:
             _warn_of_norms(pretrained, name)
@@ -136,16 +158,16 @@ def _warn_of_norms(head: HeadModel, name: str) -> None:
     far = (head.decoder_rows.norm(dim=-1) - 1).abs().max().item()
     if far > _FAR_FROM_UNIT_NORM and SELECTIONS[head.config.activation].counts:
         logger.warning(
-            f"training.init_from: decoder rows of head {name!r} differ from norm 1 by up to {far:.2g}. Brought to it, "
-            "they select other latents. Set normalize_decoder: false to keep them."
+            f"training.init_from: decoder rows of head {name!r} differ from norm 1 by up to {far:.2g}. The run scales "
+            "them to norm 1, so that the head selects other latents. Set --heads.normalize_decoder false to keep them."
         )
 
 
 @torch.no_grad()
 def _fold_norms(head: HeadModel) -> None:
     """
-    Brings decoder rows that were not kept at norm 1 back to it, as training will keep them, and gives their norms to
-    the encoder, so that what an active latent adds to the reconstruction stays the same.
+    Scales decoder rows to norm 1 and multiplies the encoder and the threshold by their old norms. With topk-like
+    selection the order of latents may change; the contribution of an active latent does not.
     """
     norms = head.decoder_rows.norm(dim=-1)
     if (norms - 1).abs().max() > _UNIT_NORM_TOLERANCE and norms.min() > 0:
@@ -159,7 +181,7 @@ def _fold_norms(head: HeadModel) -> None:
 def _same_name(plan: HeadPlan, plans: list[HeadPlan], heads: SaeHeads) -> str | None:
     if plan.name in heads:
         return plan.name
-    # A head that lies alone at the top of its folder has no name there, but may know its hookpoint.
+    # A single head at the top level of its folder has no name there, but its config may name a hookpoint.
     if list(heads) == [""] and len(plans) == 1 and heads.config("").hookpoint in (None, plan.hookpoint):
         return ""
     return None
@@ -171,7 +193,8 @@ def _check_same(match: Match, heads: SaeHeads) -> None:
     if ours.model_type != config.model_type:
         kinds = [one.kind for one in (config, ours)]
         raise InputError(
-            f"{where} is of type {kinds[0]}, but the recipe's {plan.name!r} is of type {kinds[1]}. Set type."
+            f"{where} is of type {kinds[0]}, but the recipe's {plan.name!r} is of type {kinds[1]}. Set --heads.type "
+            f"{kinds[0]}."
         )
     for field, advice in _SAME.items():
         found, wanted = (getattr(one, field, None) for one in (config, ours))
@@ -181,15 +204,15 @@ def _check_same(match: Match, heads: SaeHeads) -> None:
 
 def open_pretrained(init_from: str, token: str | None = None) -> SaeHeads:
     """
-    The heads of a folder or repo, in float32 as they are trained: on every process of the same commit. Every process
-    must call this.
+    The heads of a folder or repo, in float32, at the same commit on every process. Every process must call this
+    function.
 
     Args:
-        init_from (`str`): A folder, or a repo, with `@` and a branch, tag or commit behind it if not the main branch.
-        token (`str`, *optional*): For a private repo.
+        init_from (`str`): A folder; or a repo, with `@` and a branch, tag or commit if it is not the main branch.
+        token (`str`, *optional*): Hub token for a private repo.
 
     Raises:
-        `InputError`: on every process, if there is no such folder or repo, or no head in it.
+        `InputError`: on every process, if the folder or repo does not exist or holds no head.
     """
     heads = raise_together(lambda: _open(init_from, token))
     commits = gather_objects(heads.commit)
@@ -199,7 +222,7 @@ def open_pretrained(init_from: str, token: str | None = None) -> SaeHeads:
 
 
 def at_its_commit(heads: SaeHeads) -> str:
-    """The folder or repo of heads as `init_from` names it, with the commit that was opened."""
+    """The folder or repo of heads in the form of `init_from`, with the commit that was opened."""
     return heads.origin if heads.commit is None else f"{heads.origin}@{heads.commit}"
 
 

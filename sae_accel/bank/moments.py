@@ -1,3 +1,5 @@
+"""Count, mean and variance of activations, computed batch by batch and merged exactly over batches and processes."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +12,11 @@ from ..ops.metrics import total_variance
 @dataclass
 class Moments:
     """
-    Count, mean and squared deviation of activations, which merge exactly over batches and processes.
+    Number, mean and total variance of activations. They merge exactly over batches and processes.
 
     Args:
-        count (`torch.Tensor` of shape `()`): Tokens. Float32, like the rest.
-        mean (`torch.Tensor` of shape `(d,)`): Their mean.
+        count (`torch.Tensor` of shape `()`): Number of tokens, in float32 like the rest.
+        mean (`torch.Tensor` of shape `(d,)`): Mean over tokens.
         total_variance (`torch.Tensor` of shape `()`): Squared distance from the mean, summed over tokens and
             dimensions.
     """
@@ -25,7 +27,7 @@ class Moments:
 
     @classmethod
     def of(cls, activations: Tensor) -> "Moments":
-        """Of activations `(num_tokens, d)`; none is allowed."""
+        """The moments of activations `(num_tokens, d)`. Zero tokens are allowed."""
         wide = activations.float()
         count = torch.tensor(float(len(wide)), device=wide.device)
         if not len(wide):
@@ -34,14 +36,19 @@ class Moments:
 
     @classmethod
     def joined(cls, parts: Sequence["Moments"]) -> "Moments":
-        """The moments of activations whose widths follow each other; each part is of the same tokens."""
+        """
+        The moments of activations that are joined along the last dimension.
+
+        Args:
+            parts (`Sequence[Moments]`): The moments of each part, all of the same tokens.
+        """
         if len(parts) == 1:
             return parts[0]
         mean = torch.cat([part.mean for part in parts])
         return cls(parts[0].count, mean, torch.stack([part.total_variance for part in parts]).sum())
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both together."""
+        """The moments of two batches together."""
         count = self.count + other.count
         share = other.count / count.clamp_min(1)
         shift = other.mean - self.mean

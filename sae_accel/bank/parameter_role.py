@@ -1,3 +1,5 @@
+"""What the optimizer knows of a parameter: its head, its name, and how an update must treat it."""
+
 from dataclasses import dataclass
 
 from ..ops.rows import Cut
@@ -6,16 +8,18 @@ from ..ops.rows import Cut
 @dataclass
 class ParameterRole:
     """
-    What a parameter is to the optimizer. Each parameter has a group of its own, which holds this under the key `role`.
+    The facts that the optimizer needs of a parameter. Each parameter has its own group, which holds this under the key
+    `role`.
 
     Args:
-        head (`str`): Name of the head that it is of, or `"lora"`.
-        parameter (`str`): Its name in the head.
-        whole_shape (`tuple[int, ...]`): Its shape, whatever part of it lies on this process.
+        head (`str`): Name of the parameter's head, or `"lora"`.
+        parameter (`str`): Name of the parameter in its head.
+        whole_shape (`tuple[int, ...]`): Shape of the whole parameter, even if this process holds a part of it.
         unit_norm (`bool`): Whether its rows stay at norm 1.
-        relative (`bool`): Whether an update moves it by a part of itself, as thresholds do.
-        is_part (`bool`): Whether this process holds a part of it only. Set where heads are spread.
-        cut ([`Cut`], *optional*): Which flat piece that is, if it has no regard to rows. Set where heads are spread.
+        relative (`bool`): Whether an update moves it in proportion to itself, as for thresholds.
+        is_part (`bool`): Whether this process holds only a part of it. Set when heads are spread over processes.
+        cut ([`Cut`], *optional*): The position of this process's flat piece, if it may cut rows. Set when heads are
+            spread over processes.
     """
 
     head: str = ""

@@ -1,3 +1,11 @@
+"""
+Plans of heads: from patterns in a recipe to modules of an LM, with the widths of their activations.
+
+An entry names modules by patterns. Here each pattern is matched with the LM's modules, and one short forward pass,
+which may run on the meta device, finds the width at each site. So every mistake in `heads` is found before weights are
+loaded.
+"""
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,16 +26,16 @@ from ..recipe.checks import check_latents
 @dataclass(frozen=True)
 class HeadPlan:
     """
-    A head to be made: where it reads, what it should reproduce, and with which settings.
+    A head to make: where it reads, what it should reproduce, and its settings.
 
     Args:
-        name (`str`): `<hookpoint>` or `<hookpoint>/<name>`, the folder that it is saved in.
-        hookpoint (`str`): Module of the base model at which it sits.
-        reads (`tuple[Site, ...]`): Where its input comes from. What lies at several sites is joined.
-        predicts (`tuple[Site, ...]`): Where its target comes from; `reads` for an SAE.
-        widths (`dict[Site, int]`): Width of the activation at each of these.
-        config (`HeadConfig`): What it is.
-        arguments (`HeadArguments`): How it is trained.
+        name (`str`): `<hookpoint>` or `<hookpoint>/<name>`, the folder in which the head is saved.
+        hookpoint (`str`): Module of the base model at which the head sits.
+        reads (`tuple[Site, ...]`): The sites of its input. Activations of several sites are joined.
+        predicts (`tuple[Site, ...]`): The sites of its target; `reads` for an SAE.
+        widths (`dict[Site, int]`): Width of the activation at each site.
+        config (`HeadConfig`): Config of the head.
+        arguments (`HeadArguments`): The recipe's entry, with the settings of training.
     """
 
     name: str
@@ -46,19 +54,20 @@ def site_widths(plans: Iterable[HeadPlan]) -> dict[Site, int]:
 
 def plan_heads(model: PreTrainedModel, entries: list[HeadArguments], spliced: bool = False) -> list[HeadPlan]:
     """
-    Turns the entries of a recipe into heads, by one short forward pass of the LM, which may lie on the meta device.
+    Turns the entries of a recipe into plans of heads, with one short forward pass of the LM, which may lie on the meta
+    device.
 
     Args:
         model (`PreTrainedModel`): The LM, or one of its architecture.
         entries (`list[HeadArguments]`): The recipe's `heads`.
-        spliced (`bool`, defaults to `False`): Whether they train spliced into the LM, all together.
+        spliced (`bool`, defaults to `False`): Whether the heads train together, spliced into the LM.
 
     Returns:
-        `list[HeadPlan]`: in the order of the entries, within each in the order of the LM's modules.
+        `list[HeadPlan]`: in the order of the entries, and within an entry in the order of the LM's modules.
 
     Raises:
-        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree, two heads share a
-            name, or they cannot be spliced in.
+        `InputError`: if a pattern matches nothing, a module has no activation, sizes disagree, two heads share a name,
+        or heads cannot be spliced in.
     """
     base_model = base_of(model)
     names = hookpoint_names(base_model)
@@ -70,7 +79,7 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments], spliced: bo
         if wanted.name in plans:
             raise InputError(
                 f"Two heads are called {wanted.name!r}, one of {origins[wanted.name]} and one of {wanted.where}. Set "
-                "`name` in one of them."
+                "`name` in one of the two."
             )
         plans[wanted.name] = _plan(wanted, probed, model)
         origins[wanted.name] = wanted.where
@@ -80,7 +89,7 @@ def plan_heads(model: PreTrainedModel, entries: list[HeadArguments], spliced: bo
 
 
 class _Wanted(NamedTuple):
-    """What an entry asks for at one hookpoint, before the LM has been run."""
+    """A head that an entry asks for at one hookpoint, before the widths are known."""
 
     where: str
     entry: HeadArguments
@@ -99,11 +108,11 @@ def _plan(wanted: _Wanted, probed: dict[Site, tuple[Site, int]], model: PreTrain
     reads, predicts = (tuple(probed[site][0] for site in sites) for sites in (wanted.reads, wanted.predicts))
     widths = dict(probed[site] for site in (*wanted.reads, *wanted.predicts))
     uncounted = [site.module for site in widths if site.within is not None]
-    # A module's own input and output come together, however often it runs.
+    # A module's own input and output match row by row, even if it runs several times.
     if uncounted and (entry.source is not None or len({site.module for site in widths}) > 1):
         raise InputError(
-            f"{wanted.where}.source: {uncounted[0]!r} may run any number of times in a forward pass, so what "
-            f"{reads[0].module!r} gives cannot be matched with {hookpoint!r}. Remove source."
+            f"{wanted.where}.source: {uncounted[0]!r} may run any number of times in a forward pass, so the "
+            f"output of {reads[0].module!r} cannot be matched with {hookpoint!r}. Remove source."
         )
     d_in, d_out = (sum(widths[site] for site in part) for part in (reads, predicts))
     num_latents = entry.num_latents or entry.expansion_factor * d_in
@@ -119,7 +128,10 @@ def _plan(wanted: _Wanted, probed: dict[Site, tuple[Site, int]], model: PreTrain
 
 
 def _check_spliced(plans: Iterable[HeadPlan]) -> None:
-    """No two at one hookpoint, and none where a module may run any number of times or more than it gives is read."""
+    """
+    Refuses heads that cannot be spliced in: two at one hookpoint, or one whose module may run any number of times, or
+    one that does not predict exactly the output of its hookpoint.
+    """
     seen: dict[str, str] = {}
     for plan in plans:
         if plan.hookpoint in seen:
@@ -131,12 +143,12 @@ def _check_spliced(plans: Iterable[HeadPlan]) -> None:
         if len(plan.reads) > 1 or [site[:2] for site in plan.predicts] != [(plan.hookpoint, "output")]:
             raise InputError(
                 f"training.loss: head {plan.name!r} does not read one activation to replace the output of its "
-                "hookpoint, so it cannot be spliced in. Use loss: fvu."
+                "hookpoint, so it cannot be spliced in. Set --training.loss fvu."
             )
         if plan.predicts[0].within is not None:
             raise InputError(
                 f"training.loss: {plan.hookpoint!r} may run any number of times in a forward pass, so no head can be "
-                "spliced in for it. Use loss: fvu, or another hookpoint."
+                "spliced in for it. Set --training.loss fvu, or use another hookpoint."
             )
 
 
@@ -157,7 +169,7 @@ def _wanted(entry: HeadArguments, index: int, base_model: PreTrainedModel, names
 def _matches(
     entry: HeadArguments, index: int, base_model: PreTrainedModel, names: list[str]
 ) -> Iterator[list[tuple[str, list[str]]]]:
-    """For each pattern of an entry, what it matches; a stride counts within one pattern, so it drops no pattern."""
+    """The matches of each pattern of an entry. A stride counts within one pattern, so it drops no pattern."""
     for pattern in entry.hookpoints:
         if not (matches := list(match_modules(pattern, names))):
             raise InputError(no_match(f"heads[{index}].hookpoints", pattern, "module", base_model, names))

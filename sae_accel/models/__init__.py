@@ -1,6 +1,7 @@
 """
-Heads: their configurations and what they compute. Activations of an LM come in; latents, reconstructions and losses
-go out. Nothing here knows of an LM, of files or of processes.
+Heads: their configs, and the computation from activations of an LM to latents, reconstructions and losses.
+
+Nothing here knows an LM, a file format or other processes.
 """
 
 from .configuration_head import HeadConfig

@@ -1,4 +1,9 @@
-"""Kinds of heads: the configuration and the model of each, by the `model_type` of its files and by a recipe's word."""
+"""
+The kinds of heads: a table from a file's `model_type`, or a recipe's `type`, to a config class and a model class.
+
+A package of your own can add a kind with one call of `register`; recipes, `AutoSae` and transformers' Auto classes
+know it from then on.
+"""
 
 from transformers import AutoConfig, AutoModel
 
@@ -17,15 +22,18 @@ _BY_MODEL_TYPE: dict[str, tuple[type[HeadConfig], type[HeadModel]]] = {}
 
 def register(config_class: type[HeadConfig], model_class: type[HeadModel]) -> None:
     """
-    Makes a kind of head known to recipes, to `AutoSae` and to transformers' Auto classes.
+    Adds a kind of head to recipes, to `AutoSae` and to transformers' Auto classes.
 
     Args:
-        config_class (`type[HeadConfig]`): Says what the kind is called (`kind`, `model_type`), where it reads and what
-            it predicts.
-        model_class (`type[HeadModel]`): Computes. Its annotation `config` must be that class.
+        config_class (`type[HeadConfig]`): The config. It names the kind (`kind`, `model_type`), where it reads and
+            what it predicts.
+        model_class (`type[HeadModel]`): The model. Its annotation `config` must be `config_class`.
 
     Examples:
-        ```python
+        ```python no-run
+        from sae_accel import HeadArguments
+        from sae_accel.models import register
+
         register(CrosscoderConfig, CrosscoderModel)
         HeadArguments(hookpoints="layers.*", type="crosscoder")
         ```
@@ -37,27 +45,33 @@ def register(config_class: type[HeadConfig], model_class: type[HeadModel]) -> No
 
 
 def known_config(model_type: object) -> type[HeadConfig] | None:
-    """The configuration whose files have this `model_type`, if they are those of a head."""
+    """
+    The config class of a file's `model_type`; None if the file is not that of a head.
+
+    Args:
+        model_type (`object`): The value in the file's `config.json`.
+    """
     return _BY_MODEL_TYPE[model_type][0] if isinstance(model_type, str) and model_type in _BY_MODEL_TYPE else None
 
 
 def config_of_kind(kind: str) -> type[HeadConfig]:
     """
-    The configuration of a kind that a recipe may name.
+    The config class of a kind that a recipe names.
+
+    Args:
+        kind (`str`): The value of `heads.type`.
 
     Raises:
-        `InputError`: if there is no such kind.
+        `InputError`: if no kind has this name.
     """
     configs = {config.kind: config for config, _ in _BY_MODEL_TYPE.values()}
     if kind not in configs:
-        raise InputError(
-            f"heads.type: {kind!r} is no kind of head.{near(kind, configs)} Allowed: {', '.join(configs)}."
-        )
+        raise InputError(f"heads.type: found {kind!r}.{near(kind, configs)} Allowed are {', '.join(configs)}.")
     return configs[kind]
 
 
 def model_of(config: HeadConfig) -> type[HeadModel]:
-    """The model that a configuration is of."""
+    """The model class of a config."""
     return _BY_MODEL_TYPE[config.model_type][1]
 
 

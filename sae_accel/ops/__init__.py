@@ -1,4 +1,6 @@
-"""The sparse products of heads, passes over their rows, and measures of a reconstruction: tensors in, tensors out."""
+"""
+Tensor functions without any model: the sparse products of heads, work on their rows, and measures of a reconstruction.
+"""
 
 from .sparse import Selection, sparse_decode, sparse_encode
 

@@ -1,4 +1,9 @@
-"""Whether numbers are finite, at the cost of one sum where they are."""
+"""
+Checks whether numbers are finite.
+
+A sum is NaN or infinite if one of its numbers is. One sum per row is therefore a cheap first check; only rows that
+fail it are looked at number by number.
+"""
 
 from collections.abc import Iterable
 
@@ -8,32 +13,46 @@ from torch import Tensor
 
 def surely_finite(rows: Tensor) -> Tensor:
     """
-    Which rows hold finite numbers alone, by their sums in float32, which takes no memory beside them.
+    Whether each row is surely finite, judged by its sum in float32. The check allocates no copy of the rows.
 
     Args:
-        rows (`torch.Tensor` of shape `(num_rows, width)`): Of any floating-point type.
+        rows (`torch.Tensor` of shape `(num_rows, width)`): Rows of any floating-point type.
 
     Returns:
-        `torch.BoolTensor` of shape `(num_rows,)`: False also for a row of finite numbers whose sum is beyond float32.
+        `torch.BoolTensor` of shape `(num_rows,)`: False for each row with a NaN or an infinity, and also for a row of
+        finite numbers whose sum overflows float32.
     """
     return rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)).isfinite()
 
 
 def finite_rows(rows: Tensor) -> Tensor:
-    """As `surely_finite`, but True for every row of finite numbers; it makes a copy of the rows on the way."""
+    """
+    Whether each row holds finite numbers only: exact, unlike `surely_finite`, but it makes a copy of the rows.
+
+    Args:
+        rows (`torch.Tensor` of shape `(num_rows, width)`): Rows of any floating-point type.
+
+    Returns:
+        `torch.BoolTensor` of shape `(num_rows,)`.
+    """
     return rows.abs().amax(-1).isfinite() if rows.shape[-1] else rows.new_ones(len(rows), dtype=torch.bool)
 
 
 def count_non_finite(tensor: Tensor) -> int:
-    """How many numbers of a tensor of any type and shape are NaN or infinite."""
-    # What lies on the meta device has no numbers here.
+    """The number of NaN and infinite values in a tensor of any type and shape."""
+    # A tensor on the meta device holds no numbers.
     if tensor.is_meta or not tensor.is_floating_point() or bool(surely_finite(tensor.reshape(1, -1)).all()):
         return 0
     return int((~tensor.isfinite()).sum())
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Of tensors by name, the first with numbers that are not finite, in words that say how many; None if all are."""
+    """
+    A clause that names the first tensor with a NaN or an infinity and counts them; None if all numbers are finite.
+
+    Args:
+        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors.
+    """
     for name, tensor in tensors:
         if count := count_non_finite(tensor.detach()):
             return f"{count:,} of {tensor.numel():,} numbers of {name} are NaN or infinite"

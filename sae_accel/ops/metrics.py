@@ -1,3 +1,10 @@
+"""
+Measures of a reconstruction: squared error, total variance, FVU and L0.
+
+Sums over a batch are taken in float32, whatever the precision of the activations: bfloat16 would lose the mean, and
+float16 would overflow.
+"""
+
 from torch import Tensor
 
 
@@ -6,8 +13,8 @@ def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor:
     Squared error, summed over tokens and dimensions in float32 (float64 stays float64).
 
     Args:
-        target (`torch.Tensor` of shape `(num_tokens, d_out)`): What the head should reproduce.
-        reconstruction (`torch.Tensor` of shape `(num_tokens, d_out)`): What it produced.
+        target (`torch.Tensor` of shape `(num_tokens, d_out)`): The activations that the head should reproduce.
+        reconstruction (`torch.Tensor` of shape `(num_tokens, d_out)`): The activations that the head gives.
 
     Returns:
         `torch.Tensor` of shape `()`.
@@ -17,7 +24,13 @@ def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor:
 
 def total_variance(target: Tensor) -> Tensor:
     """
-    Squared distance of `target` `(num_tokens, d_out)` from its mean over tokens, summed: `()`. Float32 or float64.
+    Squared distance from the mean over tokens, summed over tokens and dimensions.
+
+    Args:
+        target (`torch.Tensor` of shape `(num_tokens, d_out)`): Activations.
+
+    Returns:
+        `torch.Tensor` of shape `()`. Float32; float64 for float64.
     """
     target = _wide(target)
     return (target - target.mean(0)).pow(2).sum()
@@ -28,8 +41,8 @@ def fvu(target: Tensor, reconstruction: Tensor) -> Tensor:
     Fraction of variance unexplained: squared error over the target's total variance about its mean.
 
     Args:
-        target (`torch.Tensor` of shape `(num_tokens, d_out)`): What the head should reproduce.
-        reconstruction (`torch.Tensor` of shape `(num_tokens, d_out)`): What it produced.
+        target (`torch.Tensor` of shape `(num_tokens, d_out)`): The activations that the head should reproduce.
+        reconstruction (`torch.Tensor` of shape `(num_tokens, d_out)`): The activations that the head gives.
 
     Returns:
         `torch.Tensor` of shape `()`: 0 is perfect, 1 is no better than the mean. Float32.
@@ -43,10 +56,18 @@ def fvu(target: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def l0(acts: Tensor) -> Tensor:
-    """Mean number of latents above zero for a token, from activations `(num_tokens, k)`: `()`."""
+    """
+    L0: the mean number of latents above zero per token.
+
+    Args:
+        acts (`torch.Tensor` of shape `(num_tokens, k)`): Activations of the selected latents.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
     return (acts > 0).sum(-1).float().mean()
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Half precisions overflow or lose the mean in a sum over a batch, so they become float32."""
+    """The tensor in float32 if it is in half precision, which overflows or loses the mean in a sum over a batch."""
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()

@@ -1,6 +1,6 @@
 """
-What a user asks for. A YAML file or words of a command line come in; a checked `Recipe` goes out, before any model is
-read.
+Recipes: what a user asks for. A YAML file or the words of a command line come in; a checked `Recipe` goes out, before
+any model is read.
 """
 
 from .arguments import DataArguments, HeadArguments, LoraArguments, ModelArguments, SaeTrainingArguments

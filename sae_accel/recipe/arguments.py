@@ -1,3 +1,10 @@
+"""
+The fields of a recipe, one dataclass per section: `model`, `data`, `heads`, `lora` and `training`.
+
+Each field is defined once, by `option`: its default, its meaning (the text of `--help`) and its limits. The YAML
+reader, the command line and the documentation all come from these definitions.
+"""
+
 import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -7,12 +14,12 @@ from .option import Help as Help
 from .option import option as _option
 
 
-# Kinds of heads, with the fields of an entry that each refuses, and why. `sae_accel.models.register` adds to them.
-_ONLY_TRANSCODERS = "only a transcoder has one. Set type: transcoder, or remove it."
+# Each kind of head, with the fields of an entry that it refuses and the reason. `models.register` adds kinds.
+_ONLY_TRANSCODERS = "only a transcoder has one. Set --heads.type transcoder, or remove it."
 KINDS: dict[str, dict[str, str]] = {
     "sae": {"source": _ONLY_TRANSCODERS, "skip_connection": _ONLY_TRANSCODERS},
     "transcoder": {
-        "normalize_decoder": "a transcoder's decoder starts at zero, which has no unit norm. Remove it.",
+        "normalize_decoder": "a transcoder's decoder starts at zero and cannot have rows of norm 1. Remove it.",
     },
 }
 
@@ -22,123 +29,162 @@ DEFAULT_CTX_LEN = 2048
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """The frozen LM whose activations are read."""
+    """
+    The frozen LM whose activations the heads read.
 
-    name_or_path: str = _option("HuggingFaceTB/SmolLM2-135M", "Hub id or folder of the language model.")
+    Examples:
+        ```python
+        from sae_accel import ModelArguments
+
+        ModelArguments(name_or_path="meta-llama/Meta-Llama-3-8B", dtype="bfloat16")
+        ModelArguments(name_or_path="meta-llama/Meta-Llama-3-8B", quantization="4bit", device_map="auto")
+        ```
+    """
+
+    name_or_path: str = _option("HuggingFaceTB/SmolLM2-135M", "Hub id or folder of the language model (LM).")
     revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub; the main branch if not set.")
     token: str | None = _option(
-        None, "Hub token for a private or gated model; the stored login if not set. Never saved.", secret=True
+        None, "Hub token for a private or gated model; the stored login if not set. It is never saved.", secret=True
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Precision of the LM's weights; auto keeps that of its files."
+        "auto", "Precision of the LM's weights; auto keeps the precision of its files."
     )
     quantization: Literal["8bit", "4bit"] | None = _option(
-        None, "Load the LM's linear layers in 8 bits, or in 4 (nf4), by bitsandbytes; as they are if not set."
+        None, "Load the LM's linear layers in 8 bits or 4 bits (nf4) with bitsandbytes; not quantised if not set."
     )
     adapter: str | None = _option(
         None,
-        "Hub id or folder of a PEFT adapter that the LM carries. Hookpoint names stay those of the LM without it.",
+        "Hub id or folder of a PEFT adapter to put on the LM; none if not set. Hookpoints keep the names that they "
+        "have without the adapter.",
     )
     device_map: str | dict | None = _option(
         None,
-        "Where the LM's modules lie, as in transformers: auto, balanced, sequential, or a mapping of module to "
-        "device; all on the process's device if not set.",
+        "Devices of the LM's modules, as in transformers: auto, balanced, sequential, or a mapping of module to "
+        "device. If not set, the whole LM lies on the device of the process.",
         device_keys=True,
     )
     max_memory: dict[str, Any] | None = _option(
-        None, "With device_map: memory to use by device, such as {0: 20GiB, cpu: 60GiB}.", device_keys=True
+        None,
+        "With device_map: the memory to use per device, such as {0: 20GiB, cpu: 60GiB}; all free memory if not set.",
+        device_keys=True,
     )
     shard: bool = _option(
         False,
-        "With several processes and loss fvu: each holds a part of every layer of the LM, and gathers one layer at a "
-        "time as it runs; else each holds all of it.",
+        "With several processes and loss fvu: each process holds a part of every layer of the LM, and gathers one "
+        "layer at a time. If false, each process holds the whole LM.",
     )
     attn_implementation: str | None = _option(
         None,
-        "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); its default if not set.",
+        "Attention implementation, as in transformers (sdpa, eager, flash_attention_2, ...); the default of "
+        "transformers if not set.",
     )
     gguf_file: str | None = _option(
-        None, "Name of a GGUF file in the model's folder or repo; its weights are dequantised."
+        None,
+        "Name of a GGUF file in the model's folder or repo, whose weights are dequantised; the model's usual files "
+        "if not set.",
     )
-    trust_remote_code: bool = _option(False, "Run code that comes with the model's repo.")
+    trust_remote_code: bool = _option(
+        False, "Run Python code from the model's repo. Set it only for repos that you trust."
+    )
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """The tokens that the LM reads."""
+    """
+    The dataset, and how its texts become sequences of tokens for the LM.
+
+    Examples:
+        ```python
+        from sae_accel import DataArguments
+
+        DataArguments(path="EleutherAI/SmolLM2-135M-10B", ctx_len=2048, streaming=True)
+        DataArguments(path="texts/*.jsonl", text_column="content", eval_examples=64)
+        ```
+    """
 
     path: str = _option(
         "EleutherAI/SmolLM2-135M-10B",
-        "What `datasets.load_dataset` takes, a folder saved by `save_to_disk`, local files of one kind (a file, a "
-        "folder or a glob), or a `.bin` file of token ids.",
+        "The dataset: a name for `datasets.load_dataset`, a folder saved by `save_to_disk`, local files of one kind "
+        "(a file, a folder or a glob), or a `.bin` file of token ids.",
     )
-    name: str | None = _option(None, "Configuration of the dataset, the second argument of `load_dataset`.")
-    split: str = _option("train", "Split to read; slices such as `train[:1000]` are allowed.")
-    load_args: dict[str, Any] = _option({}, "Further arguments of `load_dataset`, such as data_files or revision.")
-    streaming: bool = _option(False, "Read the dataset as it arrives instead of downloading it first.")
+    name: str | None = _option(
+        None, "Configuration of the dataset, the second argument of `load_dataset`; the dataset's default if not set."
+    )
+    split: str = _option("train", "Split to read. Slices such as `train[:1000]` are allowed.")
+    load_args: dict[str, Any] = _option({}, "More arguments of `load_dataset`, such as data_files or revision.")
+    streaming: bool = _option(False, "Read the dataset while it downloads, instead of downloading it first.")
     text_column: str = _option(
-        "text", "Column with the text; a dataset with a column `input_ids` is not tokenised again."
+        "text", "Column that holds the text. A dataset with a column `input_ids` is not tokenised again."
     )
     sample_by: Literal["document", "line", "paragraph"] = _option(
-        "document", "What of a local text file is a document: all of it, each line, or what empty lines part."
+        "document",
+        "With a local text file: one document is the whole file, one line, or one paragraph (paragraphs end at an "
+        "empty line).",
     )
     separator: str | int | None = _option(
         None,
-        "What stands after each document: a token of the tokenizer, or its id; EOS if not set, or SEP if there is no "
-        "EOS.",
+        "Token to put after each document: a token of the tokenizer, or its id. If not set, EOS, or SEP if the "
+        "tokenizer has no EOS.",
     )
     bad_rows: Literal["skip", "stop"] = _option(
         "skip",
-        "What is done with rows of which no sequence can be made, such as a text that is null: they are left out and "
-        "counted, or the run ends at the first.",
+        "With a row that gives no sequence, such as a text that is null: skip leaves the row out and counts it; "
+        "stop ends the run at the first.",
     )
     max_bad_rows: float = _option(
         0.01,
-        "With bad_rows: skip, how many rows may be left out; below 1 a part of those read so far. With more of them "
-        "the run ends.",
+        "With bad_rows: skip, the number of rows that may be left out; a value below 1 is a fraction of the rows "
+        "read so far. The run ends if more rows are bad.",
         minimum=0.0,
     )
     token_dtype: Literal["uint16", "uint32"] | None = _option(
-        None, "Width of the ids in a `.bin` file; uint16 if not set and the vocabulary fits in it, else uint32."
+        None, "Integer type of the ids in a `.bin` file. If not set, uint16 if the LM's vocabulary fits, else uint32."
     )
     ctx_len: int | None = _option(
-        None, "Tokens in a sequence; the least of 2,048 and what the LM has positions for if not set.", minimum=2
+        None, "Tokens per sequence; if not set, 2,048 or the LM's number of positions, whichever is less.", minimum=2
     )
     max_examples: int | None = _option(
-        None, "Read at most this many sequences for training; all if not set.", minimum=1
+        None, "Largest number of sequences to train on; all sequences if not set.", minimum=1
     )
     eval_examples: int = _option(
-        32, "The first this many sequences are held out from training, for evaluation; 0 for none.", minimum=0
+        32,
+        "Number of sequences, the first of the dataset, that are held out from training for evaluation; 0 for none.",
+        minimum=0,
     )
-    exclude_tokens: list[int] = _option([], "Token ids that train nothing and count in no metric, such as BOS.")
+    exclude_tokens: list[int] = _option(
+        [], "Token ids to ignore, such as BOS: their activations train no head and count in no metric."
+    )
     shuffle_seed: int | None = _option(
         42,
-        "Seed of the order of the sequences (streaming: within a buffer of 1,000); null keeps the dataset's order.",
+        "Seed of the order of the sequences; null keeps the dataset's order. With streaming, sequences are shuffled "
+        "within a buffer of 1,000.",
         minimum=0,
     )
     num_proc: int | None = _option(
-        None, "Processes for tokenisation; one if not set. Not used when streaming.", minimum=1
+        None, "Number of processes that tokenise; one if not set. It has no effect with streaming.", minimum=1
     )
 
     def __post_init__(self) -> None:
         self.path = os.path.expanduser(self.path)
         if isinstance(self.separator, str) and self.separator.isdecimal():
-            # On a command line a number is typed as a text.
+            # A number from the command line arrives as text.
             self.separator = int(self.separator)
 
     @property
     def sequence_length(self) -> int:
-        """Tokens in a sequence, where no LM has a say in it."""
+        """Tokens per sequence for callers without an LM: `ctx_len`, or 2,048 if not set."""
         return self.ctx_len or DEFAULT_CTX_LEN
 
 
 @dataclass(kw_only=True)
 class HeadArguments:
     """
-    One entry of a recipe's `heads`: it makes one head at each hookpoint that its patterns match.
+    One entry of a recipe's `heads`. It makes one head at each hookpoint that its patterns match.
 
     Examples:
         ```python
+        from sae_accel import HeadArguments
+
         HeadArguments(hookpoints="layers.*", stride=2, k=192)
         HeadArguments(hookpoints="layers.[0-3].mlp", type="transcoder", skip_connection=True, k=64)
         ```
@@ -146,48 +192,63 @@ class HeadArguments:
 
     hookpoints: list[str] = _option(
         [],
-        "Globs over module names of the LM's base model, with dots for slashes: `*`, `?` and `[012]` stay within one "
-        "component, `**` crosses dots. With neither this nor `layers`, every layer's output gets a head.",
+        "Patterns for the names of modules of the LM's base model: `*`, `?` and `[012]` match within one component "
+        "of a name, `**` crosses dots. If neither this nor layers is set, every layer's output gets a head.",
     )
-    layers: list[int] = _option([], "Short for the outputs of these layers.")
-    stride: int = _option(1, "Keep every n-th of the hookpoints that match, in natural order.", minimum=1)
+    layers: list[int] = _option([], "Numbers of layers whose outputs get a head, as a short form of hookpoints.")
+    stride: int = _option(1, "Keep every n-th hookpoint of each pattern's matches, in natural order.", minimum=1)
     source: str | None = _option(
         None,
-        "Transcoders only: the module whose output is read, with {0}, {1} for what the pattern's wildcards matched; "
-        "the hookpoint's own input if not set.",
+        "Transcoders only: the module whose output the head reads. {0}, {1} stand for the parts of a name that the "
+        "pattern's wildcards match. If not set, the head reads the hookpoint's own input.",
     )
-    type: str = _option("sae", "What the head is.", choices=KINDS)
-    name: str | None = _option(None, "Name among the heads of one hookpoint: it is saved as `<hookpoint>/<name>`.")
+    type: str = _option(
+        "sae",
+        "Kind of the head: an SAE reconstructs an activation, a transcoder predicts a module's output from its input.",
+        choices=KINDS,
+    )
+    name: str | None = _option(
+        None,
+        "Name that tells apart several heads at one hookpoint: the head is saved as `<hookpoint>/<name>`; no name "
+        "if not set.",
+    )
     activation: Literal["topk", "groupmax", "batchtopk", "jumprelu"] = _option(
         "topk",
-        "How latents are selected: the k largest of each token; the largest of each of k groups; k a token, the "
-        "largest of a process's whole micro-batch; or all above a threshold that is learnt.",
+        "Rule that selects latents. topk: the k largest per token. groupmax: the largest of each of k groups. "
+        "batchtopk: the largest of a micro-batch, k per token on average. jumprelu: all above a learnt threshold.",
     )
     k: int = _option(
         32,
-        "Latents that are active for each token; with batchtopk on average, with jumprelu what L0 aims at.",
+        "Active latents per token: exactly with topk and groupmax, on average with batchtopk, as the target of L0 "
+        "with jumprelu.",
         minimum=1,
     )
-    sparsity_weight: float = _option(1.0, "With jumprelu: weight of (L0 / k - 1)^2 in the loss.", above=0.0)
-    expansion_factor: int = _option(32, "Latents for each dimension of the input.", minimum=1)
-    num_latents: int | None = _option(None, "Latents of the head; expansion_factor * d_in if not set.", minimum=1)
+    sparsity_weight: float = _option(1.0, "With jumprelu: weight of `(L0 / k - 1)^2` in the loss.", above=0.0)
+    expansion_factor: int = _option(32, "Latents per dimension of the input.", minimum=1)
+    num_latents: int | None = _option(
+        None, "Number of latents of the head; expansion_factor * d_in if not set.", minimum=1
+    )
     skip_connection: bool = _option(False, "Transcoders only: add a linear map of the input to the output.")
     normalize_decoder: bool | None = _option(
-        None, "Keep the decoder's rows at unit norm; true for SAEs and false for transcoders if not set."
+        None, "Keep the decoder's rows at norm 1; true for SAEs and false for transcoders if not set."
     )
-    seed: int = _option(0, "Seed of the initial weights; each hookpoint draws its own from it.", minimum=0)
+    seed: int = _option(
+        0, "Seed of the initial weights. Heads at different hookpoints still start from different weights.", minimum=0
+    )
     learning_rate: float | None = _option(
         None, "Learning rate of these heads; training.learning_rate if not set.", above=0.0
     )
     auxk_alpha: float = _option(
-        0.0, "Weight of the AuxK loss, by which dead latents fit the residual; 0 is off.", minimum=0.0
+        0.0, "Weight of the AuxK loss, which trains dead latents to fit the residual; 0 turns it off.", minimum=0.0
     )
-    multi_topk: bool = _option(False, "Add FVU at 4k latents to the loss, with weight 1/8.")
+    multi_topk: bool = _option(False, "Add FVU at 4 * k latents to the loss, with weight 1/8.")
     k_decay_steps: int = _option(
-        0, "Optimizer steps over which k falls linearly from min(10 * d_in, num_latents); 0 is off.", minimum=0
+        0,
+        "Number of optimizer steps over which k falls linearly from min(10 * d_in, num_latents); 0 turns it off.",
+        minimum=0,
     )
     dead_after_tokens: int = _option(
-        10_000_000, "A latent is dead once it has not been active for this many tokens.", minimum=1
+        10_000_000, "Number of tokens without activity after which a latent is dead.", minimum=1
     )
 
     def __post_init__(self) -> None:
@@ -196,25 +257,38 @@ class HeadArguments:
 
     @property
     def loss_terms(self) -> dict[str, Any]:
-        """What the loss of these heads is made of, as their forward pass takes it."""
+        """The weights of the loss terms, as arguments of a head's forward pass."""
         return {name: getattr(self, name) for name in ("auxk_alpha", "multi_topk", "sparsity_weight")}
 
 
 @dataclass(kw_only=True)
 class LoraArguments:
-    """A LoRA of the LM that is trained around spliced heads, under loss ce or kl. See arXiv:2501.19406."""
+    """
+    A LoRA of the LM that trains around spliced heads, with loss ce or kl. See arXiv:2501.19406.
+
+    Examples:
+        ```python
+        from sae_accel import HeadArguments, LoraArguments, Recipe, SaeTrainingArguments
+
+        Recipe(
+            heads=[HeadArguments(layers=[1])],
+            lora=LoraArguments(rank=16, target_modules=["layers.*.mlp.down_proj"]),
+            training=SaeTrainingArguments(loss="kl", init_from="runs/quickstart"),
+        )
+        ```
+    """
 
     rank: int = _option(16, "Rank of the adapter's matrices (`r` in PEFT).", minimum=1)
     alpha: float = _option(
-        32.0, "The adapter's output is multiplied by alpha / rank (`lora_alpha` in PEFT).", above=0.0
+        32.0, "Scale of the adapter: its output is multiplied by alpha / rank (`lora_alpha` in PEFT).", above=0.0
     )
     target_modules: list[str] = _option(
         [],
-        "Globs, as in `hookpoints`, for the linear layers that get an adapter; all in the layers behind the first "
-        "hookpoint's if not set.",
+        "Patterns, as in hookpoints, for the linear layers that get an adapter; if not set, all linear layers after "
+        "the first hookpoint's layer.",
     )
     learning_rate: float = _option(2e-4, "Learning rate of the adapter.", above=0.0)
-    train_heads: bool = _option(False, "Train the heads as well; frozen if not set.")
+    train_heads: bool = _option(False, "Train the heads together with the adapter; if false, the heads are frozen.")
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
@@ -223,127 +297,163 @@ class LoraArguments:
 
 @dataclass(kw_only=True)
 class SaeTrainingArguments:
-    """How heads are trained; names are those of `transformers.TrainingArguments` wherever the thing is the same."""
+    """
+    How the heads train. Fields have the names of `transformers.TrainingArguments` wherever they mean the same.
+
+    Examples:
+        ```python
+        from sae_accel import SaeTrainingArguments
+
+        SaeTrainingArguments(output_dir="runs/smollm2", per_device_train_batch_size=16, max_tokens=100_000_000)
+        SaeTrainingArguments(output_dir="runs/smollm2", optim="adam", learning_rate=1e-4, resume_from_checkpoint=True)
+        ```
+    """
 
     output_dir: str = _option("runs/sae", "Folder for the heads, checkpoints, logs and metrics.")
     run_name: str | None = _option(None, "Name of the run in the trackers; the last part of output_dir if not set.")
     overwrite_output_dir: bool = _option(
-        False, "Start anew, and delete the heads, checkpoints and reports that a run left in output_dir; nothing else."
+        False,
+        "Start anew: delete the heads, checkpoints and reports that an earlier run wrote in output_dir. Other files "
+        "stay.",
     )
-    per_device_train_batch_size: int = _option(8, "Sequences in a batch, on each process.", minimum=1)
-    gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.", minimum=1)
+    per_device_train_batch_size: int = _option(8, "Sequences per batch, on each process.", minimum=1)
+    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.", minimum=1)
     micro_batches: int = _option(
-        1, "Parts into which a batch's activations are cut for the heads, to bound their memory.", minimum=1
+        1,
+        "Number of parts into which each batch's activations are cut, to limit the memory that the heads need.",
+        minimum=1,
     )
     max_steps: int | None = _option(
-        None, "Optimizer steps; one pass over the data if neither this nor max_tokens is set.", minimum=1
+        None, "Number of optimizer steps; if neither this nor max_tokens is set, one pass over the data.", minimum=1
     )
     max_tokens: int | None = _option(
-        None, "Tokens to read, rounded up to whole steps; the shorter of this and max_steps holds.", minimum=1
+        None,
+        "Number of tokens to read, rounded up to whole optimizer steps; not used if not set. If max_steps is set "
+        "too, the run ends at the first of the two.",
+        minimum=1,
     )
     loss: Literal["fvu", "ce", "kl"] = _option(
         "fvu",
-        "fvu: each head fits its own target. ce, kl: heads are spliced into the LM, and train by the cross-entropy of "
-        "its next token, or by the KL divergence of its distribution from that of the LM as it was.",
+        "Loss of the heads. fvu: each head reconstructs its own target. ce, kl: the heads are spliced into the LM "
+        "and minimise its next-token cross-entropy, or the KL divergence from the unspliced LM.",
     )
     fvu_weight: float = _option(
-        0.0, "With ce or kl: weight of the heads' own losses (FVU, AuxK, Multi-TopK) beside it.", minimum=0.0
+        0.0,
+        "With loss ce or kl: weight of the heads' own losses (FVU, AuxK, Multi-TopK), which are added to it.",
+        minimum=0.0,
     )
     distribute_modules: bool = _option(
         False,
-        "With several processes: each holds some of the heads, dealt by cost, and trains them on all tokens; else "
-        "each holds all.",
+        "With several processes: each process holds some of the heads, dealt by cost, and trains them on the tokens "
+        "of all processes. If false, each process holds all heads.",
     )
     distribute_latents: bool = _option(
         False,
-        "With several processes: each holds a part of the latents of every head, for heads larger than a device.",
+        "With several processes: each process holds a part of the latents of every head. Use it for heads that are "
+        "larger than one device.",
     )
     init_from: str | None = _option(
         None,
-        "Folder or Hub repo (`name@revision` if not the main branch) from which each head starts, from the head of "
-        "the same name; new heads if not set.",
+        "Folder or Hub repo (`name@revision` for another revision than the main branch) of trained heads: each head "
+        "starts from the head of the same name. New heads if not set.",
     )
     optim: Literal["signum", "adam", "adam8bit", "muon"] = _option(
-        "signum", "Optimizer: schedule-free sign descent, Adam, bitsandbytes' 8-bit Adam, or Muon."
+        "signum",
+        "Optimizer: schedule-free sign descent (signum), Adam, Adam with 8-bit states from bitsandbytes, or Muon.",
     )
     learning_rate: float | None = _option(
         None,
-        "Learning rate. If not set, with M latents: signum 5e-3 / sqrt(M / 2^14), adam and adam8bit "
-        "2e-4 / sqrt(M / 2^14), muon 2e-3.",
+        "Learning rate. If not set, for a head with M latents: signum 5e-3 / sqrt(M / 2^14), adam and adam8bit 2e-4 "
+        "/ sqrt(M / 2^14), muon 2e-3.",
         above=0.0,
     )
     lr_scheduler_type: str | None = _option(
         None,
-        "A schedule of transformers (linear, cosine, constant, ...); constant for signum and linear else if not set.",
+        "Learning rate schedule of transformers (linear, cosine, constant, ...). If not set, constant for signum "
+        "and linear for the other optimizers.",
     )
     warmup_steps: float | None = _option(
         None,
-        "Optimizer steps of warm-up, or below 1 a part of the run; 0 for signum if not set, else 1000 or a tenth of "
-        "the run, whichever is less.",
+        "Number of optimizer steps of warm-up; a value below 1 is a fraction of the run. If not set, 0 for signum, "
+        "and for the other optimizers 1,000 or a tenth of the run, whichever is less.",
         minimum=0.0,
     )
     max_grad_norm: float | None = _option(
         None,
-        "Clip the gradient's norm, head by head; no clipping if not set. Not with signum, which steps by signs.",
+        "Largest norm of each head's gradient, to which larger gradients are clipped; no clipping if not set. Not "
+        "with signum, which uses only the gradient's sign.",
         above=0.0,
     )
     max_non_finite: float = _option(
         0.01,
-        "The part of an optimizer step's tokens whose activations may be NaN or infinite. They train nothing; with "
-        "more of them the step is passed over, and after ten such steps in a row the run ends.",
+        "Largest fraction of an optimizer step's tokens whose activations may be NaN or infinite. These tokens "
+        "train no head. If more are, the step is skipped; ten skipped steps in a row end the run.",
         minimum=0.0,
     )
     seed: int = _option(
         42,
-        "Seed of everything random but the heads' weights and the data's order.",
+        "Seed of all random numbers, except the heads' initial weights (heads.seed) and the data's order "
+        "(data.shuffle_seed).",
         minimum=0,
         maximum=2**32 - 1,
     )
     logging_steps: int = _option(
-        10, "Optimizer steps between logged values, which are means over those steps.", minimum=1
+        10, "Number of optimizer steps between logs. Each logged value is the mean over these steps.", minimum=1
     )
     eval_steps: int | None = _option(
-        None, "Optimizer steps between evaluations on held-out sequences; only at the end if not set.", minimum=1
+        None,
+        "Number of optimizer steps between evaluations on the held-out sequences; if not set, one evaluation at the "
+        "end.",
+        minimum=1,
     )
-    save_steps: int = _option(1000, "Optimizer steps between checkpoints.", minimum=1)
-    save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest; all if not set.", minimum=1)
+    save_steps: int = _option(1000, "Number of optimizer steps between checkpoints.", minimum=1)
+    save_total_limit: int | None = _option(
+        None, "Number of checkpoints to keep, the newest; all if not set.", minimum=1
+    )
     save_best: bool = _option(
         False,
-        "Keep, in output_dir/best, each head as it was at the evaluation with its lowest FVU; with ce or kl all heads "
-        "as they were at the lowest of that.",
+        "Keep in output_dir/best each head from the evaluation with its lowest FVU; with loss ce or kl, all heads "
+        "from the evaluation with the lowest loss.",
     )
     resume_from_checkpoint: bool | str = _option(
         False,
-        "Go on from this checkpoint folder; true is the newest complete one in output_dir, or the start if none.",
+        "Checkpoint folder to resume from; true takes the newest complete checkpoint in output_dir, or starts anew "
+        "if there is none.",
     )
     allow_changes: list[str] = _option(
         [],
-        "Fields that may differ from those of the checkpoint that the run goes on from, though that changes what is "
-        "trained, such as data.path or heads.k.",
+        "When resuming: fields whose values may differ from the checkpoint's although they change the training, "
+        "such as data.path or heads.k.",
     )
-    push_to_hub: bool = _option(False, "Release the heads to the Hub; the repo is made before the LM is loaded.")
+    push_to_hub: bool = _option(False, "Release the heads to the Hub. The run makes the repo before it loads the LM.")
     hub_model_id: str | None = _option(
-        None, "Repo to push to, as `name` or `user/name`; the last part of output_dir under your name if not set."
+        None,
+        "Hub repo to push to: `name` or `user/name`; if not set, the last part of output_dir under your user name.",
     )
     hub_private_repo: bool | None = _option(
-        None, "Whether a repo that is made is private; your account's or organisation's default if not set."
+        None, "Whether the run makes the Hub repo private; if not set, the default of your account or organisation."
     )
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _option(
         "every_save",
-        "What is pushed when: heads at the end; at each save as well, while training goes on; with the newest "
-        "checkpoint, in last-checkpoint; or with every checkpoint.",
+        "When to push: the heads at the end (end); the heads at each save, too (every_save); also the newest "
+        "checkpoint, in last-checkpoint (checkpoint); or also every checkpoint (all_checkpoints).",
     )
     hub_timeout: float = _option(
         3600.0,
-        "Seconds that training waits for pushes when it has ended; what has not arrived by then is told, with how to "
-        "push it by hand.",
+        "Seconds that the run waits at its end for unfinished pushes. If some are still unfinished, it prints how "
+        "to push by hand.",
         above=0.0,
     )
-    report_to: list[str] = _option(["none"], "Accelerate trackers (tensorboard, wandb, ...); `none` is off.")
+    report_to: list[str] = _option(
+        ["none"], "Accelerate trackers to log to (tensorboard, wandb, ...); `none` turns them off."
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
-            raise InputError("training.output_dir: it is empty. Name a folder; the present one is a dot.")
+            raise InputError(
+                "training.output_dir: it is empty. Name a folder: --training.output_dir runs/sae, or . for the "
+                "current folder."
+            )
         for name in ("output_dir", "init_from", "resume_from_checkpoint"):
             if isinstance(path := getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(path))
@@ -363,5 +473,5 @@ SECTIONS = {
 
 
 def secret_fields(arguments: Any) -> set[str]:
-    """Names of the fields of a dataclass that must never reach a file or a tracker."""
+    """Names of a dataclass's fields that must never reach a file or a tracker, such as tokens."""
     return {f.name for f in fields(arguments) if f.metadata["help"].secret}

@@ -1,4 +1,9 @@
-"""How a run that goes on from a checkpoint may differ from the one that wrote it."""
+"""
+The rules for fields that change between a checkpoint and the run that resumes from it.
+
+Each field of a recipe has one rule. Some may change freely, some change the training and need
+`training.allow_changes`, and some cannot change because the weights or the optimizer's state would not fit.
+"""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -7,7 +12,7 @@ from ..common.errors import InputError, near
 from .arguments import SECTIONS
 
 
-# What changes what is trained: another value is meant only if `training.allow_changes` names the field.
+# Fields that change the training. Another value is taken only if `training.allow_changes` names the field.
 _ASKS = {
     "model": "name_or_path revision dtype quantization adapter gguf_file",
     "data": "exclude_tokens",
@@ -15,19 +20,19 @@ _ASKS = {
     "lora": "alpha",
     "training": "loss seed",
 }
-# As that; and a place in the data of the one is no place in that of the other.
+# Fields that change the training and the order of the data, so that a position in the old data means nothing.
 _MOVES = {
     "data": "path name split load_args streaming text_column sample_by separator token_dtype ctx_len shuffle_seed"
 }
-# What the weights or the optimizer's state would not fit.
+# Fields that the shapes of the weights or of the optimizer's state depend on.
 _FIXED = {
     "heads": "type source activation num_latents skip_connection normalize_decoder",
     "lora": "rank target_modules train_heads",
     "training": "optim",
 }
-# What voids a measurement.
+# Fields that void a measurement.
 _TELLS = {"data": "eval_examples"}
-# What says where a run lies and what is told of it, or is used at its start alone.
+# Fields that name the run and its outputs, or matter only at its start.
 _SILENT = {
     "model": "token trust_remote_code",
     "data": "num_proc",
@@ -41,18 +46,22 @@ RULES = {
     for section, names in table.items()
     for name in names.split()
 }
-# What `training.allow_changes` can name.
+# The fields that `training.allow_changes` can name.
 ALLOWABLE = [name for name, rule in RULES.items() if rule in ("asks", "moves")]
 
 
 def rule_of(field: str) -> str:
     """
-    What happens if a field, by its dotted name, differs from that of the checkpoint.
+    The rule for a field that differs from the checkpoint's.
+
+    Args:
+        field (`str`): The field's dotted name, such as `data.path`.
 
     Returns:
-        `str`: `"listed"`: it is told among the changes; `"silent"`: it is not; `"tells"`: a line says which
-        measurement it voids; `"asks"`: it is refused unless `training.allow_changes` names it; `"moves"`: as that, and
-        the data is then read from its start; `"fixed"`: it is refused, as is what is no field of a recipe.
+        `str`: `"listed"`: the run lists it among the changes. `"silent"`: the run does not mention it. `"tells"`: the
+        run prints a line that says which measurement it voids. `"asks"`: the run refuses it unless
+        `training.allow_changes` names it. `"moves"`: as `"asks"`, and the run then reads the data from the start.
+        `"fixed"`: the run refuses it; a name that is no field of a recipe has this rule, too.
     """
     section, _, name = field.partition(".")
     known = section in SECTIONS and name in {f.name for f in fields(SECTIONS[section])}
@@ -63,13 +72,16 @@ def check_allowed(names: Iterable[str]) -> None:
     """
     Checks `training.allow_changes`.
 
+    Args:
+        names (`Iterable[str]`): The names in `training.allow_changes`.
+
     Raises:
-        `InputError`: if it names what cannot change, or needs no leave.
+        `InputError`: if a field cannot change, or may always change.
     """
     for name in names:
         if name not in ALLOWABLE:
             rule = rule_of(name)
             reason = "may always change" if rule in ("listed", "silent", "tells") else "cannot change in a run"
             raise InputError(
-                f"training.allow_changes: {name} {reason}.{near(name, ALLOWABLE)} It takes {', '.join(ALLOWABLE)}."
+                f"training.allow_changes: {name} {reason}.{near(name, ALLOWABLE)} Allowed are {', '.join(ALLOWABLE)}."
             )

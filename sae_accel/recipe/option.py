@@ -1,3 +1,5 @@
+"""The definition of a recipe's field: its default, its meaning, and the limits of its value."""
+
 from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
@@ -5,17 +7,20 @@ from typing import Any
 
 class Help(str):
     """
-    What a field means, with what else is known of it. `HfArgumentParser` gives a field's metadata to `argparse` as
-    they are, so all of it goes under the one key `help`.
+    The meaning of a field, and the limits of its value.
+
+    It is a string that carries attributes. `HfArgumentParser` passes a field's metadata on to `argparse` unchanged, so
+    all of it must lie under the one key `help`.
 
     Args:
-        text (`str`): What `--help` prints.
-        minimum (`float`, *optional*): The least value that is allowed.
-        maximum (`float`, *optional*): The largest value that is allowed.
+        text (`str`): The text of `--help`.
+        minimum (`float`, *optional*): The least allowed value.
+        maximum (`float`, *optional*): The largest allowed value.
         above (`float`, *optional*): Values must be larger than this.
         secret (`bool`, defaults to `False`): Whether the value must never reach a file or a tracker.
-        device_keys (`bool`, defaults to `False`): Whether it is a mapping by devices or modules, with their own names.
-        choices (`Iterable[str]`, *optional*): The values that are allowed, looked up when they are needed.
+        device_keys (`bool`, defaults to `False`): Whether the value is a mapping whose keys are devices or modules.
+        choices (`Iterable[str]`, *optional*): The allowed values. They are read when a value is checked, so that kinds
+            of heads can be added.
     """
 
     minimum: float | None
@@ -42,7 +47,14 @@ class Help(str):
 
 
 def option(default: Any, help: str, **known: Any) -> Any:
-    """A dataclass field with a [`Help`]; mutable defaults are copied for each instance."""
+    """
+    A dataclass field with a [`Help`]. Each instance gets its own copy of a mutable default.
+
+    Args:
+        default (`Any`): The default.
+        help (`str`): The meaning of the field: one or two sentences with the unit and the rule for an unset value.
+        known (*optional*): The limits, as in [`Help`].
+    """
     metadata = {"help": Help(help, **known)}
     shown = not metadata["help"].secret
     if isinstance(default, (list, dict)):

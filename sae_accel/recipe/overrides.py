@@ -1,3 +1,7 @@
+"""
+Dotted names, such as `heads.1.k`: how a value of the command line, or an override in Python, replaces one of a recipe.
+"""
+
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +14,15 @@ from .schema import field_hints, is_union, takes_mapping, type_name
 
 def with_values(content: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """
-    The nested mappings of a recipe with some values replaced. What is not a mapping stays, for `from_dict` to refuse.
+    A recipe's nested mappings with some values replaced. A section of the wrong type stays, so that `from_dict`
+    refuses it.
+
+    Args:
+        content (`dict[str, Any]`): The recipe, as YAML gives it.
+        overrides (`Iterable[tuple[str, Any]]`): Dotted names and values.
 
     Raises:
-        `InputError`: if a dotted name has no section, or asks for an entry of heads that is not there.
+        `InputError`: if a dotted name has no section, or names an entry of heads that does not exist.
     """
     for name, value in overrides:
         section, index, keys = split_name(name)
@@ -30,10 +39,14 @@ def with_values(content: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -
 
 def split_name(name: str) -> tuple[str, int | None, list[str]]:
     """
-    A dotted name in parts: the section, which entry of heads if it says so, and the field with the keys inside it.
+    The parts of a dotted name: the section, the number of an entry of heads or None, and the field with keys inside
+    it.
+
+    Args:
+        name (`str`): A dotted name, such as `heads.1.k` or `data.load_args.revision`.
 
     Raises:
-        `InputError`: if it names no field of a section, or a key inside a field that is no mapping.
+        `InputError`: if it names no field of a section, or a key inside a field that is not a mapping.
     """
     section, *keys = name.split(".")
     index = int(keys.pop(0)) if section == "heads" and keys and re.fullmatch("[0-9]{1,9}", keys[0]) else None
@@ -51,7 +64,13 @@ def split_name(name: str) -> tuple[str, int | None, list[str]]:
 
 
 def advice(key: str, allowed: Iterable[str]) -> str:
-    """The section that has a key, or the nearest of the allowed keys and those of all sections."""
+    """
+    A hint for an unknown key: the section that has this key, or the nearest known key; empty if none is near.
+
+    Args:
+        key (`str`): The key that was found.
+        allowed (`Iterable[str]`): The keys that are allowed there.
+    """
     homes: dict[str, list[str]] = {}
     for name, section in SECTIONS.items():
         for known in field_hints(section):
@@ -59,7 +78,7 @@ def advice(key: str, allowed: Iterable[str]) -> str:
     if key in homes:
         return f" It belongs under {' or '.join(homes[key])}."
     if key in SECTIONS:
-        return " It is a section of its own."
+        return " It is a section of its own, beside the others."
     for closest in difflib.get_close_matches(key, {*allowed, *homes}, n=1):
         there = "" if closest in allowed else f", under {' or '.join(homes[closest])}"
         return f" Did you mean {closest}{there}?"
@@ -67,7 +86,7 @@ def advice(key: str, allowed: Iterable[str]) -> str:
 
 
 def _with_value(content: Any, keys: list[str], value: Any) -> Any:
-    """A copy of nested mappings in which the value at the end of the keys is another."""
+    """A copy of nested mappings, with the value under the given keys replaced."""
     if not keys:
         return value
     if not isinstance(content, Mapping):

@@ -1,3 +1,11 @@
+"""
+The recipe: every setting of a run, as one checked object.
+
+A recipe comes from a YAML file (`load_recipe`), from nested mappings (`Recipe.from_dict`) or from Python
+(`Recipe(...)`). In each case it is checked at once, with nothing loaded. An unknown key or a value of another type is
+refused with the path of the key. A run saves its recipe with every default filled in and every secret left out.
+"""
+
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,17 +34,29 @@ from .yaml_file import read_yaml
 @dataclass
 class Recipe:
     """
-    All that a run is, checked: an impossible combination is refused when the recipe is made.
+    All settings of a run. A combination that cannot run is refused when the recipe is made.
 
     Args:
         model ([`ModelArguments`]): The LM.
-        data ([`DataArguments`]): The tokens.
-        heads (`list[HeadArguments]`): What to train.
-        training ([`SaeTrainingArguments`]): How.
+        data ([`DataArguments`]): The dataset.
+        heads (`list[HeadArguments]`): The heads to train.
+        training ([`SaeTrainingArguments`]): How the heads train.
         lora ([`LoraArguments`], *optional*): A LoRA of the LM to train around the heads.
 
     Raises:
-        `InputError`: on an impossible combination.
+        `InputError`: if the settings do not go together.
+
+    Examples:
+        ```python
+        from sae_accel import HeadArguments, ModelArguments, Recipe, SaeTrainingArguments
+
+        recipe = Recipe(
+            model=ModelArguments(name_or_path="HuggingFaceTB/SmolLM2-135M"),
+            heads=[HeadArguments(hookpoints="layers.*", stride=2, k=64)],
+            training=SaeTrainingArguments(output_dir="runs/smollm2", max_tokens=10_000_000),
+        )
+        recipe.save("recipes/smollm2.yaml")
+        ```
     """
 
     model: ModelArguments = field(default_factory=ModelArguments)
@@ -54,11 +74,18 @@ class Recipe:
         A recipe from nested mappings, as YAML gives them.
 
         Args:
-            content (`Mapping[str, Any]`): The sections; those that are missing have their defaults.
-            origin (`str`): Where they come from, with which an error begins.
+            content (`Mapping[str, Any]`): The sections. A missing section or field has its default.
+            origin (`str`): The source of the mappings, with which an error begins.
 
         Raises:
             `InputError`: with the path of the key, what was found and what is allowed.
+
+        Examples:
+            ```python
+            from sae_accel import Recipe
+
+            Recipe.from_dict({"heads": [{"hookpoints": "layers.*", "k": 64}], "training": {"max_steps": 100}})
+            ```
         """
         try:
             return cls(**_sections(content))
@@ -69,30 +96,41 @@ class Recipe:
 
     def validate(self) -> None:
         """
-        Checks what needs neither the LM nor the data.
+        Checks everything that needs neither the LM nor the data. It runs when the recipe is made.
 
         Raises:
-            `InputError`: on the first combination that cannot be run.
+            `InputError`: on the first combination that cannot run.
+
+        Examples:
+            ```python
+            from sae_accel import Recipe
+
+            recipe = Recipe()
+            recipe.training.loss = "kl"
+            recipe.validate()
+            ```
         """
         if not self.heads:
-            raise InputError("heads: there is no entry, so nothing to train.")
+            raise InputError(
+                "heads: it has no entry, so there is nothing to train. Add one, such as hookpoints: layers.*"
+            )
         for i, entry in enumerate(self.heads):
             check_entry(entry, f"heads[{i}]")
             if entry in self.heads[:i]:
                 raise InputError(
-                    f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of them."
+                    f"heads[{i}]: the same as heads[{self.heads.index(entry)}] in every field. Remove one of the two."
                 )
         if not self.data.path:
-            raise InputError("data.path: it is empty. Name a dataset, a folder or files.")
+            raise InputError("data.path: it is empty. Name a dataset, a folder or files: --data.path texts.jsonl")
         check_model(self.model)
         check_objective(self.training, self.heads, self.lora)
         if self.lora is not None and self.model.adapter is not None:
             raise InputError(
-                "lora: the LM carries model.adapter already. Merge that into the LM first, or remove one."
+                "lora: the LM carries model.adapter already. Merge the adapter into the LM, or remove one of the two."
             )
         if self.training.save_best and not (self.training.eval_steps and self.data.eval_examples):
             raise InputError(
-                "training.save_best: it needs evaluations. Set training.eval_steps and data.eval_examples."
+                "training.save_best: it needs evaluations. Set --training.eval_steps 100 and --data.eval_examples 32."
             )
         _check_init_from(self.training)
         check_hub(self.training)
@@ -104,7 +142,16 @@ class Recipe:
         check_allowed(self.training.allow_changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field of every section, without secrets; `from_dict` reads it back."""
+        """
+        Every field of every section, without secrets. `from_dict` reads it back.
+
+        Examples:
+            ```python
+            from sae_accel import Recipe
+
+            Recipe().to_dict()["heads"][0]["k"]  # 32
+            ```
+        """
         return {
             "model": _without_secrets(self.model),
             "data": _without_secrets(self.data),
@@ -114,7 +161,19 @@ class Recipe:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe as YAML, resolved: with every default."""
+        """
+        Writes the recipe as YAML, with every default and without secrets.
+
+        Args:
+            path (`str` or `Path`): The file. Missing folders are made.
+
+        Examples:
+            ```python
+            from sae_accel import load_recipe
+
+            load_recipe("recipes/quickstart.yaml").save("recipes/copy.yaml")
+            ```
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
@@ -126,11 +185,18 @@ def load_recipe(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> 
 
     Args:
         path (`str` or `Path`): The file.
-        overrides (`Iterable[tuple[str, Any]]`): Dotted names and the values that replace those of the file, such as
+        overrides (`Iterable[tuple[str, Any]]`): Dotted names and values that replace the file's, such as
             `("heads.k", 64)` for all entries of heads, or `("heads.1.k", 64)` for the second.
 
     Raises:
-        `InputError`: if it is missing, is not YAML, or cannot be run.
+        `InputError`: if the file is missing, is not YAML, or cannot run as a recipe.
+
+    Examples:
+        ```python
+        from sae_accel import load_recipe
+
+        recipe = load_recipe("recipes/quickstart.yaml", [("heads.k", 16), ("training.output_dir", "runs/k16")])
+        ```
     """
     overrides = list(overrides)
     origin = f"{path} with overrides" if overrides else str(path)
@@ -160,7 +226,7 @@ def _section(section: type, content: Any, path: str) -> Any:
 def _check_keys(content: Mapping[str, Any], path: str, allowed: Iterable[str]) -> None:
     for key in content:
         if key not in allowed:
-            # A quoted key stays on one line, whatever it holds.
+            # repr keeps a key with a line break on one line.
             shown = key if isinstance(key, str) and key.isidentifier() else repr(key)
             where = f"{path}.{shown}" if path else shown
             raise InputError(
@@ -174,13 +240,13 @@ def _check_init_from(training: SaeTrainingArguments) -> None:
     source, output_dir = Path(training.init_from).resolve(), Path(training.output_dir).resolve()
     if source.is_dir() and source.is_relative_to(output_dir):
         raise InputError(
-            f"training.init_from: {training.init_from!r} lies in training.output_dir, which overwrite_output_dir "
-            "would delete. Use another output_dir."
+            f"training.init_from: {training.init_from!r} lies in training.output_dir, and overwrite_output_dir would "
+            "delete it. Use another --training.output_dir."
         )
 
 
 def _without_secrets(arguments: Any) -> dict[str, Any]:
     hidden = secret_fields(arguments)
     content = {key: value for key, value in asdict(arguments).items() if key not in hidden}
-    # A mapping for another library may hold a secret as well, such as `data.load_args.token`.
+    # A mapping for another library may hold a secret, too, such as `data.load_args.token`.
     return {key: without_secret_keys(value) if isinstance(value, dict) else value for key, value in content.items()}

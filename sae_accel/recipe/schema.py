@@ -1,3 +1,11 @@
+"""
+The types of a recipe's fields: which values a field takes, and how a value of another type is refused.
+
+YAML and a command line give plain values. `typed` compares each with the type annotation of its field. It converts
+only where YAML reads a number differently than a person does (`1e-3` is text for YAML), and never guesses. Every
+refusal names the path of the field, the value that was found and the type that is allowed.
+"""
+
 import math
 import re
 from collections.abc import Iterable
@@ -9,14 +17,20 @@ from ..common.errors import InputError, near
 from .arguments import Help
 
 
-# What 64 bits hold, and a float exactly; products of two may be counted in Python alone.
+# A float holds every integer up to this exactly, and 64 bits hold it with room to spare.
 _LARGEST = 2**53
 _TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", list: "list", dict: "mapping"}
 
 
 def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
     """
-    `value` as the type `hint` of a field, without guessing: only what YAML itself reads otherwise is converted.
+    A value as the type of its field. Only values that YAML reads differently than a person does are converted.
+
+    Args:
+        value (`Any`): The value, as YAML gives it.
+        hint (`Any`): The type annotation of the field.
+        help ([`Help`]): The limits of the field.
+        path (`str`): The path of the field, with which an error begins.
 
     Raises:
         `InputError`: with the path, what was found and what is allowed.
@@ -35,7 +49,7 @@ def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
             return value
         elif option is float and (number := _number(value)) is not None:
             return _in_range(number, help, path)
-        # Not isinstance: true would be an integer.
+        # isinstance would take true as an integer.
         elif type(value) is (get_origin(option) or option):
             return _in_range(value, help, path)
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
@@ -44,7 +58,7 @@ def typed(value: Any, hint: Any, help: Help, path: str) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """A type in words."""
+    """The name of a type in words, such as `list of strings`."""
     if is_union(hint):
         *names, last = (type_name(part) for part in get_args(hint))
         return f"{', '.join(names).replace('true or false', 'true, false')} or {last}"
@@ -56,7 +70,7 @@ def type_name(hint: Any) -> str:
 
 
 def is_union(hint: Any) -> bool:
-    """Whether a type is one of several; `X | None` and `Literal[...] | None` have different classes in Python."""
+    """Whether a type is a union. `X | None` and `Literal[...] | None` have different classes in Python."""
     return get_origin(hint) in (Union, UnionType)
 
 
@@ -66,7 +80,7 @@ def takes_mapping(options: Iterable[Any]) -> bool:
 
 
 def field_hints(section: type) -> dict[str, Any]:
-    """The types of a section's fields by name; of a field with choices, one of these."""
+    """The types of a section's fields, by name. A field with choices has the type `Literal` of them."""
     hints = get_type_hints(section)
     choices = {f.name: f.metadata["help"].choices for f in fields(section)}
     return {name: Literal[tuple(allowed)] if allowed else hints[name] for name, allowed in choices.items()}
@@ -78,9 +92,11 @@ def default_of(option: Any) -> Any:
 
 
 def _check_characters(value: Any, path: str) -> None:
-    """Neither a file's name nor a recipe that is saved can hold these."""
+    """Refuses characters that neither a file name nor a saved recipe can hold."""
     if isinstance(value, str) and (wrong := re.search("[\0\ud800-\udfff]", value)):
-        raise InputError(f"{path}: it holds the character {wrong[0]!r}, which no name or text can.")
+        raise InputError(
+            f"{path}: it holds the character {wrong[0]!r}, which no file name or text can hold. Remove the character."
+        )
     for item in value if isinstance(value, list) else ():
         _check_characters(item, path)
     for key, item in value.items() if isinstance(value, dict) else ():
@@ -108,8 +124,9 @@ def _in_range(value: Any, help: Help, path: str) -> Any:
 
 def _flat(value: dict[Any, Any]) -> dict[str, Any]:
     """
-    A mapping by strings alone: devices are numbers, which YAML reads as such, and modules have dotted names, which a
-    command line takes for mappings in mappings.
+    A mapping whose keys are all strings, without mappings inside.
+
+    YAML reads device numbers as integers, and a command line reads dotted module names as nested mappings.
     """
     flat: dict[str, Any] = {}
     for key, item in value.items():
@@ -120,7 +137,7 @@ def _flat(value: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    """A float, or what YAML takes for something else: an integer, or 1e-3, which without a point is a string."""
+    """The value as a float; None if it is not a number. YAML reads 1 as an integer, and 1e-3 as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -130,6 +147,7 @@ def _number(value: object) -> float | None:
 
 
 def shown(value: object) -> str:
+    """A value and its type, as an error shows it."""
     if value is None:
         return "null"
     return f"{value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"

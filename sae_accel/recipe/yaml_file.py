@@ -1,3 +1,5 @@
+"""Reads a recipe's YAML file, and says in one line what is wrong with it: the file, the line and the reason."""
+
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from .arguments import SECTIONS
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, where PyYAML would take the last."""
+    """A YAML loader that refuses a key that stands twice. PyYAML alone would take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -22,6 +24,15 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    The nested mappings of a recipe's file.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        `InputError`: if the file is missing, is not YAML, or holds no mapping.
+    """
     text = _read_text(path)
     try:
         content = yaml.load(text, Loader=StrictLoader)
@@ -30,12 +41,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"Recipe {str(path)!r} is nested too deeply to be a recipe.") from error
     except ValueError as error:
-        # PyYAML lets a date that is none, such as 2020-13-45, end in Python's own error.
+        # PyYAML passes on Python's own error for a date that does not exist, such as 2020-13-45.
         raise InputError(f"Recipe {str(path)!r} holds a value that cannot be read: {error}.") from error
     if content is None:
         raise InputError(f"Recipe {str(path)!r} is empty. Its sections are {', '.join(SECTIONS)}.")
     if not isinstance(content, dict):
-        raise InputError(f"Recipe {str(path)!r} must be a mapping with the keys {', '.join(SECTIONS)}, and is not.")
+        raise InputError(
+            f"Recipe {str(path)!r} must be a mapping with the keys {', '.join(SECTIONS)}, but it is not one."
+        )
     return content
 
 
@@ -61,7 +74,7 @@ def _read_text(path: Path) -> str:
 
 
 def _fault(error: yaml.YAMLError, text: str) -> str:
-    """Where and why text is not YAML."""
+    """The position and the reason of an error in YAML."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")

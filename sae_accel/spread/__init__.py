@@ -1,4 +1,6 @@
-"""How the heads of a run are spread over its processes: one class for each way, and the choice between them."""
+"""
+Strategies that spread the heads of a run over its processes: one class per strategy, and the choice between them.
+"""
 
 from .base import Spread
 from .choose import spread_heads

@@ -1,3 +1,12 @@
+"""
+The interface between training and the strategies that spread heads over processes.
+
+The training loop calls the methods of a [`Spread`] wherever several processes matter: to prepare heads, to take
+gradients and steps, to sum counts, to save and load. It never asks which strategy runs. The base class is correct when
+every process holds every head whole and trains it on its own tokens; each strategy overrides the methods in which it
+differs.
+"""
+
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,8 +24,10 @@ from ..ops.rows import own_part
 
 class Spread:
     """
-    How the heads of a run are spread over its processes. Each way is a class that overrides what it does otherwise;
-    what stands here is right where every process holds every head whole, and trains it on tokens of its own.
+    A strategy that spreads the heads of a run over its processes.
+
+    The base class is correct if every process holds every head whole and trains it on its own tokens. Each strategy is
+    a subclass that overrides the methods in which it differs.
 
     Args:
         accelerator (`Accelerator`): Prepares heads and optimizer, and reduces over processes.
@@ -24,8 +35,8 @@ class Spread:
 
     Attributes:
         plans (`list[HeadPlan]`): The heads of this process.
-        gradient_factor (`int`): What a loss that is a sum over the tokens of all processes is multiplied by before its
-            gradient is taken, because the mean over processes is taken of that.
+        gradient_factor (`int`): Factor for a loss that is a sum over the tokens of all processes. It undoes the mean
+            that is taken of gradients over processes.
     """
 
     def __init__(self, accelerator: Accelerator, plans: list[HeadPlan]):
@@ -35,24 +46,24 @@ class Spread:
 
     @property
     def description(self) -> str:
-        """The plan in words, for the user; empty if there is nothing to say."""
+        """The strategy in words for the user; empty if there is nothing to say."""
         return ""
 
     @property
     def starting_device(self) -> torch.device:
-        """Where heads lie until they are prepared."""
+        """The device of heads before they are prepared."""
         return self.accelerator.device
 
     def settle(self, bank: SaeBank) -> SaeBank:
-        """New heads, where they lie until they are prepared."""
+        """Moves new heads to their device before they are prepared."""
         return bank.to(self.starting_device)
 
     def build(self, plan: HeadPlan) -> HeadModel:
-        """A fresh head, or what this process holds of it."""
+        """A new head, or this process's part of it."""
         return build_head(plan)
 
     def source(self, lm: RunningLM) -> ActivationSource:
-        """Where the heads of this process get their activations from."""
+        """The source of activations for the heads of this process."""
         return lm
 
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -61,16 +72,22 @@ class Spread:
         return self.accelerator.prepare(bank, optimizer, device_placement=[not len(bank.adapter), True])
 
     def synchronized(self, bank: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Gradients meet across processes in the last backward pass of a step only."""
+        """
+        A context for a backward pass. Gradients are reduced over processes only in the last pass of a step.
+
+        Args:
+            bank (`nn.Module`): The prepared heads.
+            last (`bool`): Whether this is the last pass of the step.
+        """
         self.accelerator.sync_gradients = last
         return nullcontext() if last else self.accelerator.no_sync(bank)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a loss to those of the heads; in the last pass of a step they meet."""
+        """Adds the gradient of a loss to the heads' gradients; the last pass of a step reduces them."""
         self.accelerator.backward(loss)
 
     def gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterRole, Tensor]]:
-        """What this process holds of each gradient, after the last backward pass of a step."""
+        """This process's part of each gradient, after the last backward pass of a step."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -78,31 +95,40 @@ class Spread:
 
     @torch.no_grad()
     def non_finite_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Whether some gradient that this process holds is not finite, `()`."""
+        """Whether this process holds a gradient with a NaN or an infinity, `()`."""
         device = self.accelerator.device
         sums = [gradient.sum(dtype=torch.float32).to(device) for _, gradient in self.gradients(optimizer)]
         return ~torch.stack(sums).isfinite().all() if sums else torch.zeros((), dtype=torch.bool, device=device)
 
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Above zero where a process has a flag above zero; here gradients and losses are the same on each."""
+        """
+        Flags that are above zero if they are above zero on any process. In the base class gradients and losses are the
+        same on every process, so the flags are, too.
+        """
         return flags
 
     def step(self, optimizer: torch.optim.Optimizer, taken: bool, overflows: bool) -> None:
         """
-        Takes an optimizer step, or passes it over.
+        Takes an optimizer step, or skips it.
 
         Args:
-            optimizer (`torch.optim.Optimizer`): As it was prepared.
-            taken (`bool`): Whether it is taken.
-            overflows (`bool`): Whether it is not taken because a gradient is not finite.
+            optimizer (`torch.optim.Optimizer`): The prepared optimizer.
+            taken (`bool`): Whether to take the step.
+            overflows (`bool`): Whether the step is skipped because a gradient is not finite.
         """
-        # By a step that it passes over itself, the scaler of float16 learns that it scales too far.
+        # The float16 scaler skips a step that overflows by itself, and only then lowers its scale.
         if taken or (overflows and self.accelerator.scaler is not None):
             optimizer.step()
         optimizer.zero_grad()
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sums, of float32, over the processes that train the same heads on other tokens, in one message."""
+        """
+        The sums of tensors, in float32, over the processes that train the same heads on other tokens. One message
+        carries all.
+
+        Args:
+            tensors (`list[torch.Tensor]`): Tensors of any shapes, the same on every process.
+        """
         if self.accelerator.num_processes == 1 or not tensors:
             return tensors
         flat = self.accelerator.reduce(torch.cat([tensor.float().reshape(-1) for tensor in tensors]), "sum")
@@ -110,46 +136,56 @@ class Spread:
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
     def over_latents(self, count: Tensor) -> Tensor:
-        """A count of latents of a head, over all processes that hold some of them."""
+        """The sum of a count of latents over all processes that hold latents of the head."""
         return count
 
     def merged(self, values: dict[str, float]) -> dict[str, float]:
-        """What was measured of all heads of the run, on every process."""
+        """The measurements of all heads of the run, on every process."""
         return values
 
     def writes(self, name: str) -> bool:
-        """Whether this process is the one that writes a head's files."""
+        """Whether this process writes a head's files."""
         return self.accelerator.is_main_process
 
     def renew(self) -> None:
-        """Takes what was changed in what is optimized over into the parameters, where these are not the same."""
+        """Copies changes of the optimizer's own parameters into the heads, if the two are not the same tensors."""
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
-        """Parameters of a whole head by name, for the process that writes it. Every one that holds some must ask."""
+        """
+        The parameters of a whole head by name, for the process that writes it. Every process that holds a part must
+        call this.
+        """
         parts = head.state_dict(keep_vars=True).items()
         return {name: self.whole(head, name, part.detach()) for name, part in parts}
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
         """
-        A parameter, or a tensor that has an element for each of its own or each of its rows. The process that writes
-        the head gets all, on the CPU if it does not hold all of it; what others get is of no use.
+        A whole parameter, or a whole tensor with one element per element or per row of the parameter.
+
+        The process that writes the head gets all of it, on the CPU if this process holds only a part. The result on
+        other processes has no meaning.
 
         Args:
-            head (`HeadModel`): The head, or what this process holds of it.
-            name (`str`): The parameter.
-            part (`torch.Tensor`): What this process holds of it.
+            head (`HeadModel`): The head, or this process's part of it.
+            name (`str`): The name of the parameter.
+            part (`torch.Tensor`): This process's part of the tensor.
         """
         return part
 
     def optimized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
-        """Each group of an optimizer, and the parameter in it, or what the optimizer has in its place."""
+        """Each group of an optimizer, with its parameter or the tensor that the optimizer uses in its place."""
         for group in optimizer.param_groups:
             yield group, group["params"][0]
 
     def states(self, name: str, head: HeadModel | None, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
         """
-        The optimizer's state for a head, or for a LoRA, by parameter: whole for the process that writes it, as in
+        The optimizer's state for a head or for a LoRA, by parameter, whole for the process that writes it, as in
         `whole`.
+
+        Args:
+            name (`str`): The name of the head, or `"lora"`.
+            head ([`HeadModel`], *optional*): The head, or this process's part of it. None for a LoRA.
+            optimizer (`torch.optim.Optimizer`): The prepared optimizer.
         """
         return {
             group["role"].parameter: {
@@ -163,7 +199,14 @@ class Spread:
     def load_states(
         self, heads: dict[str, HeadModel], optimizer: torch.optim.Optimizer, states: dict[str, dict[str, dict]]
     ) -> None:
-        """Puts the state of `states`, by head and parameter, into a prepared optimizer."""
+        """
+        Loads states into a prepared optimizer.
+
+        Args:
+            heads (`dict[str, HeadModel]`): The heads of this process by name.
+            optimizer (`torch.optim.Optimizer`): The prepared optimizer.
+            states (`dict[str, dict[str, dict]]`): Whole states, by head and parameter.
+        """
         for group, parameter in self.optimized(optimizer):
             state = states[group["role"].head][group["role"].parameter]
             optimizer.state[parameter] = {
@@ -174,14 +217,14 @@ class Spread:
             }
 
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
-        """Of a tensor of the optimizer's state, all."""
+        """The whole tensor of an optimizer's state, from this process's part of it."""
         return part if head is None else self.whole(head, group["role"].parameter, part)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
-        """Of a tensor of the optimizer's state, what this process holds."""
+        """This process's part of a tensor of the optimizer's state."""
         return whole.to(parameter.device, copy=True)
 
 
 def _belongs(value: object, parameter: Tensor) -> bool:
-    """Whether an entry of a parameter's state has an element for each of the parameter's."""
+    """Whether an entry of a parameter's state has one element per element of the parameter."""
     return isinstance(value, Tensor) and value.shape == parameter.shape

@@ -1,3 +1,8 @@
+"""
+Heads under FSDP, version 2. Each process holds some rows of each parameter, and the rows of a head are gathered while
+the head computes.
+"""
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -10,11 +15,11 @@ from .base import Spread
 
 
 class FullyShardedHeads(Spread):
-    """FSDP, version 2: every process holds some rows of each parameter, which meet while a head is at work."""
+    """FSDP, version 2: every process holds some rows of each parameter, gathered while a head computes."""
 
     @property
     def starting_device(self) -> torch.device:
-        """The CPU: no device has to hold all heads whole, for they go to it one after the other, in parts."""
+        """The CPU, so that no device holds all heads whole; they move to it head by head, in parts."""
         return torch.device("cpu")
 
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -28,15 +33,15 @@ class FullyShardedHeads(Spread):
         return bank, prepared
 
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Summed over all processes, each of which holds what is its own."""
+        """Flags summed over all processes, since each process holds its own part of the gradients."""
         return self.accelerator.reduce(flags, "sum")
 
     def whole(self, head: HeadModel, name: str, part: Tensor) -> Tensor:
-        """With the rows that other processes hold."""
+        """The whole tensor, with the rows that other processes hold. See [`Spread.whole`]."""
         pieces = gather_to_main(part.to_local()) if isinstance(part, DTensor) else None
         return part if pieces is None else torch.cat(pieces)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
-        """The rows of this process."""
-        assert isinstance(parameter, DTensor), "FSDP has cut every parameter"
+        """This process's rows of a tensor of the optimizer's state."""
+        assert isinstance(parameter, DTensor), "FSDP shards every parameter"
         return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)

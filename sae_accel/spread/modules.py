@@ -1,3 +1,10 @@
+"""
+Whole heads that are dealt to processes (`distribute_modules`).
+
+Each process trains its own heads on the tokens of all processes. Activations travel to the process that holds the
+head; gradients never travel. Each process needs memory for its own heads only.
+"""
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -14,12 +21,13 @@ from .placement import place_heads, placement_table
 class SpreadModules(Spread):
     """
     Every process holds some of the heads whole, and trains them on the tokens of all processes (`distribute_modules`).
-    Activations go to the process that holds the head; gradients go nowhere.
+
+    Activations are sent to the process that holds the head; gradients are not sent.
 
     Args:
-        accelerator (`Accelerator`): Which process this is.
+        accelerator (`Accelerator`): Knows this process.
         plans (`list[HeadPlan]`): All heads of the run.
-        tokens (`int`): Tokens of a batch, over all processes.
+        tokens (`int`): Tokens per batch, over all processes.
 
     Raises:
         `InputError`: if there are fewer heads than processes.
@@ -32,31 +40,31 @@ class SpreadModules(Spread):
 
     @property
     def description(self) -> str:
-        """Which process holds which heads."""
+        """A table of the heads of each process."""
         return placement_table(self.placed)
 
     def source(self, lm: RunningLM) -> ActivationSource:
-        """Activations of all processes' tokens, at this process's hookpoints."""
+        """The activations of all processes' tokens, at this process's hookpoints."""
         needs = [list(site_widths(plans)) for plans in self.placed]
         return ExchangedActivations(lm, needs, self.accelerator, at_once=True)
 
     def prepare(self, bank: SaeBank, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Heads that are this process's own need mixed precision, and nothing that meets."""
+        """Heads and optimizer, ready to train: with mixed precision, without any reduction of gradients."""
         bank = self.accelerator.prepare_model(bank, evaluation_mode=True)
         return bank, self.accelerator.prepare_optimizer(optimizer)
 
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Summed over all processes, each of which holds what is its own."""
+        """Flags summed over all processes, since each process holds its own heads."""
         return self.accelerator.reduce(flags, "sum")
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """As they are: this process has seen all tokens."""
+        """The tensors unchanged, because this process has seen the tokens of all processes."""
         return tensors
 
     def merged(self, values: dict[str, float]) -> dict[str, float]:
-        """Of the heads of every process."""
+        """The measurements of the heads of every process."""
         return {key: value for one in gather_objects(values) for key, value in one.items()}
 
     def writes(self, name: str) -> bool:
-        """Each its own."""
+        """True: each process writes the files of its own heads."""
         return True

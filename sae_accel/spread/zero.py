@@ -1,3 +1,11 @@
+"""
+Heads under DeepSpeed's ZeRO, stages 1 to 3.
+
+DeepSpeed flattens the parameters and gives each process an equal piece, which may begin in the middle of a row. The
+piece's position ([`Cut`]) lets the optimizer keep rows at norm 1 all the same. DeepSpeed has no public access to its
+pieces, so this file reads some of its private attributes; tests compare each stage with one process.
+"""
+
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -16,51 +24,52 @@ from ..processes.agreement import gather_to_main
 from .base import Spread
 
 
-# Elements that DeepSpeed may hold beside its parts, where the configuration does not say. Its own choices, made for
-# models of many small layers, are a bucket of 2 GB, and 4 GB of parameters that stay whole after use.
+# Elements that DeepSpeed may hold besides its pieces, if the config does not say. DeepSpeed's own defaults suit models
+# of many small layers: a bucket of 2 GB, and 4 GB of parameters that stay whole after use.
 LEAN = {"reduce_bucket_size": 2**26, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 class ZeroHeads(Spread):
     """
-    DeepSpeed's ZeRO, stages 1 to 3: every process holds an equal piece of the optimizer's state, and in stage 3 of the
-    parameters. The pieces are flat, with no regard to rows.
+    DeepSpeed's ZeRO, stages 1 to 3: every process holds an equal piece of the optimizer's state, and in stage 3 also
+    of the parameters. Pieces are flat and may cut rows.
 
     Args:
-        accelerator (`Accelerator`): With a DeepSpeed configuration, whose batch sizes are set here.
+        accelerator (`Accelerator`): Has a DeepSpeed config, in which this class sets the batch sizes.
         plans (`list[HeadPlan]`): All heads of the run.
-        batch_size (`int`): Sequences in a batch.
+        batch_size (`int`): Sequences per batch.
 
     Raises:
-        `InputError`: if something in the configuration cannot be had.
+        `InputError`: if the DeepSpeed config has a setting that is not supported.
     """
 
     def __init__(self, accelerator: Accelerator, plans: list[HeadPlan], batch_size: int):
         super().__init__(accelerator, plans)
-        # For stage 3 Accelerate has transformers cut up whatever it loads; here DeepSpeed is for the heads that train.
+        # With stage 3, transformers would shard the LM when it loads it; here DeepSpeed serves only the heads.
         unset_hf_deepspeed_config()
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         zero = config.get("zero_optimization", {})
         self.stage = zero.get("stage", 0)
         if self.stage == 0:
-            raise InputError(
-                "The DeepSpeed configuration has ZeRO stage 0, which is plain DDP. Use stage 1, 2 or 3, or DDP."
-            )
+            raise InputError("The DeepSpeed config has ZeRO stage 0, which equals DDP. Use stage 1, 2 or 3, or DDP.")
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             raise InputError(
-                "The DeepSpeed configuration has offload_optimizer, which puts DeepSpeed's own Adam in the place of "
-                "the optimizers here. Remove it, or use distribute_modules or distribute_latents to spend less memory."
+                "The DeepSpeed config has offload_optimizer, which replaces the optimizer of the run by DeepSpeed's "
+                "own Adam. Remove it, or use --training.distribute_modules or --training.distribute_latents to save "
+                "memory."
             )
         if config.get("gradient_clipping", 0) not in (0, "auto"):
             raise InputError(
-                "The DeepSpeed configuration has gradient_clipping, which would clip all heads as one. Remove it."
+                "The DeepSpeed config has gradient_clipping, which would clip all heads as one. Remove it, or set it "
+                "to auto."
             )
         if config.get("gradient_accumulation_steps", 1) not in (1, "auto"):
             raise InputError(
-                "The DeepSpeed configuration has gradient_accumulation_steps. Set them in the recipe; here, 1 or auto"
+                "The DeepSpeed config has gradient_accumulation_steps, but only 1 and auto are allowed there. Set "
+                "--training.gradient_accumulation_steps instead."
             )
         zero |= LEAN | zero
-        # Accumulation and clipping are the run's own; DeepSpeed is told of single batches.
+        # The run itself accumulates and clips gradients; DeepSpeed sees single batches.
         config |= {
             "train_micro_batch_size_per_gpu": batch_size,
             "train_batch_size": batch_size * accelerator.num_processes,
@@ -81,12 +90,12 @@ class ZeroHeads(Spread):
         return engine, prepared
 
     def backward(self, loss: Tensor) -> None:
-        """Without the step, which Accelerate would have DeepSpeed take at once."""
+        """Adds the gradient of a loss, without the optimizer step that Accelerate would have DeepSpeed take."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
         self.engine.backward(loss)
 
     def gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterRole, Tensor]]:
-        """What this process holds of each gradient."""
+        """This process's piece of each gradient."""
         for index, pieces in self.zero.averaged_gradients.items():
             group = optimizer.param_groups[index if self.stage < 3 else self.zero.sub_group_to_group_id[index]]
             for piece in pieces or []:
@@ -94,25 +103,27 @@ class ZeroHeads(Spread):
                     yield group["role"], piece
 
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Summed over all processes, each of which holds pieces of the gradients."""
+        """Flags summed over all processes, since each process holds its own pieces of the gradients."""
         return self.accelerator.reduce(flags, "sum")
 
     def step(self, optimizer: torch.optim.Optimizer, taken: bool, overflows: bool) -> None:
-        """Takes an optimizer step, or has DeepSpeed let go of its gradients alone."""
+        """Takes an optimizer step; or only lets DeepSpeed clear its gradients."""
         with nullcontext() if taken else _unmoved(self.zero.optimizer):
             self.engine.step()
 
     def optimized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
-        """Each group, and the flat piece that is optimized here. Stage 3 puts it there for the time of a step only."""
+        """Each group with the flat piece that is optimized here. Stage 3 sets it only during a step."""
         if self.stage < 3:
             yield from super().optimized(optimizer)
             return
-        # Private to DeepSpeed, here and in `renew`; tests/spread/test_spread.py compares stage 3 with one process.
+        # These attributes are private to DeepSpeed; tests/spread/test_spread.py compares stage 3 with one process.
         for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
             yield optimizer.param_groups[self.zero.sub_group_to_group_id[index]], flat
 
     def weights(self, head: HeadModel) -> dict[str, Tensor]:
-        """The parameters of a whole head by name, for the main process; of one at a time a device holds all."""
+        """
+        The parameters of a whole head by name, for the main process. A device holds only one of them whole at a time.
+        """
         if self.stage < 3:
             return super().weights(head)
         import deepspeed
@@ -125,7 +136,7 @@ class ZeroHeads(Spread):
         return weights
 
     def renew(self) -> None:
-        """Takes what was changed in the optimizer's pieces over into the parameters."""
+        """Copies changes of the optimizer's pieces into the parameters."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -134,13 +145,13 @@ class ZeroHeads(Spread):
             self.zero._unflatten_partitioned_parameters(index)
 
     def whole_state(self, head: HeadModel | None, group: dict, part: Tensor) -> Tensor:
-        """All pieces, in the parameter's shape."""
+        """The pieces of all processes, in the parameter's shape."""
         pieces = gather_to_main(part)
         shape = torch.Size(group["role"].whole_shape)
         return part if pieces is None else torch.cat(pieces)[: shape.numel()].view(shape)
 
     def own_state(self, head: HeadModel | None, group: dict, whole: Tensor, parameter: Tensor) -> Tensor:
-        """The piece of this process, filled up with zeros."""
+        """This process's piece, padded with zeros."""
         start = self.accelerator.process_index * parameter.numel()
         own = torch.zeros_like(parameter)
         piece = whole.flatten()[start : start + parameter.numel()]
@@ -150,7 +161,7 @@ class ZeroHeads(Spread):
 
 @contextmanager
 def _unmoved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While open, the optimizer's steps do nothing."""
+    """Makes the optimizer's steps do nothing while the context is open."""
     step = optimizer.step
     optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     try:
@@ -160,7 +171,10 @@ def _unmoved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _gather_encoders_with_heads(bank: SaeBank) -> None:
-    """A head uses its encoder's parameters without running that module, and stage 3 gathers what a module runs on."""
+    """
+    Tells DeepSpeed that a head uses its encoder's parameters without calling the encoder. Stage 3 gathers parameters
+    only for the module that is called.
+    """
     import deepspeed
 
     for _, head in bank.named_heads():

@@ -136,7 +136,7 @@ def test_weights_of_the_head_that_are_not_in_the_files_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.max_memory": "{cpu: 8GiB, 0: 1GiB}"}, "model.max_memory: it goes with model.device_map"),
+        ({"model.max_memory": "{cpu: 8GiB, 0: 1GiB}"}, "model.max_memory: it needs model.device_map"),
         ({"model.device_map": "somewhere"}, "model.device_map is 'somewhere', but there is no such device"),
         ({"model.device_map": "meta"}, "model.device_map is 'meta'"),
         ({"model.quantization": "3bit"}, "expected one of 8bit, 4bit"),

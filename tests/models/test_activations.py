@@ -283,8 +283,8 @@ def test_evaluation_uses_thresholds_and_training_goes_on_as_before(tmp_path):
 def test_what_does_not_go_together_is_refused():
     for match, fields in (
         ("k_decay_steps: jumprelu starts", {"activation": "jumprelu", "k_decay_steps": 5}),
-        ("sparsity_weight: it goes with", {"sparsity_weight": 0.5}),
-        ("multi_topk: it goes with activation topk", {"activation": "batchtopk", "multi_topk": True}),
+        ("sparsity_weight: it needs", {"sparsity_weight": 0.5}),
+        ("multi_topk: it needs activation topk", {"activation": "batchtopk", "multi_topk": True}),
     ):
         with pytest.raises(InputError, match=match):
             check_entry(HeadArguments(hookpoints="layers.2", k=4, **fields), "heads[0]")

@@ -204,7 +204,7 @@ def test_multi_topk_reconstruction_includes_the_skip_connection():
 @pytest.mark.parametrize("options", [{"activation": "groupmax", "num_latents": 39}, {"k": 11}])
 def test_multi_topk_that_does_not_fit_the_head_raises(options):
     head = SaeModel(SaeConfig(**{"d_in": D_IN, "num_latents": NUM_LATENTS, "k": K} | options))
-    with pytest.raises(ValueError, match="Multi-TopK selects"):
+    with pytest.raises(ValueError, match="multi_topk selects"):
         head(torch.randn(4, D_IN), multi_topk=True)
 
 
@@ -289,5 +289,5 @@ def test_leading_dimensions_are_kept(make_head, leading):
 
 
 def test_activations_of_another_width_raise():
-    with pytest.raises(ValueError, match="width d_in = 10, but got shape"):
+    with pytest.raises(ValueError, match="shape .4, 11., but its last dimension must be d_in = 10"):
         make_sae().encode(torch.randn(4, D_IN + 1))

@@ -28,9 +28,9 @@ def test_a_skip_connection_takes_latents_and_what_was_read():
     x = torch.randn(5, 12)
     latents = transcoder.encode(x)
     assert torch.equal(transcoder.decode(latents, activations=x), transcoder.decode(*latents, x))
-    with pytest.raises(ValueError, match="also needs the activations"):
+    with pytest.raises(ValueError, match="activations is missing: the head has a skip connection"):
         transcoder.decode(latents)
-    with pytest.raises(ValueError, match="Give top_indices, or what encode gave"):
+    with pytest.raises(ValueError, match="top_indices is missing: decode needs the indices"):
         transcoder.decode(latents.top_acts)
 
 

@@ -162,5 +162,5 @@ def test_a_kind_that_another_library_does_not_have_is_not_written_for_it(kinds, 
 def test_a_kind_that_is_not_registered_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="expected one of sae, transcoder, found 'scaled'"):
         Recipe.from_dict({"heads": [{"type": "scaled"}]})
-    with pytest.raises(InputError, match="heads.type: 'saee' is no kind of head. Did you mean sae"):
+    with pytest.raises(InputError, match="heads.type: found 'saee'. Did you mean sae"):
         tiny_trainer(tmp_path, [HeadArguments(type="saee")])

@@ -246,7 +246,7 @@ def test_latents_are_checked_as_far_as_their_number_is_known():
     check_latents(99, None, "groupmax", False, "here")
     with pytest.raises(InputError, match="^here: k is 5, but the head has 4 latents"):
         check_latents(5, 4, "topk", False, "here")
-    with pytest.raises(InputError, match="^here.multi_topk: it goes with activation topk"):
+    with pytest.raises(InputError, match="^here.multi_topk: it needs activation topk"):
         check_latents(4, None, "groupmax", True, "here")
 
 
@@ -323,9 +323,9 @@ def test_one_glob_needs_no_list():
         ("heads: [{skip_connection: true}]", r"heads\[0\].skip_connection: only a transcoder has one"),
         ("heads: [{type: transcoder, normalize_decoder: true}]", "starts at zero"),
         ("heads: [{k: 9, num_latents: 8}]", "k is 9, but the head has 8 latents"),
-        ("heads: [{k: 3, num_latents: 8, activation: groupmax}]", "does not divide"),
+        ("heads: [{k: 3, num_latents: 8, activation: groupmax}]", "latents is not a multiple of k = 3"),
         ("heads: [{k: 3, num_latents: 8, multi_topk: true}]", "selects 4 . k = 12 latents"),
-        ("heads: [{activation: groupmax, multi_topk: true}]", "goes with activation topk"),
+        ("heads: [{activation: groupmax, multi_topk: true}]", "it needs activation topk"),
         ("heads: [{name: a/b}]", "'a/b' cannot be the name of a head's folder"),
         ("heads: [{k_decay_steps: 9}]\ntraining: {max_steps: 8}", "k_decay_steps: 9 is more than the 8 steps"),
         ("training: {output_dir: ''}", "training.output_dir: it is empty"),

@@ -330,7 +330,7 @@ def test_gpt2_trains_by_kl_through_its_attention(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "options", "message"),
     [
-        ([SAE], dict(fvu_weight=0.5), "fvu_weight: it goes with loss ce or kl"),
+        ([SAE], dict(fvu_weight=0.5), "fvu_weight: it needs loss ce or kl"),
         ([SAE, HeadArguments(hookpoints="layers.0", name="b")], dict(loss="ce"), "would both replace the output"),
         (
             [HeadArguments(auxk_alpha=0.1)],
