@@ -79,7 +79,7 @@ class Release:
         `InputError`: if the folder has no head, a head or a report of the run is damaged, or a glob matches none.
 
     Examples:
-        ```python no-run
+        ```python { no-run }
         from sae_accel.hub import Release
 
         release = Release("runs/quickstart", "user/my-saes", include=["layers.*"], license="mit")
@@ -152,7 +152,7 @@ class Release:
             `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
 
         Examples:
-            ```python no-run
+            ```python { no-run }
             from sae_accel.hub import Release
 
             pushed = Release("runs/quickstart", "user/my-saes").push(revision="v2", message="More tokens")
@@ -197,7 +197,7 @@ def open_repo(
         `InputError`: if the Hub refuses, with its reason, cannot be reached, or the repo holds something else.
 
     Examples:
-        ```python no-run
+        ```python { no-run }
         from sae_accel.hub import open_repo
 
         open_repo("my-saes", private=True)  # "user/my-saes"

@@ -266,7 +266,7 @@ class SaeHeads(Mapping[str, HeadModel]):
             `InputError`: if a head cannot be read, the Hub refuses, or it cannot be reached.
 
         Examples:
-            ```python no-run
+            ```python { no-run }
             from sae_accel import AutoSae
 
             saes = AutoSae.from_pretrained("runs/quickstart")

@@ -145,7 +145,7 @@ class PreTrainedHead(PreTrainedModel):
             `InputError`: if a number of the head is NaN or infinite, or if the Hub refuses or cannot be reached.
 
         Examples:
-            ```python no-run
+            ```python { no-run }
             sae.push_to_hub("user/sae-smollm2-135m-layers.1", license="mit")
             ```
         """

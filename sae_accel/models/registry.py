@@ -30,7 +30,7 @@ def register(config_class: type[HeadConfig], model_class: type[HeadModel]) -> No
         model_class (`type[HeadModel]`): The model. Its annotation `config` must be `config_class`.
 
     Examples:
-        ```python no-run
+        ```python { no-run }
         from sae_accel import HeadArguments
         from sae_accel.models import register
 

@@ -371,7 +371,7 @@ class SaeTrainer(TrainingLoop):
             `InputError`: on every process, if the Hub refuses or cannot be reached. The local files stay.
 
         Examples:
-            ```python no-run
+            ```python { no-run }
             trainer.train()
             pushed = trainer.push_to_hub("SAEs of SmolLM2, 10M tokens")
             print(pushed.url)
