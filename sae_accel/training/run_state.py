@@ -37,7 +37,7 @@ from ..runs.writing import WEIGHTS, Writing, save_head, save_state, staged, writ
 from ..spread.base import Spread
 from .lora import save_lora
 from .lowest_losses import LowestLosses
-from .optim import Signum
+from .optim import Signum, bring_to
 from .sizes import checkpoint_bytes
 from .skips import Skips
 from .sums import FiringCounts, RunningMeans
@@ -313,7 +313,7 @@ class RunState:
         self.progress.global_step = progress.global_step
         self.progress.num_input_tokens_seen = progress.num_input_tokens_seen
         # A skipped step does not move the schedule.
-        _bring_to(lr_scheduler, progress.global_step - saved["skips"]["steps"])
+        bring_to(lr_scheduler, progress.global_step - saved["skips"]["steps"])
         for name, head in self.heads.items():
             count = head.own_rows(saved["parts"][name]["tokens_since_fired"])
             self.tokens_since_fired[name] = count.to(self.accelerator.device)
@@ -393,11 +393,3 @@ class RunState:
             )
         # Memory-mapped, because a process reads only its own rows of a head that is cut up.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _bring_to(scheduler: LRScheduler, step: int) -> None:
-    """Sets a schedule to a step; its learning rates follow from the step and the recipe's base rates."""
-    if step:
-        # `_step_count` is private to torch, which warns if it does not fit; in the tests a warning is an error.
-        scheduler.last_epoch, scheduler._step_count = step - 1, step + 1
-        scheduler.step()

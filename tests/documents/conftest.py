@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from small_world import write_small_world
 
@@ -14,5 +16,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def small_world(world, monkeypatch):
-    """The small world as the current folder."""
+    """The small world as the current folder, which an example leaves without the runs that it made."""
     monkeypatch.chdir(world)
+    before = set((world / "runs").iterdir())
+    yield
+    for folder in set((world / "runs").iterdir()) - before:
+        shutil.rmtree(folder)

@@ -71,6 +71,14 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: SaeTrainingArgu
     return get_scheduler(name, optimizer, num_warmup_steps=int(warmup), num_training_steps=max_steps)
 
 
+def bring_to(scheduler: LRScheduler, step: int) -> None:
+    """Sets a schedule to a step; its learning rates follow from the step and the recipe's base rates."""
+    if step:
+        # `_step_count` is private to torch, which warns if it does not fit; in the tests a warning is an error.
+        scheduler.last_epoch, scheduler._step_count = step - 1, step + 1
+        scheduler.step()
+
+
 def _parameter_groups(
     bank: SaeBank, arguments: SaeTrainingArguments, lora: LoraArguments | None
 ) -> Iterator[dict[str, Any]]:
