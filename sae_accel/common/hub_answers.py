@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import ModelInfo
+from huggingface_hub import ModelInfo, constants
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -89,8 +90,16 @@ def hub_errors(name: str) -> Iterator[None]:
 def answer_behind(error: BaseException | None) -> BaseException | None:
     """The Hub's refusal, or the failed connection, that is the cause of an error; None if there is none."""
     while error is not None and not isinstance(error, (HTTPError, OfflineModeIsEnabled, FileMetadataError, HubFailed)):
+        if _was_kept_offline(error):
+            return OfflineModeIsEnabled()
         error = error.__cause__
     return error
+
+
+def _was_kept_offline(error: BaseException) -> bool:
+    """Whether a library did not ask the Hub because of HF_HUB_OFFLINE; each raises an error of its own then."""
+    in_words = OfflineModeIsEnabled.__name__ in str(error)
+    return constants.HF_HUB_OFFLINE and (in_words or isinstance(error, LocalEntryNotFoundError))
 
 
 def is_unreachable(error: BaseException) -> bool:

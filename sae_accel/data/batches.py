@@ -35,6 +35,12 @@ from .sequence_stream import SequenceStream, skipping
 T = TypeVar("T")
 
 
+_NO_BATCH = (
+    "The training data has no full batch. Use more data, or lower --training.per_device_train_batch_size or "
+    "--data.ctx_len."
+)
+
+
 class Position(NamedTuple):
     """
     A position in the training data.
@@ -83,10 +89,7 @@ class Batches:
                 done += len(window)
                 yield window, Position(epoch, done)
             if not done:
-                raise InputError(
-                    "The training data has no full batch. Use more data, or lower "
-                    "training.per_device_train_batch_size or data.ctx_len."
-                )
+                raise InputError(_NO_BATCH)
             epoch, done = epoch + 1, 0
 
     def one_pass(self, epoch: int = 0, skip: int = 0, drop_last: bool = True) -> Iterator[dict[str, Tensor]]:
@@ -116,7 +119,9 @@ class Batches:
         window = self.args.gradient_accumulation_steps
         limits = [] if self.args.max_steps is None else [self.args.max_steps]
         if self.args.max_tokens is not None:
-            batch = next(self.one_pass())
+            batch = next(self.one_pass(), None)
+            if batch is None:
+                raise InputError(_NO_BATCH)
             if "input_ids" not in batch:
                 raise InputError(
                     "training.max_tokens counts tokens of text, and the data has none. Set training.max_steps."

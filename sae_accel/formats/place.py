@@ -46,8 +46,8 @@ class Place:
         if self.hookpoint is None or self.name.split("/")[0] == self.hookpoint:
             return self.name
         parts = self.name.split("/")
-        where = next((part for part in parts if _SAYS_WHERE.search(part)), None)
-        return "/".join([self.hookpoint, *(part for part in parts if part and part is not where)])
+        where = next((i for i, part in enumerate(parts) if _SAYS_WHERE.search(part)), None)
+        return "/".join([self.hookpoint, *(part for i, part in enumerate(parts) if part and i != where)])
 
     def json(self, role: str) -> dict[str, Any]:
         """

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.files import write_tensors
 from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_sae import SaeConfig
@@ -141,7 +141,7 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, Tensor]) -> 
     weights |= {name: tensors[name] for name in ("threshold", "W_skip") if name in tensors}
     dtype = str(weights["W_dec"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, weights)
     (folder / CONFIG_FILE).write_text(json.dumps(keys | {"dtype": dtype}, indent=2) + "\n")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError
+from ..common.files import write_tensors
 from ..common.run_files import folders_of
 from ..models.configuration_head import HeadConfig
 from ..models.configuration_sae import SaeConfig
@@ -132,11 +133,9 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, torch.Tensor
     Raises:
         `InputError`: if sparsify has no such head.
     """
-    from safetensors.torch import save_file
-
     keys = config_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     (folder / CONFIG_FILE).write_text(json.dumps(keys, indent=2) + "\n")
 
 

@@ -54,7 +54,7 @@ def open_head(place: Place) -> ForeignHead:
         )
         return foreign_head(file, sources, place, k=None, activation="relu", apply_b_dec_to_input=False, **shared)
     if {"W_enc", "W_dec", "b_enc", "b_dec"} <= names:
-        k = place.given.get("k") or number_in(place.origin, r"L0_(\d+)")
+        k = place.given.get("k", number_in(place.origin, r"L0_(\d+)"))
         if k is None:
             raise InputError("its file does not tell how many latents are active for each token. Give k.")
         sources = _linear("W_enc", "b_enc", "W_dec", "b_dec")

@@ -98,7 +98,7 @@ def show_plan(recipe: Recipe, processes: int | None = None) -> None:
         check_sharding(with_lm_head=recipe.training.loss != "fvu", processes=launch.processes)
     # The plan itself may run on a single process, which cannot shard the LM.
     whole = replace(recipe, model=replace(recipe.model, shard=False))
-    ahead = look_ahead(whole, launch.processes, writes=first)
+    ahead = look_ahead(whole, launch.processes, writes=first, only_plans=True)
     plan = plan_memory(replace(recipe, data=ahead.recipe.data), launch)
     if first:
         deletes = ahead.deletes and f"In {recipe.training.output_dir!r} the run would delete {ahead.deletes}."

@@ -38,7 +38,7 @@ _SILENT = {
     "data": "num_proc",
     "heads": "hookpoints layers stride name expansion_factor seed",
     "training": "output_dir run_name overwrite_output_dir init_from resume_from_checkpoint allow_changes push_to_hub "
-    "hub_model_id hub_private_repo hub_strategy report_to",
+    "hub_model_id hub_private_repo hub_strategy hub_timeout report_to",
 }
 RULES = {
     f"{section}.{name}": rule

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from ..bank.plans import HeadPlan, plan_heads
+from ..common.errors import InputError
 from ..lm.bitsandbytes_backend import require_bitsandbytes
 from ..lm.hooks import base_of
 from ..lm.load import load_architecture
@@ -48,7 +49,7 @@ class Prospect(NamedTuple):
     room: str
 
 
-def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
+def look_ahead(recipe: Recipe, processes: int, writes: bool, only_plans: bool = False) -> Prospect:
     """
     Checks everything that would otherwise end a run later.
 
@@ -56,6 +57,8 @@ def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
         recipe ([`Recipe`]): The run.
         processes (`int`): The number of processes that train.
         writes (`bool`): Whether this process checks the output folder by writing into it; one process does.
+        only_plans (`bool`, defaults to `False`): Whether no run follows. Too little disk space is then a fact of
+            `Prospect.room`, and no error: the run may be meant for another machine.
 
     Raises:
         `InputError`: if a setting of the recipe cannot be used.
@@ -81,7 +84,12 @@ def look_ahead(recipe: Recipe, processes: int, writes: bool) -> Prospect:
         shapes = adapter_shapes(architecture, plans, recipe.lora)
         takes = checkpoint_bytes(plans, training, shapes, recipe.lora is None or recipe.lora.train_heads)
         freed, held = folder.bytes_freed(checkpoint), folder.bytes_held(checkpoint)
-        room = check_room(output_dir, takes, head_bytes(plans), training.save_total_limit, freed, held)
+        try:
+            room = check_room(output_dir, takes, head_bytes(plans), training.save_total_limit, freed, held)
+        except InputError as error:
+            if not only_plans:
+                raise
+            room = f"Here the run would be refused. {error}"
     return Prospect(recipe, plans, checkpoint, folder.to_delete(checkpoint), room)
 
 

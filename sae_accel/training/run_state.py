@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
@@ -23,7 +23,7 @@ from ..bank.bank import SaeBank
 from ..bank.plans import HeadPlan
 from ..cards.model_card import write_card
 from ..common.errors import InputError
-from ..common.files import write_json
+from ..common.files import write_json, write_tensors
 from ..common.run_files import ADAPTER, FREQUENCIES, METRICS, RECIPE, TRAINER_STATE
 from ..data.batches import Position
 from ..data.sequence_stream import SequenceStream
@@ -213,7 +213,7 @@ class RunState:
             if self.accelerator.is_main_process:
                 write(lambda: write_json(folder / METRICS, metrics))
                 write(lambda: self._save_progress(folder))
-                write(lambda: save_file(everyone, folder / FREQUENCIES))
+                write(lambda: write_tensors(folder / FREQUENCIES, everyone))
                 # `include`, because the folder may hold other models.
                 write(lambda: write_card(folder, include=list(self.plans)))
 
