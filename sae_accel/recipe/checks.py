@@ -149,7 +149,7 @@ def check_entry(entry: HeadArguments, where: str) -> None:
             "wide."
         )
     if entry.activation == "jumprelu" and entry.k_decay_steps:
-        raise InputError(f"{where}.k_decay_steps: jumprelu cannot decay k, its thresholds start at L0 = k. Remove it.")
+        raise InputError(f"{where}.k_decay_steps: jumprelu starts at L0 = k, so k cannot decay. Remove it.")
     if entry.activation != "jumprelu" and entry.sparsity_weight != HeadArguments.sparsity_weight:
         raise InputError(
             f"{where}.sparsity_weight: it needs activation jumprelu, found {entry.activation}. Remove it, or set "
@@ -194,8 +194,8 @@ def check_model(model: ModelArguments) -> None:
         raise InputError("model.shard: quantised weights cannot be cut. Remove it, or remove model.quantization.")
     if model.shard and model.device_map is not None:
         raise InputError(
-            "model.shard: it cannot be combined with model.device_map. One puts a part of every layer on each "
-            "process's device, the other whole modules on several devices. Remove one of the two."
+            "model.shard: it puts a part of every layer on each process's device, and model.device_map whole modules "
+            "on several devices. Remove one of the two."
         )
 
 
@@ -217,8 +217,8 @@ def check_sharding(*, with_lm_head: bool, processes: int) -> None:
         )
     if processes == 1:
         raise InputError(
-            "model.shard: it needs several processes, found one. Start several, for example with accelerate launch "
-            "--num_processes 2, or remove it."
+            "model.shard: there is one process, so no other can share the LM. Start several, for example with "
+            "accelerate launch --num_processes 2, or remove it."
         )
 
 

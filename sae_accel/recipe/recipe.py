@@ -240,8 +240,8 @@ def _check_init_from(training: SaeTrainingArguments) -> None:
     source, output_dir = Path(training.init_from).resolve(), Path(training.output_dir).resolve()
     if source.is_dir() and source.is_relative_to(output_dir):
         raise InputError(
-            f"training.init_from: {training.init_from!r} lies in training.output_dir, and overwrite_output_dir would "
-            "delete it. Use another --training.output_dir."
+            f"training.init_from: {training.init_from!r} lies in training.output_dir, which overwrite_output_dir "
+            "would delete. Use another --training.output_dir."
         )
 
 

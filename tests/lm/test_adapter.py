@@ -327,7 +327,7 @@ def test_without_targets_every_linear_layer_behind_the_first_head_is_adapted():
             "lora.target_modules[0]: 'layers.*.mpl.*' matches no linear layer",
         ),
         ({"heads.hookpoints": "layers.3"}, "has no linear layer behind layer 3"),
-        ({"training.loss": "fvu"}, "lora: it trains by the LM's loss"),
+        ({"training.loss": "fvu"}, "lora: it needs loss ce or kl"),
         ({"lora.train_heads": "false"}, "lora.train_heads: it is false, but the heads are new"),
         ({"model.adapter": "x"}, "lora: the LM carries model.adapter already"),
         ({"lora.rank": 0}, "lora.rank: found 0, the least allowed is 1"),

@@ -288,7 +288,7 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(InputError, match=match):
             check_entry(HeadArguments(hookpoints="layers.2", k=4, **fields), "heads[0]")
-    with pytest.raises(InputError, match="jumprelu keeps L0 at k by a head's own loss"):
+    with pytest.raises(InputError, match="jumprelu needs a head's own loss to keep L0 at k"):
         check_objective(SaeTrainingArguments(loss="kl"), [HeadArguments(activation="jumprelu")], None)
     with pytest.raises(StrictDataclassError, match="topk selects k latents"):
         SaeConfig(d_in=4, k=None)
