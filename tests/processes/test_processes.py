@@ -134,7 +134,7 @@ def test_accelerate_launch_of_two_processes_on_a_cpu_does_not_train_one_in_silen
         capture_output=True,
         text=True,
     )
-    assert "asked for 2 processes, but started 1" in done.stderr and "torchrun --nproc_per_node 2" in done.stderr
+    assert "should start 2 processes, but it started 1" in done.stderr and "torchrun --nproc_per_node 2" in done.stderr
     assert done.returncode != 0 and not (tmp_path / "run").exists()
 
 

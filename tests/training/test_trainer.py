@@ -500,7 +500,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused_and_passed_over(tmp_path, dam
 
 def test_a_checkpoint_of_other_heads_or_another_optimizer_is_refused(tmp_path):
     tiny_trainer(tmp_path, max_steps=2).train()
-    with pytest.raises(InputError, match="of another recipe"):
+    with pytest.raises(InputError, match="comes from another recipe"):
         tiny_trainer(tmp_path, heads=HEADS, max_steps=8).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="training.optim signum"):
         tiny_trainer(tmp_path, optim="adam", max_steps=3).train(resume_from_checkpoint=True)
