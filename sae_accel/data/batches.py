@@ -67,7 +67,7 @@ class Batches:
     sequences.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or alike): Rows with `input_ids`.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or similar): Rows with `input_ids`.
         args (`SaeTrainingArguments`): Batch size, accumulation and seed.
         accelerator (`Accelerator`): The index of this process, and its device.
         pad_token_id (`int`): Id that pads rows that are shorter than others.

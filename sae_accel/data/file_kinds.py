@@ -3,7 +3,8 @@ Finds out what a local file holds: JSON, CSV, TSV, Parquet, Arrow, text, token i
 
 Names of data files are often wrong or say nothing, so the first bytes decide. They show Parquet, Arrow, archives and
 compressions by their magic numbers, and JSON by its first characters. The ending decides only between kinds of text
-that look alike, such as CSV and plain text, and for `.bin`, since no byte of a file of token ids tells them.
+that look alike, such as CSV and plain text, and for token ids (`.bin`), which have no sign of their own in their
+bytes.
 """
 
 import json

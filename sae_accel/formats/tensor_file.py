@@ -75,6 +75,7 @@ class TensorFile(ABC):
         out: Tensor | None = None
         for rows in self.pieces(name):
             if out is None:
+                # Shape (rows, columns), or (columns, rows) if transposed.
                 out = torch.empty(shape[::-1] if transposed else shape, dtype=rows.dtype)
             stop = start + len(rows)
             part = out[:, start:stop] if transposed else out[start:stop]
