@@ -3,7 +3,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -45,10 +45,6 @@ from .k_schedule import k_at
 from .lora import add_lora, lora_targets
 from .run_state import RunState
 from .saving import Saver
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class SaeTrainer:
@@ -171,7 +167,7 @@ class SaeTrainer:
         return self.run_state.tokens_since_fired
 
     @property
-    def adapter(self) -> "PeftModel | None":
+    def adapter(self) -> nn.Module | None:
         """The LM with the LoRA that is trained around the heads."""
         return self.run_state.adapter
 
