@@ -39,7 +39,18 @@ def test_a_build_holds_the_recipes_the_configs_and_the_card_inside_the_package(t
 
 def test_the_sdist_is_told_of_every_folder_and_file_that_its_tests_read():
     manifest = (ROOT / "MANIFEST.in").read_text().split()
-    for name in ("benchmarks", "docs", "examples", "recipes", "tests", ".ci", "Makefile", "README.md", "CHANGELOG.md"):
+    for name in (
+        "benchmarks",
+        "docs",
+        "examples",
+        "recipes",
+        "tests",
+        ".ci",
+        ".github",
+        "Makefile",
+        "README.md",
+        "CHANGELOG.md",
+    ):
         assert name in manifest
     for name in ("constraints.txt", "constraints-oldest.txt", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"):
         assert name in manifest and (ROOT / name).is_file()

@@ -41,7 +41,7 @@ from sae_accel.train import main
 
 base = sys.argv[1:]
 def tried(*words):
-    print("==", *words, file=sys.stderr)
+    print("==", *(words or ["zero1.yaml"]), file=sys.stderr)
     return main([*base, *words])
 
 assert main(base) == 0
@@ -83,7 +83,7 @@ def test_the_core_alone_loads_and_trains_and_names_what_each_missing_part_needs(
         "--training.loss kl --lora.train_heads --dry-run 2": [line("lora", "peft", "lora")],
         "--model.gguf_file a.gguf": [line("model.gguf_file", "gguf", "quickstart")],
         "--training.report_to tensorboard": [line("training.report_to tensorboard", "tensorboard", "tensorboard")],
-        "": [line("An Accelerate config with distributed_type: DEEPSPEED", "deepspeed", "deepspeed")],
+        "zero1.yaml": [line("An Accelerate config with distributed_type: DEEPSPEED", "deepspeed", "deepspeed")],
     }
 
 

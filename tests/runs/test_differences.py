@@ -98,7 +98,9 @@ def test_changes_that_may_be_made_are_told_and_those_that_are_allowed_take_effec
     assert main(command_words(place, tmp_path, **resumed)) == 0
     said = capsys.readouterr().err
     assert "training.max_steps 3, this run has 5" in said and "heads.k 4, this run has 6" in said
-    assert "data.eval_examples 8, this run has 16: the checkpoint may have trained on sequences that are held out" in said
+    assert (
+        "data.eval_examples 8, this run has 16: the checkpoint may have trained on sequences that are held out" in said
+    )
 
 
 def test_data_that_are_allowed_to_be_others_are_read_from_their_start(tmp_path):
