@@ -175,6 +175,15 @@ def step_function(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor
     return _Step.apply(values, threshold, bandwidth)
 
 
+def smallest_active(acts: Tensor) -> Tensor:
+    """The smallest activation above zero of a batch, `()` in float32; 0 if no latent is active."""
+    if not acts.numel():
+        return acts.new_zeros((), dtype=torch.float32)
+    # Without a count of positive values, for which the host would wait for the device.
+    smallest = torch.where(acts.gt(0), acts, torch.inf).min().detach().float()  # ()
+    return torch.where(smallest.isfinite(), smallest, 0.0)
+
+
 def first_thresholds(tokens: Tensor, weight: Tensor, bias: Tensor, part: float) -> Tensor:
     """
     Initial thresholds: each latent's pre-activation exceeds its threshold on a given fraction of the tokens.

@@ -18,7 +18,7 @@ from ..ops import Selection, sparse_decode, sparse_encode
 from ..ops.metrics import squared_error
 from ..ops.metrics import total_variance as variance_of
 from .input_norm import normalize
-from .latent_selection import first_thresholds, step_function, topk
+from .latent_selection import first_thresholds, smallest_active, step_function, topk
 from .outputs import HeadOutput, Latents
 from .pretrained_head import PreTrainedHead
 
@@ -279,13 +279,7 @@ class HeadModel(PreTrainedHead):
         return step_function(selection.flat(values), self.threshold[selection.latents], self.config.bandwidth)
 
     def _smallest(self, acts: Tensor) -> Tensor | None:
-        if not self.training or self.config.activation != "batchtopk":
-            return None
-        if not acts.numel():
-            return acts.new_zeros((), dtype=torch.float32)
-        # Without a count of positive values, for which the host would wait for the device.
-        smallest = torch.where(acts.gt(0), acts, torch.inf).min().detach().float()
-        return torch.where(smallest.isfinite(), smallest, 0.0)
+        return smallest_active(acts) if self.training and self.config.activation == "batchtopk" else None
 
     def _activate(self, values: Tensor, selection: Selection) -> Tensor:
         uses = selection.flat(self._largest(values))  # (num_pairs,)

@@ -35,7 +35,7 @@ as quickstart. These options do not train:
   --schema               print the JSON schema of recipes, for editors
   -h, --help             print this text
 
-  --debug                on an error, print the traceback and the report here
+  --debug                print the traceback and report of an error here
 
 Examples:
 
