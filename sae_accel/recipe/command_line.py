@@ -35,7 +35,7 @@ as quickstart. These options do not train:
   --schema               print the JSON schema of recipes, for editors
   -h, --help             print this text
 
-  --debug                on an error, print the traceback and the report here
+  --debug                print an error's traceback and report here
 
 Examples:
 

@@ -381,7 +381,7 @@ def test_files_that_are_no_recipes_are_refused(tmp_path):
         (["--training.k", "3"], "training.k: there is no such key. It belongs under heads"),
         (["--"], "Options are --section.field"),
         (["--heads.k", "1", "r.yaml"], r"--heads.k: expected one value \(integer\), found 1 r.yaml"),
-        (["--model.revision", "--x"], "found none; one that begins with -- goes after ="),
+        (["--model.revision", "--x"], "found none. A value that begins with -- goes after ="),
         (["--heads.kk", "3"], "Did you mean k"),
         (["--heads.1.k", "3"], r"no heads\[1\]; it has 1"),
         (["--heads.k", "-3"], r"heads\[0\].k: found -3, the least allowed is 1"),
