@@ -89,9 +89,9 @@ def test_an_sae_is_spliced_ablated_and_steered_with(working_folder, kernel_place
     assert values["clean"] < values["spliced"] < values["mean"]
     assert values["ablated"] > 0
     assert values["rise"] > 0.1 and values["rise"] > 10 * values["median"]
-    clean, steered, random = values["shares"]
-    assert steered > 2 * clean and steered > 2 * random
-    assert all(text not in values["texts"][0] for text in values["texts"][1])
+    clean, *_, steered, random = values["shares"]
+    assert steered > 0.1 + clean and steered > 0.1 + random
+    assert all(text not in values["texts"][0] for text in values["texts"][-2])
     assert not (working_folder / "examples" / "runs").exists()
 
 
