@@ -237,6 +237,6 @@ def _of_init_from() -> Iterator[None]:
     try:
         yield
     except AccessRefused as error:
-        raise InputError(f"training.init_from: {error.reason} Set model.token, or run `hf auth login`.") from error
+        raise InputError(f"training.init_from: {error.reason} Set --model.token, or run `hf auth login`.") from error
     except InputError as error:
         raise InputError(f"training.init_from: {error}") from error

@@ -23,6 +23,8 @@ from typing import TextIO, cast
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Means that the reader of a pipe, such as `| head`, has gone. Python ignores the signal itself, so none arrives.
 CLOSED_PIPE = 13
+# The line after a first signal, for a terminal and for a run from Python.
+SAVING = "Saving a checkpoint, then stopping. A second Ctrl-C stops at once"
 NOTHING_SAVED = "Nothing was saved yet: start again with the same command."
 # One Ctrl-C can arrive twice within this time: from the terminal and from the launcher.
 SAME_SECONDS = 1.0
@@ -162,7 +164,7 @@ class Signals:
             if not self.is_deferred:
                 self.leave(number)
             elif sys.stderr.isatty():
-                _say("Stopping, and saving a checkpoint. Ctrl-C once more stops at once; another SIGTERM does not.")
+                _say(f"{SAVING}; a second SIGTERM does not.")
         elif number == signal.SIGINT and now - self._first > SAME_SECONDS:
             self.leave(self.number)
 

@@ -86,7 +86,7 @@ class Publisher(TrainerCallback):
         """
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
         if not release_follows and not all(push.done() for push in self._pushes):
-            logger.warning("Waiting until the last checkpoint has been pushed. Ctrl-C once more stops at once.")
+            logger.warning("Waiting until the last checkpoint has been pushed. A second Ctrl-C stops at once.")
         all_arrived = self._wait(deadline, signal_number)
         if all_arrived and not release_follows and self._left_out is not None:
             self._begin(self._left_out)
@@ -167,7 +167,7 @@ def push_run(
     """
     repo_id = hub_repo(args) if publisher is None else publisher.repo_id
     by_hand = f"python -m sae_accel.push {args.output_dir} {repo_id}"
-    signals.words = lambda: f"All is saved in {args.output_dir}, but the push was stopped. To go on: {by_hand}"
+    signals.words = lambda: f"Everything is saved in {args.output_dir}, but the push was stopped. To go on: {by_hand}"
     deadline = time.monotonic() + args.hub_timeout
     if publisher is not None:
         publisher.finish(deadline=deadline)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from accelerate.logging import get_logger
 from torch.optim import Optimizer
 
-from ..common.signals import SIGNALS, signals
+from ..common.signals import SAVING, SIGNALS, signals
 from ..processes.agreement import gather_objects
 
 
@@ -96,4 +96,4 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number if self._number is None else self._number
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        logger.warning("Saving a checkpoint, then stopping. A second Ctrl-C stops at once.")
+        logger.warning(f"{SAVING}.")

@@ -288,7 +288,7 @@ def test_a_private_repo_says_which_argument_takes_a_token(hub, released, place, 
     assert len(AutoSae.open("user/closed", token="secret")) == 2
     words = command_words(place, tmp_path, **{"training.init_from": "user/closed", "training.max_steps": 1})
     assert train.main(words) == 2
-    assert capsys.readouterr().err.endswith("Set model.token, or run `hf auth login`.\n")
+    assert capsys.readouterr().err.endswith("Set --model.token, or run `hf auth login`.\n")
     assert train.main([*words, "--model.token", "secret", "--heads.k", "4"]) == 0
     assert "secret" not in "".join(path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*.[jmy]*"))
 

@@ -171,7 +171,7 @@ def test_a_push_that_is_stopped_tells_what_is_saved_and_what_goes_on(place, tmp_
     by_hand = "To go on: python -m sae_accel.push run user/saes"
     assert (status, _said(said, tmp_path)) == (
         143,
-        [f"sae_accel: Stopped by SIGTERM. All is saved in run, but the push was stopped. {by_hand}"],
+        [f"sae_accel: Stopped by SIGTERM. Everything is saved in run, but the push was stopped. {by_hand}"],
     )
     status, said = run(
         [str(tmp_path / "run"), "user/saes"],
