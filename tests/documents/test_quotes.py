@@ -25,10 +25,11 @@ def _texts(tree: ast.AST) -> Iterator[list[str]]:
     """Yields the constant parts of each text in a module, without docstrings; a value stands between two parts."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    no_texts = docstrings | inside
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values).split("\0")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | inside:
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in no_texts:
             yield node.value.replace("{}", "\0").split("\0")
 
 
