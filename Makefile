@@ -73,7 +73,7 @@ $(OLDEST)/test.stamp: setup.cfg setup.py pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
-		--editable ".[lora,plots,quantized,quickstart,tensorboard]" hypothesis jsonschema pytest pytest-timeout pytest-xdist
+		--editable ".[lora,plots,quantized,quickstart,tensorboard]" eai-sparsify==1.3.3 hypothesis jsonschema pytest pytest-timeout pytest-xdist
 	@touch $@
 
 .venv/docs.stamp: .venv/bin/python $(DEPENDENCIES)
