@@ -23,20 +23,21 @@ OPENING = """\
 This page is for readers who look up an option. `python docs/command_line.py` writes it from the text that `--help`
 prints. [Training](training.md) explains the fields by subject.
 
-| command | what it does |
-|---|---|
-| `accelerate launch -m sae_accel.train` | trains heads as a recipe says |
-| `python -m sae_accel.push` | releases the heads of a run to the Hub |
-| `python -m sae_accel.convert` | writes heads in the layout of another library |
-
-`sae-accel train`, `sae-accel push` and `sae-accel convert` are the same commands for one process.
+| command | the same on one process | effect |
+|---|---|---|
+| `accelerate launch -m sae_accel.train` | `sae-accel train` | trains heads as a recipe says |
+| `python -m sae_accel.push` | `sae-accel push` | releases the heads of a run to the Hub |
+| `python -m sae_accel.convert` | `sae-accel convert` | writes heads in the layout of another library |
 
 | exit status | meaning |
 |---|---|
 | 0 | The command did everything. |
-| 1 | Something failed that no other input would mend, or a file is missing at the end. One line says what. |
+| 1 | An error that other input cannot fix, or a file is missing at the end. One line says what. |
 | 2 | The command refused its input. One line says what is wrong and what is allowed. |
-| 129, 130, 141, 143 | SIGHUP, Ctrl-C, a closed pipe or SIGTERM ended the command. |
+| 129 | SIGHUP ended the command. |
+| 130 | Ctrl-C ended the command. |
+| 141 | The reader of its output was gone (`\\| head`). |
+| 143 | SIGTERM ended the command. |
 """
 
 

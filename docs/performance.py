@@ -14,8 +14,9 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 OPENING = """\
 # Performance
 
-This page is for readers who want to know how fast training is, on which machine, and beside which peer. `python
-docs/performance.py` writes its tables from the files in `benchmarks/results/`; each table names its file.
+This page is for readers who want to know how fast training is, on which machine, and compared with which
+library. `python docs/performance.py` writes its tables from the files in `benchmarks/results/`; each table names its
+file.
 
 Every figure here was measured on CPUs. Compare figures within a table only: processors differ, and so does the load on
 a machine that others use as well. `make benchmark` prints the first table for your machine.
@@ -24,12 +25,12 @@ a machine that others use as well. `make benchmark` prints the first table for y
 
 The LM stops after the deepest hookpoint, so a head on an early layer costs a fraction of a whole forward pass, and
 logits are never computed. A step of a head then spends most of its time in one dense product, the encoder. Everything
-behind the encoder works on the k active latents of each token: the decoder gathers k rows, and both weight gradients
+after the encoder works on the k active latents of each token: the decoder gathers k rows, and both weight gradients
 are sums over the tokens that use a latent.
 
 At the LM's last layer little of the first saving is left. The heads' own forward and backward pass is 1.1 to 1.5 times
-as fast as sparsify's; most of that is memory that is never touched. With `THP_MEM_ALLOC_ENABLE=1`, torch backs memory
-with huge pages, and both packages run faster on a CPU.
+as fast as sparsify's; most of the gain is memory that is not written and read. With
+`THP_MEM_ALLOC_ENABLE=1`, torch backs memory with huge pages, and both packages run faster on a CPU.
 """
 LM_LOSS_NOTE = """\
 With `training.loss: ce` the whole LM runs forward and back in both packages, so the early stop saves nothing.
@@ -39,8 +40,8 @@ Within one machine, where the heads fit, DDP is the fastest strategy. The other 
 fit, or for slow networks. [Many processes](distributed.md) says what each of them sends.
 """
 SOUNDNESS_NOTE = """\
-A run checks every batch for numbers that are not finite. A run that goes on in a stream passes the documents that have
-trained without tokenising them; `skip` of `datasets` is the alternative.
+A run checks every batch for numbers that are not finite. A run that resumes on a stream skips the documents
+that it has already used, without tokenising them; `skip` of `datasets` is the alternative.
 """
 
 
@@ -105,8 +106,8 @@ def _soundness(name: str) -> list[str]:
             f"{found['step, 2,048 tokens, 18,432 latents (ms)']:.0f} ms",
         ),
         ("the checks in that step", f"{found['checks in it (ms)']:.1f} ms, {found['part']:.1%}"),
-        ("passing a stream, sae_accel", _passed(found, "sae_accel")),
-        ("passing a stream, `skip` of `datasets`", _passed(found, "datasets' skip")),
+        ("skipping in a stream, sae_accel", _passed(found, "sae_accel")),
+        ("skipping in a stream, `skip` of `datasets`", _passed(found, "datasets' skip")),
     ]
     return [told, _table(("", "measured"), rows)]
 
