@@ -242,7 +242,7 @@ def skipping(total: int, unit: str, tells: bool) -> tqdm:
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,
-        desc="Skipping what has trained",
+        desc="Skipping documents already used",
         unit=f" {unit}",
         unit_scale=True,
         delay=1.0,

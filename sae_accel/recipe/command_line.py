@@ -50,7 +50,7 @@ Examples:
 NOTES = (
     "A recipe has the sections below. The command line sets a field by its dotted name, and replaces the value of the "
     "recipe: --heads.k sets k for all entries of heads, --heads.1.k for the second entry. A list takes several words. "
-    "A switch without a word is true. --data.load_args.revision sets one key of a mapping."
+    "A true-or-false field without a value is true. --data.load_args.revision sets one key of a mapping."
 )
 
 

@@ -131,7 +131,7 @@ def test_it_says_how_far_it_is(opened, capsys, monkeypatch):
     for tells in (True, False):
         list(stream.begun(40, tells))
         said = capsys.readouterr().err
-        assert ("Skipping what has trained" in said and "documents/s" in said) == tells
+        assert ("Skipping documents already used" in said and "documents/s" in said) == tells
 
 
 def test_a_column_that_nobody_needs_may_hold_anything(opened):
