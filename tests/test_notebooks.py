@@ -72,6 +72,8 @@ def executed(name: str, folder: Path) -> tuple[NotebookNode, dict]:
     return notebook, json.loads(notebook.cells.pop().outputs[0].text)
 
 
+# Half a minute on two free cores; a busy machine may take far longer.
+@pytest.mark.timeout(3600)
 def test_the_first_sae_trains_and_can_be_read(working_folder, kernel_places):
     notebook, values = executed("train_your_first_sae", working_folder)
     check_outputs(notebook)
@@ -82,6 +84,7 @@ def test_the_first_sae_trains_and_can_be_read(working_folder, kernel_places):
     assert (working_folder / "runs" / "first_sae" / "layers.10" / "config.json").exists()
 
 
+@pytest.mark.timeout(3600)
 def test_an_sae_is_spliced_ablated_and_steered_with(working_folder, kernel_places):
     # From examples/, where an editor starts a notebook.
     notebook, values = executed("splice_and_steer", working_folder / "examples")
