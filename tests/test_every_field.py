@@ -351,7 +351,7 @@ FIELDS: dict[str, Check] = {
         Shows("refusal", {"5": Says("training.hub_timeout: nothing is pushed")}),
     ),
     "training.report_to": Shows(
-        lambda run: any(run.folder.rglob("events.out.tfevents*")), {None: True, "tensorboard": True, "none": False}
+        lambda run: any(run.folder.rglob("events.out.tfevents*")), {None: False, "tensorboard": True, "none": False}
     ),
 }
 

@@ -74,17 +74,20 @@ def test_debug_shows_the_report_and_writes_none(place, tmp_path, monkeypatch, ca
 def test_debug_shows_where_bad_input_was_found(capsys, words):
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "Traceback" in error and error.endswith("sae_accel: There is no recipe 'no.yaml'.\n")
+    assert "Traceback" in error
     assert main([word for word in words if word != "--debug"]) == 2
-    assert capsys.readouterr().err == "sae_accel: There is no recipe 'no.yaml'.\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sae_accel: There is no recipe 'no.yaml'") and error.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("command", ["train", "push", "convert"])
 def test_every_help_tells_of_debug(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+    try:
+        status = main([command, "--help"])
+    except SystemExit as end:
+        status = end.code
     shown = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and "--debug" in shown and "traceback" in shown
+    assert status == 0 and "--debug" in shown and "traceback" in shown
 
 
 def test_the_report_of_a_run_lies_in_its_folder_with_its_recipe(place, tmp_path, monkeypatch, capsys):
@@ -269,4 +272,4 @@ def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_end(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": root}
     words = [sys.executable, "-m", "sae_accel", "train", "wéïrd.yaml"]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 2 and done.stderr == b"sae_accel: There is no recipe 'w\\xe9\\xefrd.yaml'.\n"
+    assert done.returncode == 2 and done.stderr.startswith(b"sae_accel: There is no recipe 'w\\xe9\\xefrd.yaml'")
