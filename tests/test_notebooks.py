@@ -57,6 +57,7 @@ def kernel_places(working_folder):
             "JUPYTER_RUNTIME_DIR",
             "HF_DATASETS_CACHE",
         ):
+            (working_folder / "kernel" / name).mkdir(parents=True)
             patch.setenv(name, str(working_folder / "kernel" / name))
         yield
 

@@ -100,7 +100,7 @@ def test_a_kind_from_elsewhere_trains_saves_and_loads_by_a_recipe(kinds, place, 
     assert (head.scale != 2).all()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "A scaled on the activations" in card and "scaled-transcoder" in card and "2600.00001" in card
-    assert "In place of the input of module layers.1.mlp" in card
+    assert "the input of module layers.1.mlp" in card
     assert "layers.1.mlp/model.safetensors" in Release(tmp_path / "run", "user/name").files
 
 

@@ -64,7 +64,7 @@ def test_a_run_saves_before_it_stops_at_a_row_and_goes_on_behind_it(place, tmp_p
     path = write(tmp_path / "a.jsonl", rows)
     whole = train(place, tmp_path / "whole", path, **{"data.max_bad_rows": 2})
     (name,) = limit
-    with pytest.raises(InputError, match=rf"{name}: .*row 101.* Saved .*/checkpoint-(\d+). Go on with") as raised:
+    with pytest.raises(InputError, match=rf"{name}: .*row 101.* Saved .*/checkpoint-(\d+)\. To go on, set") as raised:
         train(place, tmp_path / "parts", path, **limit)
     assert "\n" not in str(raised.value)
     (saved,) = (tmp_path / "parts" / "run").glob("checkpoint-*")
